@@ -1,0 +1,2 @@
+//! The init and agent inside a virtual machine.
+fn main() {}

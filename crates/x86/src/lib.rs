@@ -1,0 +1,14 @@
+//! The guest x86-64 processor as data.
+//!
+//! This crate holds what the manuals say and nothing that runs guest code: the architectural state,
+//! the CPUID and MSR model, page-walk rules, exceptions and their delivery, segment loading and far
+//! control transfers. Both processors of Berth (the translator and KVM) keep their architectural
+//! state in [`CpuState`]. Rules are written against three small traits ([`PhysMem`], [`LinearMem`],
+//! [`Platform`]) so that they can be tested without a machine. There is no unsafe code here.
+#![forbid(unsafe_code)]
+
+pub mod platform;
+pub mod state;
+
+pub use platform::{Access, LinearMem, PhysMem, Platform};
+pub use state::{CpuState, Exception, Segment, TableReg};

@@ -77,6 +77,11 @@ impl Translation {
         let key = self.block.key;
         let delta = target.wrapping_sub(key.rip) as i64;
         let in_page = (key.gpa & 0xfff).checked_add_signed(delta).is_some_and(|o| o < 4096);
+        let kernel = self.mode.bits == 64 && !self.mode.user && target >> 63 != 0;
+        if !in_page && !kernel && (self.mode.bits == 64 || self.mode.flat) {
+            self.cold.push(Cold::Far { target });
+            return;
+        }
         self.links.push(Link {
             patch: self.at + self.asm.pos() as u64,
             stub: 0,
@@ -178,7 +183,7 @@ impl Translation {
     }
 
     /// Jumps to the guest address in [`S0`] through the jump cache.
-    fn indirect(&mut self) {
+    pub(super) fn indirect(&mut self) {
         self.reserve(70);
         if self.mode.single {
             self.asm.store(&Mem::gs(EXIT_RIP), S0);

@@ -87,6 +87,8 @@ enum Cold {
     Interrupt { rip: u64 },
     /// Unlinked direct jump.
     Link { link: usize },
+    /// Direct jump to another page, whose mapping may change: by the jump cache.
+    Far { target: u64 },
 }
 
 /// The translation of one block in the making.
@@ -212,6 +214,10 @@ impl Translation {
                     i32::try_from(number).unwrap_or(i32::MAX),
                 );
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Link), self.at);
+            }
+            Cold::Far { target } => {
+                self.asm.mov_imm(S0, *target);
+                self.indirect();
             }
             Cold::Mem { site, ea_code, ea } => {
                 let (site, ea) = (*site, *ea);

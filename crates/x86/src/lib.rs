@@ -18,6 +18,7 @@ pub mod flags;
 pub mod msr;
 pub mod paging;
 pub mod platform;
+pub mod ports;
 mod reset;
 mod size;
 mod stack;

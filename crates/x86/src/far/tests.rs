@@ -1,8 +1,6 @@
 //! Segment loads, far transfers and IRET: checks, error codes, stacks.
 
-use super::{
-    far_call, far_jump, far_ret, iret, lar, lldt, load_segment, lsl, ltr, verr, verw,
-};
+use super::{far_call, far_jump, far_ret, iret, lar, lldt, load_segment, lsl, ltr, verr, verw};
 use crate::fake::{Flat, GDT, STACK, TSS, descriptor, gate, gdt, long, protected, real, sel};
 use crate::size::OpSize::{self, Bits16, Bits32, Bits64};
 use crate::state::{CodeSize, CpuState, Exception, Segment, flags, reg, sreg};
@@ -600,9 +598,8 @@ mod transfers {
     fn inner_call_faults_change_nothing() {
         let (cpu, mut mem) = machine(false, 3);
         put_gate(&mem, sel::GATE3, gate(sel::CODE0, TARGET, 0xec, 2));
-        let call = |cpu: &mut CpuState, mem: &mut Flat| {
-            far_call(cpu, mem, sel::GATE3, 0, Bits32, 0x1240)
-        };
+        let call =
+            |cpu: &mut CpuState, mem: &mut Flat| far_call(cpu, mem, sel::GATE3, 0, Bits32, 0x1240);
         mem.faulting = Some(RSP0 - 8..RSP0);
         refused(&cpu, &mut mem, Exception::pf(RSP0 - 8, 2), call);
         mem.faulting = Some(STACK..STACK + 8);

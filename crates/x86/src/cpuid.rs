@@ -314,7 +314,7 @@ impl CpuidTable {
         }
         // The APIC timer keeps running in every state (ARAT).
         self.add(6, [1 << 2, 0, 0, 0]);
-        self.add_sub(7, 0, self.leaf7());
+        self.add_sub(7, 0, self.leaf7(host));
     }
 
     fn leaf1_ecx(&self) -> u32 {
@@ -342,10 +342,14 @@ impl CpuidTable {
         always | switches(&[(28, self.topology.count > 1)])
     }
 
-    fn leaf7(&self) -> [u32; 4] {
+    fn leaf7(&self, host: &HostCpuid) -> [u32; 4] {
         let f = &self.features;
+        // x87 instructions run on the host, which updates FDP only on exceptions (6) or stores zero for
+        // FCS and FDS (13).
+        let x87 = host.leaf7[1] & bits(&[6, 13]);
         // FSGSBASE, TSC_ADJUST, SMEP, INVPCID, SMAP.
         let ebx = bits(&[0, 1, 7, 10, 20])
+            | x87
             | switches(&[
                 (3, f.bmi1),
                 (5, f.avx2),

@@ -97,6 +97,7 @@ mod segments {
             (false, 0, sel::DATA0, None),
             (false, 0, sel::DATA0 | 1, gp(0x10)),
             (false, 0, sel::DATA3, gp(0x20)),
+            (false, 0, sel::DATA3 & !3, gp(0x20)),
             (false, 0, sel::CODE0, gp(0x08)),
             (false, 3, sel::DATA3, None),
             (false, 3, sel::READ_ONLY3, gp(0x58)),
@@ -114,10 +115,10 @@ mod segments {
     #[test]
     fn hidden_part_and_accessed_bit() {
         let (mut cpu, mut mem) = machine(false, 0);
-        mem.put64(GDT + 0x10, 0x12c0_9234_5678_9abc | 0xf << 48);
+        mem.put64(GDT + 0x10, 0x92c0_9234_5678_9abc | 0xf << 48);
         load_segment(&mut cpu, &mut mem, sreg::ES, sel::DATA0).unwrap();
         let expected =
-            Segment { base: 0x1234_5678, limit: 0xf9ab_cfff, selector: 0x10, attr: 0xc093 };
+            Segment { base: 0x9234_5678, limit: 0xf9ab_cfff, selector: 0x10, attr: 0xc093 };
         assert_eq!(cpu.seg[sreg::ES], expected);
         assert_eq!(mem.get::<1>(GDT + 0x15), [0x93], "accessed");
         let writes = mem.writes;
@@ -246,6 +247,18 @@ mod irets {
     }
 
     #[test]
+    fn what_the_outer_level_may_use_stays() {
+        let (mut cpu, mut mem) = machine(true, 0);
+        load_segment(&mut cpu, &mut mem, sreg::DS, sel::CONFORMING0).unwrap();
+        load_segment(&mut cpu, &mut mem, sreg::ES, sel::DATA3).unwrap();
+        load_segment(&mut cpu, &mut mem, sreg::GS, sel::CODE0).unwrap();
+        push(&mem, Bits64, &[TARGET, 0x1b, IMAGE, 0x7fff_0000, 0x23]);
+        iret(&mut cpu, &mut mem, Bits64).unwrap();
+        let present = [sreg::DS, sreg::ES, sreg::FS, sreg::GS].map(|i| cpu.seg[i].present());
+        assert_eq!(present, [true, true, false, false]);
+    }
+
+    #[test]
     fn long_to_compatibility_mode() {
         let (mut cpu, mut mem) = machine(true, 0);
         push(&mem, Bits64, &[TARGET, u64::from(sel::OTHER3), IMAGE, 0xf_0000_7000, 0x23]);
@@ -355,9 +368,12 @@ mod irets {
         assert!(!cpu.seg[sreg::ES].present());
         // A 16-bit stack keeps the upper half of ESP.
         let (mut cpu, mut mem) = machine(false, 0);
-        push(&mem, Bits32, &[TARGET, 0x1b, IMAGE, 0x1_7000, u64::from(sel::STACK16_3)]);
+        push(&mem, Bits32, &[TARGET, 0x1b, IMAGE, 0x5_7000, u64::from(sel::STACK16_3)]);
+        let frame: [u8; 20] = mem.get(STACK);
+        mem.put(STACK + 0x1_0000, frame);
+        cpu.gpr[reg::RSP] = STACK + 0x1_0000;
         iret(&mut cpu, &mut mem, Bits32).unwrap();
-        assert_eq!(cpu.gpr[reg::RSP], 0x7000);
+        assert_eq!(cpu.gpr[reg::RSP], 0x1_7000);
         // 16 bits.
         let (mut cpu, mut mem) = machine(false, 0);
         cpu.rflags |= flags::AC;

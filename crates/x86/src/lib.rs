@@ -19,6 +19,8 @@ pub mod msr;
 pub mod paging;
 pub mod platform;
 pub mod ports;
+#[cfg(test)]
+mod random_tests;
 mod reset;
 mod size;
 mod stack;

@@ -44,7 +44,10 @@ fn refused(
 }
 
 mod segments {
-    use super::*;
+    use super::{
+        Exception, Flat, GDT, Segment, descriptor, gate, lar, lldt, load_segment, lsl, ltr,
+        machine, protected, real, refused, sel, sreg, verr, verw,
+    };
 
     #[test]
     fn data_segment_matrix() {
@@ -227,7 +230,10 @@ mod segments {
 }
 
 mod irets {
-    use super::*;
+    use super::{
+        Bits16, Bits32, Bits64, CodeSize, Exception, Flat, GDT, STACK, Segment, TARGET, flags,
+        iret, load_segment, machine, push, real, refused, reg, sel, sreg,
+    };
 
     const IMAGE: u64 = flags::FIXED | flags::IF | flags::CF;
 
@@ -419,7 +425,10 @@ mod irets {
 }
 
 mod transfers {
-    use super::*;
+    use super::{
+        Bits16, Bits32, Bits64, CodeSize, CpuState, Exception, Flat, GDT, RSP0, STACK, TARGET, TSS,
+        far_call, far_jump, far_ret, gate, machine, push, real, refused, reg, sel, sreg,
+    };
 
     #[test]
     fn jump_matrix() {

@@ -314,7 +314,7 @@ impl CpuidTable {
         }
         // The APIC timer keeps running in every state (ARAT).
         self.add(6, [1 << 2, 0, 0, 0]);
-        self.add_sub(7, 0, self.leaf7());
+        self.add_sub(7, 0, self.leaf7(host));
     }
 
     fn leaf1_ecx(&self) -> u32 {
@@ -342,10 +342,14 @@ impl CpuidTable {
         always | switches(&[(28, self.topology.count > 1)])
     }
 
-    fn leaf7(&self) -> [u32; 4] {
+    fn leaf7(&self, host: &HostCpuid) -> [u32; 4] {
         let f = &self.features;
+        // x87 instructions run on the host, which updates FDP only on exceptions (6) or stores zero for
+        // FCS and FDS (13).
+        let x87 = host.leaf7[1] & bits(&[6, 13]);
         // FSGSBASE, TSC_ADJUST, SMEP, INVPCID, SMAP.
         let ebx = bits(&[0, 1, 7, 10, 20])
+            | x87
             | switches(&[
                 (3, f.bmi1),
                 (5, f.avx2),
@@ -468,6 +472,46 @@ fn bits(numbers: &[u32]) -> u32 {
 
 fn switches(list: &[(u32, bool)]) -> u32 {
     list.iter().fold(0, |all, &(bit, on)| all | u32::from(on) << bit)
+}
+
+/// Hosts for tests, here and in other modules.
+#[cfg(test)]
+pub(crate) mod tests_support {
+    use super::{CpuidTable, HostCpuid, Topology};
+
+    /// A host with the maxima and vendor (EBX of leaf 0) given and the same answer everywhere else,
+    /// but for caches of levels 1, 1, 2, 3.
+    pub(crate) fn answers(vendor: u32, other: [u32; 4]) -> HostCpuid {
+        let rest = if vendor == 0x6874_7541 {
+            [0x444d_4163, 0x6974_6e65]
+        } else {
+            [0x6c65_746e, 0x4965_6e69]
+        };
+        HostCpuid::from_fn(|leaf, sub| match leaf {
+            0 => [0x20, vendor, rest[0], rest[1]],
+            0x8000_0000 => [0x8000_0021, vendor, rest[0], rest[1]],
+            4 | 0x8000_001d => match sub {
+                0 => [0xfc00_c121, 0x01c0_003f, 0x3f, 0],
+                1 => [0xfc00_c122, 0x01c0_003f, 0x3f, 0],
+                2 => [0xfc00_c143, 0x03c0_003f, 0x3ff, 0],
+                3 => [0xfc0f_c163, 0x0280_003f, 0xbfff, 4],
+                _ => [0; 4],
+            },
+            _ => other,
+        })
+    }
+
+    pub(crate) fn intel_host() -> HostCpuid {
+        answers(0x756e_6547, [u32::MAX; 4])
+    }
+
+    pub(crate) fn amd_host() -> HostCpuid {
+        answers(0x6874_7541, [u32::MAX; 4])
+    }
+
+    pub(crate) fn table(host: &HostCpuid) -> CpuidTable {
+        CpuidTable::new(host, Topology { index: 0, count: 1 }, 2_500_000)
+    }
 }
 
 #[cfg(test)]

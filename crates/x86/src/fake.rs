@@ -64,10 +64,9 @@ impl Flat {
         }
         let code = if write { 2 } else { 0 };
         let end = at.wrapping_add(len as u64);
-        if let Some(hole) = &self.faulting {
-            if at < hole.end && end > hole.start {
-                return Err(Exception::pf(at.max(hole.start), code));
-            }
+        let hole = self.faulting.clone().unwrap_or_default();
+        if at < hole.end && end > hole.start {
+            return Err(Exception::pf(at.max(hole.start), code));
         }
         if at >= SIZE as u64 || end > SIZE as u64 {
             return Err(Exception::pf(at, code));

@@ -18,6 +18,9 @@ pub mod flags;
 pub mod msr;
 pub mod paging;
 pub mod platform;
+pub mod ports;
+#[cfg(test)]
+mod random_tests;
 mod reset;
 mod size;
 mod stack;

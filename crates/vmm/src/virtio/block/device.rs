@@ -78,18 +78,22 @@ impl Block {
     /// # Errors
     /// The file cannot be used, or another VM uses it.
     pub fn new(config: &DiskConfig) -> Result<Self, DiskError> {
-        let disk = Disk::open(config)?;
+        Ok(Self::with_disk(Disk::open(config)?, config.no_io_uring))
+    }
+
+    /// A device for a disk that is open already.
+    pub fn with_disk(disk: Disk, no_io_uring: bool) -> Self {
         let bytes = config_bytes(&disk);
-        Ok(Self {
+        Self {
             disk,
             config: DeviceConfig::new(bytes),
-            no_io_uring: config.no_io_uring,
+            no_io_uring,
             engine: None,
             pending: (0..BLOCK_REQUESTS_MAX).map(|_| None).collect(),
             free: (0..BLOCK_REQUESTS_MAX as u16).rev().collect(),
             durable_writes: false,
             done: Vec::new(),
-        })
+        }
     }
 
     /// Size in sectors of 512 bytes.

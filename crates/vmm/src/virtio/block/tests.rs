@@ -9,7 +9,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::virtio::block::device::{Block, F_DISCARD, F_FLUSH, F_RO, F_WRITE_ZEROES};
-use crate::virtio::block::disk::{DiskConfig, DiskError};
+use crate::virtio::block::disk::{Disk, DiskConfig, DiskError};
 use crate::virtio::testing::{Guest, Part};
 
 const SECTORS: usize = 4096;
@@ -318,7 +318,14 @@ fn reset_with_requests_under_way() {
 
 #[test]
 fn a_full_disk_is_an_error_to_the_guest() {
-    let disk = DiskConfig { path: "/dev/full".into(), ..DiskConfig::default() };
-    // A character device is refused; the error of a full file system is that of the engine.
-    assert!(matches!(Block::new(&disk), Err(DiskError::Kind { .. })));
+    for no_io_uring in [false, true] {
+        let file = File::options().read(true).write(true).open("/dev/full").unwrap();
+        let serial = String::new();
+        let disk = Disk { file, sectors: SECTORS as u64, read_only: false, serial };
+        let mut guest = Guest::new(Block::with_disk(disk, no_io_uring));
+        guest.start(F_FLUSH, 0);
+        assert_eq!(send(&mut guest, 1, 0, &[1; 4096]), 1);
+        // Reading /dev/full gives zeroes: the device still works.
+        assert_eq!(fetch(&mut guest, 0, 512, false), (513, vec![0; 512], 0));
+    }
 }

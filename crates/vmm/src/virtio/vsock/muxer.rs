@@ -76,11 +76,6 @@ impl Muxer {
         self.handshakes.clear();
     }
 
-    #[cfg(test)]
-    pub fn connection_count(&self) -> usize {
-        self.connections.len()
-    }
-
     // ---- from the guest
 
     /// A packet of the guest; `data` is its payload.

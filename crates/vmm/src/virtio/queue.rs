@@ -61,7 +61,8 @@ pub struct Virtqueue {
     memory: Arc<Memory>,
     interrupts: Arc<Interrupter>,
     index: u16,
-    unsignalled: bool,
+    /// Where the used index was when `signal` looked last.
+    signalled: u16,
 }
 
 impl Virtqueue {
@@ -98,7 +99,7 @@ impl Virtqueue {
         }
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
-        Ok(Self { queue, memory, interrupts, index, unsignalled: false })
+        Ok(Self { queue, memory, interrupts, index, signalled: 0 })
     }
 
     /// The memory its chains are in.
@@ -134,9 +135,30 @@ impl Virtqueue {
     /// # Errors
     /// The ring cannot be written.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.unsignalled = true;
         let result = self.queue.add_used(&*self.memory, head, written);
         result.map_err(|source| QueueError::Ring { index: self.index, source })
+    }
+
+    /// Gives several chains back that the driver sees all at once: parts of one packet.
+    ///
+    /// # Errors
+    /// The ring cannot be written.
+    pub fn push_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some(((head, written), before)) = used.split_last() else { return Ok(()) };
+        let start = self.queue.next_used();
+        for (position, (head, written)) in (0u16..).zip(before) {
+            let slot = start.wrapping_add(position) % self.queue.size();
+            // Inside the used ring, which was checked to be memory.
+            let address = GuestAddress(self.queue.used_ring() + 4 + 8 * u64::from(slot));
+            let entry = u64::from(*written) << 32 | u64::from(*head);
+            self.memory.write_slice(&entry.to_le_bytes(), address).map_err(|source| {
+                let source = virtio_queue::Error::GuestMemory(source);
+                QueueError::Ring { index: self.index, source }
+            })?;
+        }
+        // At most as many as were popped, which is less than the ring's size.
+        self.queue.set_next_used(start.wrapping_add(before.len() as u16));
+        self.push(*head, *written)
     }
 
     /// Interrupts for what was given back since the last call, if the driver wants to know.
@@ -144,25 +166,33 @@ impl Virtqueue {
     /// # Errors
     /// The ring cannot be read.
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if !std::mem::take(&mut self.unsignalled) {
+        let (before, now) = (self.signalled, self.queue.next_used());
+        if before == now {
             return Ok(());
         }
-        let ring = |source| QueueError::Ring { index: self.index, source };
+        self.signalled = now;
+        // The used index must be visible before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
         let wanted = if self.queue.event_idx_enabled() {
-            self.queue.needs_notification(&*self.memory).map_err(ring)?
+            let event = self.load(available + 4 + 2 * u64::from(self.queue.size()))?;
+            // The driver wants to hear when the index passes `event`.
+            now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
         } else {
-            fence(Ordering::SeqCst);
-            let flags = GuestAddress(self.queue.avail_ring());
-            let flags: u16 = self
-                .memory
-                .load(flags, Ordering::Relaxed)
-                .map_err(|source| ring(virtio_queue::Error::GuestMemory(source)))?;
-            u16::from_le(flags) & AVAIL_NO_INTERRUPT == 0
+            self.load(available)? & AVAIL_NO_INTERRUPT == 0
         };
         if wanted {
             self.interrupts.queue(self.index);
         }
         Ok(())
+    }
+
+    fn load(&self, address: u64) -> Result<u16, QueueError> {
+        let value = self.memory.load(GuestAddress(address), Ordering::Relaxed);
+        value.map(u16::from_le).map_err(|source| {
+            let source = virtio_queue::Error::GuestMemory(source);
+            QueueError::Ring { index: self.index, source }
+        })
     }
 
     /// Whether the driver has offered a chain that was not taken yet.

@@ -1,1 +1,5 @@
-//! Not here yet.
+//! virtio-console: one port, connected to a stream socket of the host.
+
+pub mod device;
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,6 @@
 //! One virtual machine.
+
+pub mod bus;
+pub mod irq;
+pub mod limits;
+pub mod memory;

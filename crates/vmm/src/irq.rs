@@ -1,9 +1,12 @@
-//! How devices raise interrupts, without knowing the interrupt controllers.
+//! How devices raise interrupts.
+//!
+//! Devices know only [`InterruptSink`]; behind it is either the emulated interrupt controllers
+//! (`chips::Chipset`) or those of KVM.
 
-/// The interrupt controllers of the machine as a device sees them.
+/// Where devices send their interrupts.
 pub trait InterruptSink: Send + Sync {
-    /// Sets the level of a global interrupt line.
+    /// Edge or level pin of the I/O APIC
     fn set_line(&self, gsi: u32, level: bool);
-    /// Sends a message-signalled interrupt.
+    /// A message-signalled interrupt
     fn signal_msi(&self, address: u64, data: u32);
 }

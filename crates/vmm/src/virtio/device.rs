@@ -162,7 +162,7 @@ pub struct Poller {
 }
 
 impl Poller {
-    fn new() -> std::io::Result<Self> {
+    pub(super) fn new() -> std::io::Result<Self> {
         Ok(Self { epoll: Epoll::new()? })
     }
 

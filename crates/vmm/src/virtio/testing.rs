@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::bus::{Bus, BusDevice};
 use crate::irq::InterruptSink;
-use crate::memory::Memory;
+use crate::memory::{GuestRam, Memory};
 use crate::pci::root::{CONFIG_PORTS, PciRoot};
 use crate::virtio::device::{COMMON_FEATURES, Device};
 use crate::virtio::transport_pci::attach;
@@ -22,8 +22,10 @@ const RINGS: u64 = 0x10_0000;
 const BUFFERS: u64 = 0x40_0000;
 const WAIT: Duration = Duration::from_secs(20);
 
-pub(crate) fn memory() -> Arc<Memory> {
-    Arc::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE as usize)]).unwrap())
+pub(crate) fn ram() -> (GuestRam, Arc<Memory>) {
+    let ram = GuestRam::new(MEMORY_SIZE).unwrap();
+    let memory = Arc::new(ram.memory().clone());
+    (ram, memory)
 }
 
 /// Records interrupts.
@@ -91,6 +93,7 @@ struct Ring {
 
 /// A machine with one virtio device, and its driver.
 pub(crate) struct Guest {
+    pub ram: GuestRam,
     pub memory: Arc<Memory>,
     pub sink: Arc<Sink>,
     pub mmio: Arc<Bus>,
@@ -103,12 +106,13 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub fn new(device: impl Device) -> Self {
-        let memory = memory();
+        let (ram, memory) = ram();
         let sink = Arc::new(Sink::default());
         let mmio = Arc::new(Bus::new());
         let mut root = PciRoot::new(Arc::clone(&mmio), Arc::clone(&sink) as _);
         let slot = attach(&mut root, Arc::clone(&memory), Box::new(device)).unwrap();
         let mut guest = Self {
+            ram,
             memory,
             sink,
             mmio,

@@ -101,6 +101,14 @@ impl Shared {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub fn push_call(&self, call: Call) {
+        self.calls().push_back(call);
+    }
+
+    pub fn register(&self, port: u32, listener: Sender<UnixStream>) {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).insert(port, listener);
+    }
+
     /// The next call that still has someone waiting.
     pub fn next_call(&self) -> Option<Call> {
         let now = Instant::now();

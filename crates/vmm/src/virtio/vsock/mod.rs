@@ -22,8 +22,11 @@
 
 mod connection;
 pub mod device;
+mod fuzz;
 pub mod host;
 mod muxer;
 mod packet;
 #[cfg(test)]
 mod tests;
+
+pub use fuzz::packets as fuzz_packets;

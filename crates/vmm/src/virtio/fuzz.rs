@@ -46,12 +46,13 @@ fn memory(data: &[u8]) -> Option<Arc<Memory>> {
     Some(memory)
 }
 
-/// A queue set up and filled by the input: four bytes of settings, then memory.
-pub fn virtqueue(data: &[u8]) {
+/// A queue set up and filled by the input: four bytes of settings, then memory. Returns how many
+/// chains were good, so that a test can tell that the input led somewhere.
+pub fn virtqueue(data: &[u8]) -> usize {
     let Some(([size, layout, flags, accesses], rest)) = data.split_first_chunk::<4>() else {
-        return;
+        return 0;
     };
-    let Some(memory) = memory(rest) else { return };
+    let Some(memory) = memory(rest) else { return 0 };
     let interrupts = Arc::new(Interrupter::new(1, Arc::new(NoSink)));
     // Mostly possible layouts, some of them overlapping or outside.
     let at = |shift: u8| u64::from(layout >> shift & 3) * 0x600 + 0x10;
@@ -64,10 +65,12 @@ pub fn virtqueue(data: &[u8]) {
     };
     let event_idx = flags & 1 != 0;
     let queue = Virtqueue::new(0, 128, &config, event_idx, Arc::clone(&memory), interrupts);
-    let Ok(mut queue) = queue else { return };
+    let Ok(mut queue) = queue else { return 0 };
+    let mut taken = 0;
     let mut buffer = vec![0; usize::from(*accesses) * 4];
     for _ in 0..CHAINS_MAX {
         let Ok(Some(chain)) = queue.pop() else { break };
+        taken += 1;
         let offset = u64::from(*accesses);
         let _ = chain.read(&memory, offset, &mut buffer);
         let _ = chain.write(&memory, offset, &buffer);
@@ -87,6 +90,7 @@ pub fn virtqueue(data: &[u8]) {
         let _ = queue.disable_notification();
         let _ = queue.enable_notification();
     }
+    taken
 }
 
 /// Accesses to configuration ports and to the window of BARs: eight bytes each.

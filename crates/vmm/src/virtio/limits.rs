@@ -7,6 +7,9 @@ pub const QUEUES_MAX: usize = 8;
 /// Chains taken from one queue before the worker looks at its other events.
 pub const CHAINS_PER_EVENT: usize = 256;
 
+/// Warnings about broken drivers that a process logs; the guest could cause any number.
+pub const GUEST_WARNINGS_MAX: u32 = 32;
+
 /// Requests of one disk that are under way at the same time.
 pub const BLOCK_REQUESTS_MAX: usize = 256;
 /// Threads per disk where the kernel refuses io_uring.

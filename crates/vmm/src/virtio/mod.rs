@@ -25,6 +25,18 @@ pub mod transport_pci;
 pub mod vsock;
 mod worker;
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Whether one more warning that the guest can cause may be logged.
+fn may_warn() -> bool {
+    static WARNINGS: AtomicU32 = AtomicU32::new(0);
+    WARNINGS
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
+            (count < limits::GUEST_WARNINGS_MAX).then_some(count + 1)
+        })
+        .is_ok()
+}
+
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

@@ -88,7 +88,13 @@ struct Ring {
     avail: u16,
     used: u16,
     free: Vec<u16>,
-    chains: HashMap<u16, (Vec<u16>, Vec<(u64, u32)>)>,
+    chains: HashMap<u16, Offered>,
+}
+
+struct Offered {
+    descriptors: Vec<u16>,
+    /// Address and length of what the device writes.
+    writable: Vec<(u64, u32)>,
 }
 
 /// A machine with one virtio device, and its driver.
@@ -315,8 +321,8 @@ impl Guest {
         let indexes: Vec<u16> = (0..wanted).map(|_| ring.free.pop().unwrap()).collect();
         let head = indexes[0];
         let inside = buffers.iter().filter(|(_, _, flags)| *flags == 2);
-        let inside = inside.map(|(address, len, _)| (*address, *len)).collect();
-        ring.chains.insert(head, (indexes.clone(), inside));
+        let writable = inside.map(|(address, len, _)| (*address, *len)).collect();
+        ring.chains.insert(head, Offered { descriptors: indexes.clone(), writable });
         let last = buffers.len() - 1;
         for (i, (address, len, flags)) in buffers.iter().enumerate() {
             let flags = if i < last { flags | 1 } else { *flags };
@@ -356,10 +362,10 @@ impl Guest {
         ring.used = ring.used.wrapping_add(1);
         let event = Self::ring_base(queue) + 0x8000 + 4 + u64::from(ring.size) * 2;
         self.memory.store(ring.used, GuestAddress(event), order).unwrap();
-        let (indexes, inside) = ring.chains.remove(&(head as u16)).expect("an unknown chain");
-        ring.free.extend(indexes);
+        let offered = ring.chains.remove(&(head as u16)).expect("an unknown chain");
+        ring.free.extend(offered.descriptors);
         let mut data = Vec::new();
-        for (address, size) in inside {
+        for (address, size) in offered.writable {
             let mut part = vec![0; size as usize];
             self.memory.read_slice(&mut part, GuestAddress(address)).unwrap();
             data.extend(part);

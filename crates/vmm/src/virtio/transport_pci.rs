@@ -33,6 +33,7 @@ use crate::virtio::device::{
 };
 use crate::virtio::interrupt::{Interrupter, STATUS_DRIVER_OK, STATUS_NEEDS_RESET};
 use crate::virtio::limits::QUEUES_MAX;
+use crate::virtio::may_warn;
 use crate::virtio::queue::{QueueConfig, QueueError, Virtqueue};
 use crate::virtio::worker::Worker;
 
@@ -256,7 +257,9 @@ impl VirtioPci {
         let context = match context {
             Ok(context) => context,
             Err(error) => {
-                tracing::warn!(device = name, error, "cannot start the device");
+                if may_warn() {
+                    tracing::warn!(device = name, error, "cannot start the device");
+                }
                 self.interrupts.needs_reset();
                 return;
             }

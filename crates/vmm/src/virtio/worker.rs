@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::virtio::device::{Context, DEVICE_TOKENS, Device, DeviceError};
 use crate::virtio::interrupt::Interrupter;
+use crate::virtio::may_warn;
 
 const TOKEN_STOP: u64 = DEVICE_TOKENS;
 const TOKEN_QUEUES: u64 = DEVICE_TOKENS + 1;
@@ -120,7 +121,9 @@ fn run(device: &mut dyn Device, mut context: Context, stop: &EventFd) {
         return;
     }
     let result = serve(device, &mut context);
-    if let Err(error) = &result {
+    if let Err(error) = &result
+        && may_warn()
+    {
         tracing::warn!(device = name, error = error as &dyn std::error::Error, "device stopped");
     }
     device.stop(&mut context);

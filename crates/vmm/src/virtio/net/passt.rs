@@ -55,19 +55,19 @@ impl Default for PasstConfig {
     }
 }
 
-/// The running process. Dropping it (after the device with its socket) ends it.
+/// The running process. Dropping it after its socket waits for its end.
 #[derive(Debug)]
 pub struct Passt {
     child: Child,
 }
 
 impl Passt {
-    /// Starts passt; the backend for the network card, and the process to keep.
+    /// Starts passt; the backend for the network card, with which it ends.
     ///
     /// # Errors
     /// It cannot be started. What it finds wrong later it says on standard error, which goes to the
     /// log, and the guest's link goes down.
-    pub fn start(config: &PasstConfig) -> Result<(Stream, Self), PasstError> {
+    pub fn start(config: &PasstConfig) -> Result<Stream, PasstError> {
         let (near, far) = UnixStream::pair().map_err(PasstError::Socket)?;
         let stream = Stream::new(near, Some(MTU)).map_err(PasstError::Socket)?;
         let mut command = Command::new(&config.program);
@@ -91,7 +91,7 @@ impl Passt {
                 tracing::warn!(%error, "passt's messages are not logged");
             }
         }
-        Ok((stream, Self { child }))
+        Ok(stream.with_process(Self { child }))
     }
 }
 

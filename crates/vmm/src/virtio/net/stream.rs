@@ -8,12 +8,15 @@ use std::os::unix::net::UnixStream;
 
 use crate::virtio::limits::{NET_FRAME_MAX, NET_RECEIVE_BUFFER, NET_TRANSMIT_BACKLOG};
 use crate::virtio::net::backend::{Backend, HEADER_SIZE, Header};
+use crate::virtio::net::passt::Passt;
 
 const LENGTH_SIZE: usize = 4;
 
 /// A socket with framed packets.
 pub struct Stream {
     socket: UnixStream,
+    /// Dropped after the socket, whose end it notices.
+    _process: Option<Passt>,
     mtu: Option<u16>,
     out: Vec<u8>,
     /// What of `out` is gone already.
@@ -32,6 +35,7 @@ impl Stream {
         socket.set_nonblocking(true)?;
         Ok(Self {
             socket,
+            _process: None,
             mtu,
             out: Vec::new(),
             out_start: 0,
@@ -39,6 +43,11 @@ impl Stream {
             input_start: 0,
             input_end: 0,
         })
+    }
+
+    /// Frames from and to passt, which ends with this.
+    pub(super) fn with_process(self, process: Passt) -> Self {
+        Self { _process: Some(process), ..self }
     }
 
     /// Length of the first complete frame in the buffer.

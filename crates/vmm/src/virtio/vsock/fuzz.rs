@@ -16,9 +16,11 @@ const LISTENING: u32 = 1;
 const OUTPUTS_PER_PACKET: usize = 8;
 
 /// Feeds packets of 16 bytes each (operation, flags, ports, credit, length) and what the host does
-/// in between; checks that nobody sends more than its credit.
-pub fn packets(data: &[u8]) {
-    let (Ok(shared), Ok(poller)) = (Shared::new(), Poller::new()) else { return };
+/// in between. Returns how many packets went to the guest, so that a test can tell that the input
+/// led somewhere.
+pub fn packets(data: &[u8]) -> usize {
+    let (Ok(shared), Ok(poller)) = (Shared::new(), Poller::new()) else { return 0 };
+    let mut sent = 0;
     let (sender, streams) = std::sync::mpsc::channel();
     shared.register(LISTENING, sender);
     let mut muxer = Muxer::new(GUEST_CID, None, std::sync::Arc::clone(&shared));
@@ -56,10 +58,12 @@ pub fn packets(data: &[u8]) {
         host_action(&mut muxer, &shared, &poller, &mut accepted, what);
         for _ in 0..OUTPUTS_PER_PACKET {
             let Some(header) = muxer.output(&poller, &mut buffer) else { break };
+            sent += 1;
             assert!(header.len as usize <= buffer.len());
             assert_eq!((header.src_cid, header.dst_cid), (HOST_CID, GUEST_CID));
         }
     }
+    sent
 }
 
 fn host_action(

@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmm_sys_util::epoll::EventSet;
 
@@ -31,6 +32,9 @@ const TOKEN_CONNECTIONS: u64 = 1 << 31;
 const ID_MASK: u32 = (1 << 30) - 1;
 /// Host ports of connections to the guest start here, away from what programs listen on.
 const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// Pause after a client could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 
 /// A client of the socket path that has not named its port yet.
 struct Handshake {
@@ -242,7 +246,16 @@ impl Muxer {
     /// Takes the clients that wait at the socket path.
     pub fn take_clients(&mut self, poller: &Poller, listener: &UnixListener) {
         for _ in 0..VSOCK_HANDSHAKES_MAX {
-            let Ok((stream, _)) = listener.accept() else { return };
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(_) => {
+                    // Out of descriptors, most likely: the client still waits, and the poller
+                    // would call again at once.
+                    std::thread::sleep(ACCEPT_PAUSE);
+                    return;
+                }
+            };
             // A client too many is closed at once.
             if self.handshakes.len() >= VSOCK_HANDSHAKES_MAX
                 || stream.set_nonblocking(true).is_err()

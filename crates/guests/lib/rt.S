@@ -59,6 +59,8 @@ start32:
     add edi, 8
     add eax, 4096
     loop 2b
+    mov dword ptr [pt0 + 0x7ff * 8], 0xfee0001b     // APIC, see berth.inc
+    mov dword ptr [pt0 + 0x7fe * 8], 0xfec0001b     // IOAPIC
     mov edi, offset pd0
     mov eax, 0x083
     mov ecx, 4 * 512

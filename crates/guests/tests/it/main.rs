@@ -28,7 +28,17 @@ fn under_qemu() {
         }
         let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-accel", "tcg", "-cpu", "max", "-m", "64", "-nodefaults", "-display", "none"])
+            .args([
+                "-accel",
+                "tcg",
+                "-cpu",
+                "max,vendor=GenuineIntel",
+                "-m",
+                "64",
+                "-nodefaults",
+                "-display",
+                "none",
+            ])
             .args(["-monitor", "none", "-serial", "stdio", "-no-reboot", "-smp"])
             .arg(cpus.to_string())
             .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel", guest.path]);

@@ -275,7 +275,7 @@ pub(crate) const GUESTS: &[Guest] = &[
         ],
         ..guest!("paging_bits", [1], Expect::Checks(55), [Need::FullEmulation])
     },
-    guest!("paging_tlb", [1], Expect::Checks(45), [Need::FullEmulation]),
+    guest!("paging_tlb", [1], Expect::Checks(45), []),
     Guest {
         qemu_differs: &[
             differs(
@@ -433,7 +433,7 @@ pub(crate) const GUESTS: &[Guest] = &[
         )],
         ..guest!("smp", [2, 4], Expect::Checks(29), [Need::Cmpxchg16b, Need::Speed])
     },
-    guest!("timers", [1], Expect::Checks(46), [Need::FullEmulation]),
+    guest!("timers", [1], Expect::Checks(46), [Need::Speed]),
     Guest {
         qemu_differs: &[
             differs(
@@ -481,6 +481,6 @@ pub(crate) const GUESTS: &[Guest] = &[
     },
     Guest {
         qemu_skips: Some("word reads of the serial port (it aborts)"),
-        ..guest!("hostile", [1], Expect::Checks(11), [Need::FullEmulation])
+        ..guest!("hostile", [1], Expect::Checks(11), [Need::Speed, Need::FullEmulation])
     },
 ];

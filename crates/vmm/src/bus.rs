@@ -127,10 +127,10 @@ fn check_free(ranges: &BTreeMap<u64, Range>, base: u64, len: u64) -> Result<(), 
         Some(last) => last,
         None => return Err(BusError::BadRange { base, len }),
     };
-    if let Some((&other, range)) = ranges.range(..=last).next_back() {
-        if other >= base || base - other < range.len {
-            return Err(BusError::Overlap { base, len, other });
-        }
+    if let Some((&other, range)) = ranges.range(..=last).next_back()
+        && (other >= base || base - other < range.len)
+    {
+        return Err(BusError::Overlap { base, len, other });
     }
     Ok(())
 }

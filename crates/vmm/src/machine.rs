@@ -120,6 +120,9 @@ pub struct RunningMachine {
     _context: DeviceContext,
 }
 
+/// A vCPU and its local APIC, unless that is inside.
+type Processor = (Box<dyn Vcpu>, Option<Arc<Lapic>>);
+
 /// What is there before the first vCPU.
 struct Board {
     ram: GuestRam,
@@ -232,7 +235,7 @@ fn start_translated(
         ports: Arc::clone(&board.ports),
         pvclock,
     };
-    let mut vcpus: Vec<(Box<dyn Vcpu>, Option<Arc<Lapic>>)> = Vec::new();
+    let mut vcpus: Vec<Processor> = Vec::new();
     for (index, apic) in (0..).zip(&apics) {
         let platform = Box::new(VcpuPlatform::new(around.clone(), Arc::clone(apic)));
         let state = initial_state(index, entry);
@@ -251,7 +254,7 @@ fn start_kvm(
     let mut vm = KvmVm::new(&board.ram)?;
     let interrupts = vm.add_irqchip()?;
     let (context, console) = chips::add_devices(config, &board, &interrupts, attach)?;
-    let mut vcpus: Vec<(Box<dyn Vcpu>, Option<Arc<Lapic>>)> = Vec::new();
+    let mut vcpus: Vec<Processor> = Vec::new();
     for index in 0..config.cpus {
         let (mmio, ports) = (Arc::clone(&board.mmio), Arc::clone(&board.ports));
         let mut vcpu = vm.add_vcpu(index, config.cpus, mmio, ports)?;
@@ -268,7 +271,7 @@ fn start_kvm(
 fn finish(
     board: Board,
     accel: Accel,
-    vcpus: Vec<(Box<dyn Vcpu>, Option<Arc<Lapic>>)>,
+    vcpus: Vec<Processor>,
     context: DeviceContext,
     console: Console,
 ) -> Result<RunningMachine, MachineError> {

@@ -73,10 +73,11 @@ impl Ending {
     /// ended already).
     pub fn set_on_end(&self, on_end: impl Fn() + Send + Sync + 'static) {
         let fresh = self.on_end.set(Box::new(on_end)).is_ok();
-        if fresh && self.outcome().is_some() {
-            if let Some(on_end) = self.on_end.get() {
-                on_end();
-            }
+        if fresh
+            && self.outcome().is_some()
+            && let Some(on_end) = self.on_end.get()
+        {
+            on_end();
         }
     }
 

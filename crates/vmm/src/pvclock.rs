@@ -112,7 +112,7 @@ impl PvClock {
 /// What the guest computes.
 fn nanoseconds(ticks: u64, multiplier: u32, shift: i8) -> u64 {
     let ticks = if shift >= 0 { ticks << shift } else { ticks >> -shift };
-    (u128::from(ticks) * u128::from(multiplier) >> 32) as u64
+    ((u128::from(ticks) * u128::from(multiplier)) >> 32) as u64
 }
 
 #[cfg(test)]

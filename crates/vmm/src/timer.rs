@@ -155,11 +155,11 @@ impl SharedTimers {
 
 impl Drop for TimerThread {
     fn drop(&mut self) {
-        if self.shared.stop.write(1).is_ok() {
-            if let Some(thread) = self.thread.take() {
-                // A callback that panicked has reported itself.
-                let _ = thread.join();
-            }
+        if self.shared.stop.write(1).is_ok()
+            && let Some(thread) = self.thread.take()
+        {
+            // A callback that panicked has reported itself.
+            let _ = thread.join();
         }
         // Callbacks hold chips, which hold alarms.
         self.shared.entries.lock().unwrap_or_else(PoisonError::into_inner).clear();

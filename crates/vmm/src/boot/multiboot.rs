@@ -114,7 +114,7 @@ fn load_by_addresses(
     })?;
     let memory_size = match bss_end {
         0 => size,
-        end => end.checked_sub(load_at).unwrap_or(0).max(size),
+        end => end.saturating_sub(load_at).max(size),
     };
     let end = put(loader, load_at, bytes, memory_size)?;
     Ok((entry as u32, end))

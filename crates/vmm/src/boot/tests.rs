@@ -300,7 +300,7 @@ fn errors_say_which_file_and_why() {
     let big = folder.0.join("big");
     std::fs::File::create(&big).unwrap().set_len(1 << 30).unwrap();
     let module = Module { path: big, args: String::new() };
-    assert!(message(&kernel, &[module.clone()], "").contains("--memory"));
+    assert!(message(&kernel, std::slice::from_ref(&module), "").contains("--memory"));
     let multi = folder.file("mb", &multiboot(0x1_0003, b""));
     assert!(message(&multi, &[module], "").contains("--memory"));
     let wants = folder.file("mb", &multiboot(0x1_0083, b""));

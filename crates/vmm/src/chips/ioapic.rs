@@ -76,7 +76,7 @@ impl IoApic {
             return;
         }
         let destination = Destination {
-            id: (*entry >> 56) as u32 | (*entry >> 48 & 0x7f) as u32 * 0x100,
+            id: (*entry >> 56) as u32 | ((*entry >> 48 & 0x7f) as u32 * 0x100),
             logical: *entry >> 11 & 1 == 1,
             wide: false,
         };

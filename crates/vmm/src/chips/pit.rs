@@ -72,7 +72,7 @@ impl Channel {
         let value = match self.mode {
             _ if !self.loaded => 0,
             2 => reload - ticks % reload,
-            3 => reload - (2 * ticks) % reload & !1,
+            3 => (reload - (2 * ticks) % reload) & !1,
             _ => reload.wrapping_sub(ticks),
         } as u16;
         if self.bcd { to_bcd(value) } else { value }
@@ -183,7 +183,7 @@ impl Channel {
 }
 
 fn to_bcd(value: u16) -> u16 {
-    (value / 1000 % 10) << 12 | (value / 100 % 10) << 8 | (value / 10 % 10) << 4 | value % 10
+    (value / 1000 % 10) << 12 | (value / 100 % 10) << 8 | (value / 10 % 10) << 4 | (value % 10)
 }
 
 fn from_bcd(value: u16) -> u32 {
@@ -240,10 +240,10 @@ impl Pit {
     }
 
     fn disarm(&mut self) {
-        if self.due_ns.take().is_some() {
-            if let Some(alarm) = &self.alarm {
-                alarm.clear();
-            }
+        if self.due_ns.take().is_some()
+            && let Some(alarm) = &self.alarm
+        {
+            alarm.clear();
         }
     }
 

@@ -123,7 +123,11 @@ impl Rtc {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.register(STATUS_B) & BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.register(STATUS_B) & BINARY != 0 {
+            value
+        } else {
+            ((value / 10) << 4) | (value % 10)
+        }
     }
 
     fn decode(&self, value: u8) -> u8 {
@@ -134,7 +138,7 @@ impl Rtc {
         if self.register(STATUS_B) & HOURS_24 != 0 {
             return self.encode(hour);
         }
-        let half = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let half = if hour.is_multiple_of(12) { 12 } else { hour % 12 };
         self.encode(half) | u8::from(hour >= 12) << 7
     }
 

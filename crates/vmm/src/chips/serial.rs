@@ -127,10 +127,10 @@ impl Serial {
         let byte = self.input.pop_front().unwrap_or(0);
         // Room for a good piece at once, not byte by byte.
         let now = self.input.len();
-        if full || now == CONSOLE_INPUT_BYTES_MAX / 2 || now == 0 {
-            if let Some(on_room) = &self.on_room {
-                on_room();
-            }
+        if (full || now == CONSOLE_INPUT_BYTES_MAX / 2 || now == 0)
+            && let Some(on_room) = &self.on_room
+        {
+            on_room();
         }
         byte
     }

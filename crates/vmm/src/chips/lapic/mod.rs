@@ -216,12 +216,11 @@ impl Lapic {
         let mut registers = self.lock();
         let known = base::BSP | base::EXTENDED | base::ENABLED | base::ADDRESS;
         let mode = |value: u64| (value & base::ENABLED != 0, value & base::EXTENDED != 0);
-        let allowed = match (mode(registers.base), mode(value)) {
-            (_, (false, true)) => false,
-            ((false, _), (true, true)) | ((true, true), (true, false)) => false,
-            _ => true,
-        };
-        if value & !known != 0 || !allowed {
+        let forbidden = matches!(
+            (mode(registers.base), mode(value)),
+            (_, (false, true)) | ((false, _), (true, true)) | ((true, true), (true, false))
+        );
+        if value & !known != 0 || forbidden {
             return None;
         }
         let bsp = registers.base & base::BSP;

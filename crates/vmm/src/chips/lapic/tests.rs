@@ -90,7 +90,7 @@ impl Fixture {
         self.bus.deliver(destination, Delivery::Fixed, vector, level);
     }
 
-    fn into_x2(&self) {
+    fn switch_to_x2(&self) {
         for apic in self.bus.apics() {
             apic.set_base(apic.base() | 1 << 10).unwrap();
         }
@@ -328,7 +328,7 @@ fn illegal_vectors_are_errors() {
 fn x2apic_by_msrs() {
     let f = Fixture::new(4);
     assert_eq!(f.apic(0).read_msr(0x802), None, "not in xAPIC mode");
-    f.into_x2();
+    f.switch_to_x2();
     assert_eq!(f.apic(3).read_msr(0x802), Some(3));
     assert_eq!(f.apic(3).read_msr(0x80d), Some(1 << 3));
     assert_eq!(f.apic(0).mmio_offset(0xfee0_0020), None);
@@ -373,7 +373,7 @@ fn messages_carry_their_destination_in_the_address() {
     assert!(f.bus.deliver_msi(0xfee0_0000 | 2 << 12, 0x91));
     assert_eq!(f.who_got(0x91), [2]);
     assert!(!f.bus.deliver_msi(0xfee0_0000 | 9 << 12, 0x91));
-    f.into_x2();
+    f.switch_to_x2();
     assert!(f.bus.deliver_msi(0xfee0_0004 | 0b110 << 12, 0x91));
     assert_eq!(f.who_got(0x91), [1, 2]);
 }

@@ -58,10 +58,10 @@ impl Timer {
     }
 
     fn disarm(&mut self) {
-        if self.expires_ns.take().is_some() {
-            if let Some(alarm) = &self.alarm {
-                alarm.clear();
-            }
+        if self.expires_ns.take().is_some()
+            && let Some(alarm) = &self.alarm
+        {
+            alarm.clear();
         }
     }
 

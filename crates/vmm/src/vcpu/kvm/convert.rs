@@ -14,8 +14,11 @@ type Result<T> = std::result::Result<T, (&'static str, Error)>;
 
 const IA32_TSC: u32 = 0x10;
 
+/// Where the state keeps an MSR.
+type Field = fn(&mut CpuState) -> &mut u64;
+
 /// MSRs that are one field each.
-const MSRS: [(u32, fn(&mut CpuState) -> &mut u64); 17] = [
+const MSRS: [(u32, Field); 17] = [
     (0xc000_0081, |s| &mut s.star),
     (0xc000_0082, |s| &mut s.lstar),
     (0xc000_0083, |s| &mut s.cstar),

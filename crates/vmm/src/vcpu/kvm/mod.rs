@@ -108,11 +108,11 @@ impl KvmVcpu {
         if kicked {
             let target = self.handle.target.lock().unwrap_or_else(PoisonError::into_inner);
             // A kick that comes now sets the flag again, and is seen next time.
-            if !self.handle.kicked.load(Ordering::SeqCst) {
-                if let Some(target) = &*target {
-                    // SAFETY: as in `kick`.
-                    unsafe { &*target.immediate_exit }.store(0, Ordering::SeqCst);
-                }
+            if !self.handle.kicked.load(Ordering::SeqCst)
+                && let Some(target) = &*target
+            {
+                // SAFETY: as in `kick`.
+                unsafe { &*target.immediate_exit }.store(0, Ordering::SeqCst);
             }
         }
         kicked

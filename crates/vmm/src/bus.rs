@@ -40,7 +40,7 @@ pub enum BusError {
     },
     /// No range begins there.
     #[error("no device has a bus range beginning at {base:#x}")]
-    Absent {
+    NotFound {
         /// The address asked for.
         base: u64,
     },
@@ -76,18 +76,21 @@ impl Bus {
     }
 
     /// Takes away the range that begins at `base` and gives its device.
-    pub fn remove(&self, base: u64) -> Option<SharedDevice> {
+    ///
+    /// # Errors
+    /// [`BusError::NotFound`] when no range begins there.
+    pub fn remove(&self, base: u64) -> Result<SharedDevice, BusError> {
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
-        ranges.remove(&base).map(|range| range.device)
+        ranges.remove(&base).map(|range| range.device).ok_or(BusError::NotFound { base })
     }
 
     /// Moves the range that begins at `old` so that it begins at `new`. On an error nothing moved.
     ///
     /// # Errors
-    /// [`BusError::Absent`] without such a range, otherwise as [`Bus::insert`].
+    /// [`BusError::NotFound`] without such a range, otherwise as [`Bus::insert`].
     pub fn relocate(&self, old: u64, new: u64) -> Result<(), BusError> {
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
-        let range = ranges.remove(&old).ok_or(BusError::Absent { base: old })?;
+        let range = ranges.remove(&old).ok_or(BusError::NotFound { base: old })?;
         let free = check_free(&ranges, new, range.len);
         ranges.insert(if free.is_ok() { new } else { old }, range);
         free
@@ -124,10 +127,10 @@ fn check_free(ranges: &BTreeMap<u64, Range>, base: u64, len: u64) -> Result<(), 
         Some(last) => last,
         None => return Err(BusError::BadRange { base, len }),
     };
-    if let Some((&other, range)) = ranges.range(..=last).next_back() {
-        if other >= base || base - other < range.len {
-            return Err(BusError::Overlap { base, len, other });
-        }
+    if let Some((&other, range)) = ranges.range(..=last).next_back()
+        && (other >= base || base - other < range.len)
+    {
+        return Err(BusError::Overlap { base, len, other });
     }
     Ok(())
 }
@@ -191,8 +194,8 @@ mod tests {
         bus.relocate(0x100, 0x108).unwrap();
         assert!(!bus.read(0x100, &mut [0]));
         assert!(bus.read(0x117, &mut [0]));
-        assert_eq!(bus.relocate(0x100, 0x300), Err(BusError::Absent { base: 0x100 }));
-        assert!(bus.remove(0x108).is_some());
-        assert!(bus.remove(0x108).is_none());
+        assert_eq!(bus.relocate(0x100, 0x300), Err(BusError::NotFound { base: 0x100 }));
+        assert!(bus.remove(0x108).is_ok());
+        assert!(bus.remove(0x108).is_err());
     }
 }

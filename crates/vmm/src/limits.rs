@@ -16,5 +16,5 @@ pub const KERNEL_BYTES_MAX: u64 = 1 << 30;
 /// Most Multiboot or PVH modules.
 pub const MODULES_MAX: usize = 64;
 
-const _: () = assert!(MEMORY_BYTES_MIN % 4096 == 0);
+const _: () = assert!(MEMORY_BYTES_MIN.is_multiple_of(4096));
 const _: () = assert!(CPUS_MAX < 255, "the I/O APIC takes the next id, 255 is the broadcast");

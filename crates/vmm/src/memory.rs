@@ -186,7 +186,7 @@ impl GuestRam {
         if bytes < MEMORY_BYTES_MIN {
             return Err(MemoryError::TooSmall { bytes });
         }
-        if bytes % 4096 != 0 {
+        if !bytes.is_multiple_of(4096) {
             return Err(MemoryError::Unaligned { bytes });
         }
         let (host, from) = host_memory();

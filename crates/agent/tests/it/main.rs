@@ -1,5 +1,6 @@
 //! The agent as the host meets it: the real program on a unix socket, spoken to with the client of
 //! `berth-api`.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

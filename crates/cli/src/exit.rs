@@ -105,6 +105,7 @@ impl CliError {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Command(error) => error.exit_code(),
+            Self::Machine(error) => error.exit_code(),
             Self::Plan(PlanError::Usage(_)) => ExitCode::Usage,
             _ => ExitCode::Failure,
         }

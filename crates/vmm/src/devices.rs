@@ -86,8 +86,7 @@ impl Devices {
 
     fn make(&self, context: &DeviceContext, slot: &VsockSlot) -> Result<PciRoot, DevicesError> {
         let memory = Arc::new(context.memory.clone());
-        let mut root =
-            PciRoot::new(Arc::clone(&context.mmio), Arc::clone(&context.interrupts));
+        let mut root = PciRoot::new(Arc::clone(&context.mmio), Arc::clone(&context.interrupts));
         for (i, disk) in self.disks.iter().enumerate() {
             let config = DiskConfig {
                 path: disk.path.clone(),
@@ -107,8 +106,7 @@ impl Devices {
                 attach(&mut root, Arc::clone(&memory), Box::new(card))?;
             }
             NetConfig::Tap(name) => {
-                let card =
-                    Net::new(Tap::open(name)?, Mac::random().map_err(DevicesError::Mac)?);
+                let card = Net::new(Tap::open(name)?, Mac::random().map_err(DevicesError::Mac)?);
                 attach(&mut root, Arc::clone(&memory), Box::new(card))?;
             }
         }

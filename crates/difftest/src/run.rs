@@ -1,0 +1,113 @@
+//! Runs a range of cases against a backend.
+
+use std::collections::BTreeSet;
+
+use iced_x86::Code;
+
+use crate::case::{Backend, Case, Mode, Outcome};
+use crate::compare::{Difference, compare, decode};
+use crate::generate::Generator;
+use crate::shrink::shrink;
+
+/// Counts of a run.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// Cases run and compared.
+    pub compared: u64,
+    /// Cases without a counterpart (system calls) or an end.
+    pub skipped: u64,
+    /// Cases that ended by an exception other than the end mark, by vector.
+    pub vectors: [u64; 32],
+    /// Cases that differed.
+    pub different: u64,
+    /// Encodings that were in a case, with the mode.
+    pub codes: BTreeSet<(u8, u32)>,
+}
+
+impl Stats {
+    /// Adds another run's counts.
+    pub fn add(&mut self, other: &Self) {
+        self.compared += other.compared;
+        self.skipped += other.skipped;
+        self.different += other.different;
+        for (to, from) in self.vectors.iter_mut().zip(other.vectors) {
+            *to += from;
+        }
+        self.codes.extend(&other.codes);
+    }
+
+    /// Encodings the generator has for a mode and did not use.
+    #[must_use]
+    pub fn missing(&self, generator: &Generator, mode: Mode) -> Vec<Code> {
+        generator.codes(mode).filter(|c| !self.codes.contains(&(mode as u8, *c as u32))).collect()
+    }
+
+    fn count(&mut self, case: &Case, native: &Outcome) {
+        match native {
+            Outcome::Stopped(end) => {
+                self.compared += 1;
+                if let Some(n) = self.vectors.get_mut(usize::from(end.fault.vector)) {
+                    *n += 1;
+                }
+            }
+            _ => self.skipped += 1,
+        }
+        for ins in decode(case) {
+            self.codes.insert((case.mode as u8, ins.code() as u32));
+        }
+    }
+}
+
+/// A difference that was found.
+pub struct Finding {
+    /// Number of the case.
+    pub number: u64,
+    /// The case as generated.
+    pub case: Case,
+    /// What differs.
+    pub differences: Vec<Difference>,
+}
+
+/// Runs cases `numbers` on both; hands every difference to `found`, which says whether to go on.
+pub fn run(
+    generator: &Generator,
+    numbers: std::ops::Range<u64>,
+    native: &mut dyn Backend,
+    other: &mut dyn Backend,
+    mut found: impl FnMut(Finding, &mut dyn Backend, &mut dyn Backend) -> bool,
+) -> Stats {
+    const BATCH: u64 = 64;
+    let mut stats = Stats::default();
+    let mut start = numbers.start;
+    while start < numbers.end {
+        let end = numbers.end.min(start + BATCH);
+        let cases: Vec<Case> = (start..end).map(|n| generator.case(n)).collect();
+        let natively = native.run_batch(&cases);
+        let others = other.run_batch(&cases);
+        for ((number, case), (a, b)) in (start..end).zip(cases).zip(natively.iter().zip(&others)) {
+            stats.count(&case, a);
+            let differences = compare(&case, a, b);
+            if differences.is_empty() {
+                continue;
+            }
+            stats.different += 1;
+            if !found(Finding { number, case, differences }, native, other) {
+                return stats;
+            }
+        }
+        start = end;
+    }
+    stats
+}
+
+/// Makes a finding smaller; returns the small case and its differences.
+pub fn minimize(
+    case: &Case,
+    native: &mut dyn Backend,
+    other: &mut dyn Backend,
+) -> (Case, Vec<Difference>) {
+    let mut differ = |c: &Case| compare(c, &native.run(c), &other.run(c));
+    let small = shrink(case, |c| !differ(c).is_empty());
+    let differences = differ(&small);
+    (small, differences)
+}

@@ -1,0 +1,3 @@
+//! The differential test with `cargo test`.
+
+mod harness;

@@ -7,7 +7,7 @@ mod tidy;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 const USAGE: &str = "\
 cargo xtask agent              build the guest's agent, statically linked
@@ -28,7 +28,7 @@ fn main() -> Result<ExitCode> {
                 eprintln!("{fault}");
             }
             if !faults.is_empty() {
-                bail!("{} faults", faults.len());
+                return Ok(ExitCode::FAILURE);
             }
         }
         ["bench", "boot"] => bench::boot(bench::RUNS_DEFAULT)?,

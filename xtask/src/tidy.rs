@@ -10,11 +10,12 @@ use anyhow::{Context, Result};
 /// Lines a source file may have.
 const LINES_MAX: usize = 800;
 /// Files over the limit, each with its reason.
-const LONG_FILES: [(&str, &str); 0] = [];
+const LONG_FILES: [(&str, &str); 1] =
+    [("crates/translator/src/vcpu.rs", "FIXME: to be split by role; it grew while it was written")];
 /// Crates that may depend on tokio: none yet.
 const TOKIO_CRATES: [&str; 0] = [];
 /// Crates that may start threads; the others are driven by their callers.
-const THREAD_CRATES: [&str; 3] = ["agent", "cli", "vmm"];
+const THREAD_CRATES: [&str; 4] = ["agent", "cli", "difftest", "vmm"];
 /// First words of paths that a document means as paths in this repository.
 const ROOTS: [&str; 5] = ["crates/", "xtask/", "docs/", "scripts/", ".ci/"];
 
@@ -86,7 +87,8 @@ fn check_source(name: &str, krate: &str, text: &str, faults: &mut Vec<String>) {
     if lines <= LINES_MAX && excused {
         faults.push(format!("{name} is excused for its length and is not long"));
     }
-    if !text.starts_with("//!") {
+    // A module's `tests.rs` is described by the module.
+    if !text.starts_with("//!") && !name.ends_with("/tests.rs") {
         faults.push(format!("{name} does not begin by saying what it is (`//!`)"));
     }
     // The words are put together here so that this file does not accuse itself.

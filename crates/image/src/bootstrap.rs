@@ -182,6 +182,11 @@ impl Drop for Workspace {
         // What cannot be removed now is swept by the next bootstrap.
         let _ = fs::remove_dir_all(&self.directory);
         if !self.is_root {
+            // The files belong to the namespace's users; only inside it can they be removed.
+            let mut command = tool("mmdebstrap");
+            command.args(["--unshare-helper", "rm", "-rf"]);
+            command.args(["root", "root.tar"].map(|name| self.root_area.join(name)));
+            let _ = run(command, None, "", &|_| {});
             let _ = fs::remove_dir_all(&self.root_area);
         }
     }
@@ -278,8 +283,10 @@ fn make_disk(work: &Workspace, disk_bytes: u64) -> Result<PathBuf, BootstrapErro
         command.args(options).arg("-d").arg(work.root_area.join("root")).arg(&disk).arg(kib);
         run(command, None, "", &|_| {})?;
     } else {
-        let script = "set -eu; cd \"$1\"; shift; mkdir root; tar -C root -xf root.tar; \
-                      mke2fs \"$@\"; chmod 0644 root.ext4; rm -rf root";
+        // A user namespace cannot make device nodes, and a guest has its own over these.
+        let script = "set -eu; cd \"$1\"; shift; mkdir root; \
+                      tar -C root --exclude='./dev/*' -xf root.tar; \
+                      mke2fs \"$@\"; chmod 0644 root.ext4";
         let mut command = tool("mmdebstrap");
         command
             .args(["--unshare-helper", "sh", "-c", script, "sh"])

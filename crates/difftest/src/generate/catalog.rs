@@ -183,7 +183,8 @@ fn classify(code: Code, mode: Mode) -> Option<(usize, Kind)> {
     }
     match code.flow_control() {
         FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception => {}
-        _ if info.operand_size() == 16 && mode == Mode::Bits64 => return None,
+        // In compatibility mode they cut EIP to 16 bits.
+        _ if info.operand_size() == 16 => return None,
         _ => return Some((5, Kind::Branch)),
     }
     let group = match features[0] {

@@ -1,9 +1,44 @@
 //! Dynamic binary translator from x86 guest code to x86-64 host code.
+//!
+//! Guest and host have the same instruction set, so most instructions are copied with their
+//! registers renamed; see [`translate`] for how a block comes about, [`tlb`] for how memory is
+//! reached, [`vcpu`] for what runs when. The crate knows guest RAM as files it maps and everything
+//! else as a [`Platform`]; it knows no device, no KVM and starts no thread.
+//!
+//! [`translate`]: crate#
+//! [`tlb`]: crate#
+//! [`vcpu`]: crate#
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "a processor takes numbers apart on every line; widths are explicit"
+)]
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use berth_x86::cpuid::{CpuidTable, HostCpuid};
 use berth_x86::{CpuState, Platform};
+
+mod asm;
+mod code;
+mod exec;
+mod features;
+mod fpu;
+mod layout;
+mod mem;
+mod ram;
+mod shared;
+mod signal;
+mod sys;
+mod thunks;
+mod tlb;
+mod translate;
+mod vcpu;
+
+pub use exec::host_tsc;
+pub use shared::Shared;
 
 /// One contiguous piece of guest RAM backed by a file (a memfd or a mapped snapshot).
 pub struct RamSlot<'a> {
@@ -20,13 +55,16 @@ pub struct RamSlot<'a> {
 /// Limits and switches of a translator.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Bytes of host code kept per vCPU before the oldest is evicted.
+    /// Bytes of host code kept per vCPU before all of it is dropped.
     pub code_cache_bytes: usize,
+    /// Guest address spaces (PCIDs) whose translations are kept per vCPU, 1 to 8. Each reserves
+    /// 768 GiB of the host's address space.
+    pub address_spaces: usize,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { code_cache_bytes: 16 << 20 }
+        Self { code_cache_bytes: 16 << 20, address_spaces: 8 }
     }
 }
 
@@ -34,34 +72,74 @@ impl Default for Config {
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// The host lacks something the generated code needs.
-    #[error("the host processor lacks {0}")]
+    #[error("the host processor lacks {0}, which the translator needs (any x86-64 processor since 2013 has it)")]
     Host(&'static str),
     /// A mapping failed.
-    #[error("mapping {what} failed")]
+    #[error("mapping {what} failed; is the address space limited (ulimit -v)?")]
     Map {
         /// What was to be mapped.
         what: &'static str,
         /// The operating system's reason.
         source: std::io::Error,
     },
+    /// More vCPUs than the tables of the process have room for.
+    #[error("too many translated vCPUs in one process")]
+    TooManyVcpus,
 }
 
-/// What all vCPUs of one machine share: the views of guest RAM and the map of pages with
-/// translations.
-pub struct Shared {}
-
-impl Shared {
-    /// Maps guest RAM for translated vCPUs.
-    ///
-    /// # Errors
-    /// [`SetupError`] when the host lacks an instruction or address space.
-    pub fn new(_slots: &[RamSlot<'_>], _config: Config) -> Result<Arc<Self>, SetupError> {
-        Err(SetupError::Host("a translator"))
+/// Checks that the host has what generated code uses.
+pub(crate) fn host_check() -> Result<(), SetupError> {
+    let have = [
+        ("BMI2", std::is_x86_feature_detected!("bmi2")),
+        ("AVX", std::is_x86_feature_detected!("avx")),
+    ];
+    if let Some((name, _)) = have.iter().find(|(_, h)| !h) {
+        return Err(SetupError::Host(name));
     }
+    // FSGSBASE has to be allowed by the kernel too; it says so in AT_HWCAP2 bit 1.
+    // SAFETY: reads the auxiliary vector.
+    if unsafe { libc::getauxval(libc::AT_HWCAP2) } & 2 == 0 {
+        return Err(SetupError::Host("FSGSBASE"));
+    }
+    Ok(())
+}
 
-    /// Must be called after anything but a vCPU has written guest RAM (device DMA, loaders), before
-    /// the guest is told: drops translations made from these bytes. Cheap when there are none.
-    pub fn ram_written(&self, _gpa: u64, _len: u64) {}
+/// What the host's CPUID answers.
+#[must_use]
+pub fn host_cpuid() -> HostCpuid {
+    HostCpuid::from_fn(|leaf, sub| {
+        let r = core::arch::x86_64::__cpuid_count(leaf, sub);
+        [r.eax, r.ebx, r.ecx, r.edx]
+    })
+}
+
+/// Counts of what a vCPU did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    /// Blocks translated.
+    pub blocks: u64,
+    /// Guest instructions in them.
+    pub guest_instructions: u64,
+    /// Host bytes made of them.
+    pub host_bytes: u64,
+    /// Entries into generated code.
+    pub entries: u64,
+    /// Exits at direct jumps that were not linked.
+    pub link_exits: u64,
+    /// Exits at indirect jumps that missed the jump cache.
+    pub indirect_exits: u64,
+    /// Accesses that took the slow path.
+    pub slow_accesses: u64,
+    /// Instructions executed by helpers.
+    pub helpers: u64,
+    /// Exceptions and interrupts delivered.
+    pub events: u64,
+    /// Stores to pages with translations.
+    pub code_stores: u64,
+    /// Pages whose blocks were dropped.
+    pub page_drops: u64,
+    /// Times the whole cache was dropped.
+    pub cache_flushes: u64,
 }
 
 /// Why [`TranslatedVcpu::run`] returned.
@@ -77,22 +155,37 @@ pub enum Exit {
 
 /// Makes a running vCPU notice something; may be called from any thread.
 #[derive(Clone)]
-pub struct Kicker {}
+pub struct Kicker {
+    mailbox: Arc<shared::Mailbox>,
+}
 
 impl Kicker {
     /// Makes [`TranslatedVcpu::run`] return [`Exit::Kicked`] soon (or at once, when it is not
     /// running now: the next call returns).
-    pub fn kick(&self) {}
+    pub fn kick(&self) {
+        self.mailbox.poke(&self.mailbox.kick);
+    }
 
     /// Tells the vCPU to ask its platform for a pending interrupt at the next block boundary.
-    pub fn interrupt(&self) {}
+    pub fn interrupt(&self) {
+        self.mailbox.poke(&self.mailbox.irq);
+    }
+
+    /// Delivers a non-maskable interrupt.
+    pub fn nmi(&self) {
+        self.mailbox.poke(&self.mailbox.nmi);
+    }
 }
 
 /// A virtual processor whose code is translated. Runs on the thread that calls
 /// [`TranslatedVcpu::run`].
 pub struct TranslatedVcpu {
-    state: CpuState,
+    inner: Box<vcpu::Inner>,
 }
+
+// SAFETY: the mappings `Inner` points to have no thread affinity; generated code and the GS base are
+// set up on each `run`, on the thread that calls it; `&mut self` makes that one thread at a time.
+unsafe impl Send for TranslatedVcpu {}
 
 impl TranslatedVcpu {
     /// Makes a vCPU in the given state.
@@ -100,39 +193,47 @@ impl TranslatedVcpu {
     /// # Errors
     /// [`SetupError`] when memory for tables or code cannot be mapped.
     pub fn new(
-        _shared: Arc<Shared>,
+        shared: Arc<Shared>,
         state: CpuState,
-        _platform: Box<dyn Platform>,
+        cpuid: CpuidTable,
+        platform: Box<dyn Platform>,
     ) -> Result<Self, SetupError> {
-        Ok(Self { state })
+        Ok(Self { inner: vcpu::Inner::new(shared, state, cpuid, platform)? })
     }
 
     /// The architectural state; complete whenever `run` is not active.
     #[must_use]
     pub fn state(&self) -> &CpuState {
-        &self.state
+        self.inner.state_ref()
     }
 
     /// Changes the architectural state; all cached address translations are dropped before the next
     /// instruction.
     pub fn state_mut(&mut self) -> &mut CpuState {
-        &mut self.state
+        self.inner.state_changed = true;
+        self.inner.state()
     }
 
     /// The platform given at creation.
     #[must_use]
     pub fn platform_mut(&mut self) -> &mut dyn Platform {
-        unreachable!("not built yet")
+        &mut *self.inner.lin.platform
     }
 
     /// Runs guest code until something outside has to be done.
     pub fn run(&mut self) -> Exit {
-        Exit::Shutdown
+        self.inner.run()
     }
 
     /// A handle for other threads.
     #[must_use]
     pub fn kicker(&self) -> Kicker {
-        Kicker {}
+        Kicker { mailbox: self.inner.mailbox.clone() }
+    }
+
+    /// Counts since creation.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.inner.stats
     }
 }

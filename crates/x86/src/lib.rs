@@ -7,8 +7,26 @@
 //! [`Platform`]) so that they can be tested without a machine. There is no unsafe code here.
 #![forbid(unsafe_code)]
 
+pub mod control;
+pub mod cpuid;
+mod desc;
+pub mod event;
+#[cfg(test)]
+mod fake;
+pub mod far;
+pub mod flags;
+pub mod msr;
+pub mod paging;
 pub mod platform;
+pub mod ports;
+#[cfg(test)]
+mod random_tests;
+mod reset;
+mod size;
+mod stack;
 pub mod state;
+pub mod syscall;
 
 pub use platform::{Access, LinearMem, PhysMem, Platform};
+pub use size::OpSize;
 pub use state::{CpuState, Exception, Segment, TableReg};

@@ -1,0 +1,363 @@
+//! The code cache: host code, what it came from, and how blocks are linked.
+//!
+//! Host code is written through one mapping and run through another (never both writable and
+//! executable). The cache belongs to one vCPU and is filled front to back; when it is full,
+//! everything is dropped. Blocks stay in the order of their host addresses, so that a host PC is
+//! found by binary search.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::os::fd::AsRawFd;
+
+use iced_x86::Instruction;
+
+use crate::SetupError;
+use crate::sys::{self, Reservation};
+
+/// Index of a block in [`CodeCache`], valid until the next flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockId(pub u32);
+
+/// What a block is found by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BlockKey {
+    /// Guest linear address of the first instruction.
+    pub rip: u64,
+    /// Guest physical address of the first byte.
+    pub gpa: u64,
+    /// Everything else the translation depends on.
+    pub mode: u32,
+}
+
+/// A fast hash for keys that are addresses.
+#[derive(Default)]
+pub struct MulHasher(u64);
+
+impl Hasher for MulHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(u64::from(b));
+        }
+    }
+    fn write_u32(&mut self, v: u32) {
+        self.write_u64(u64::from(v));
+    }
+    fn write_u64(&mut self, v: u64) {
+        self.0 = (self.0 ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    }
+}
+
+/// A map with [`MulHasher`].
+pub type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<MulHasher>>;
+
+/// A place in a block where a memory operand is accessed.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    /// Host offset (from the block's start) of the access itself.
+    pub op: u32,
+    /// Host offset of the first byte after the guest instruction's part that follows the access.
+    pub op_end: u32,
+    /// Host offset of the slow path.
+    pub cold: u32,
+    /// Host offset of the return address of the slow path's call.
+    pub ret: u32,
+    /// Host offset of the return address of the commit call, 0 when there is none.
+    pub commit_ret: u32,
+    /// Guest instruction, as offset from the block's RIP.
+    pub rip_off: u16,
+    /// Bytes accessed.
+    pub size: u16,
+    /// Segment register (for faults and, when `segmented`, base and limit).
+    pub seg: u8,
+    /// The operand is written.
+    pub write: bool,
+    /// The operand is read.
+    pub read: bool,
+    /// The address is an offset in a segment that is not flat.
+    pub segmented: bool,
+}
+
+/// A guest instruction that a helper executes.
+#[derive(Clone, Debug)]
+pub struct HelperSite {
+    /// Host offset of the return address.
+    pub ret: u32,
+    /// The instruction.
+    pub instr: Instruction,
+}
+
+/// A translated block.
+pub struct Block {
+    /// What it is found by.
+    pub key: BlockKey,
+    /// Guest bytes covered.
+    pub guest_len: u16,
+    /// Physical address of the second page, when the last instruction crosses into one.
+    pub second_page: Option<u64>,
+    /// Host address of the first byte.
+    pub host: u64,
+    /// Host bytes.
+    pub len: u32,
+    /// Where each guest instruction begins: host offset, offset from the block's RIP.
+    pub insns: Vec<(u32, u16)>,
+    /// Memory accesses.
+    pub sites: Vec<Site>,
+    /// Instructions done by helpers.
+    pub helpers: Vec<HelperSite>,
+    /// Links that jump here.
+    incoming: Vec<u32>,
+    /// Still to be found.
+    pub valid: bool,
+}
+
+impl Block {
+    /// Guest RIP of the instruction that host address `pc` belongs to.
+    pub fn rip_at(&self, pc: u64) -> u64 {
+        let off = pc.wrapping_sub(self.host) as u32;
+        // Slow paths lie behind the body and name their instruction in their site.
+        if let Some(s) = self.sites.iter().find(|s| off >= s.cold && off <= s.ret.max(s.commit_ret)) {
+            return self.key.rip.wrapping_add(u64::from(s.rip_off));
+        }
+        let i = self.insns.partition_point(|&(h, _)| h <= off);
+        let r = self.insns.get(i.wrapping_sub(1)).map_or(0, |&(_, r)| r);
+        self.key.rip.wrapping_add(u64::from(r))
+    }
+}
+
+/// A direct jump that can be pointed at its target's translation.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Host address after the 32-bit displacement to patch.
+    pub patch: u64,
+    /// Host address of the exit taken while unlinked.
+    pub stub: u64,
+    /// Guest linear address of the target.
+    pub target: u64,
+    /// Whether the target is in the page of the source (or a page that cannot move).
+    pub linkable: bool,
+}
+
+/// The cache of one vCPU.
+pub struct CodeCache {
+    _rw_space: Reservation,
+    _rx_space: Reservation,
+    rw: u64,
+    rx: u64,
+    size: usize,
+    /// Where blocks begin (behind the thunks).
+    start: usize,
+    used: usize,
+    blocks: Vec<Block>,
+    map: FastMap<BlockKey, BlockId>,
+    pages: FastMap<u64, Vec<BlockId>>,
+    links: Vec<Link>,
+    /// Links between different guest pages; undone when the kernel's mappings change.
+    far_links: Vec<u32>,
+    /// Times everything was dropped.
+    pub flushes: u64,
+}
+
+impl CodeCache {
+    /// Maps an empty cache.
+    ///
+    /// # Errors
+    /// When the host refuses the mappings.
+    pub fn new(size: usize) -> Result<Self, SetupError> {
+        let err = |source| SetupError::Map { what: "the code cache", source };
+        let size = size.next_multiple_of(1 << 21).max(4 << 20);
+        let fd = sys::memfd(c"berth-code", size as u64).map_err(err)?;
+        let rw_space = Reservation::new(size).map_err(err)?;
+        let rx_space = Reservation::new(size).map_err(err)?;
+        let raw = fd.as_raw_fd();
+        let rw = rw_space
+            .map_file(0, size, libc::PROT_READ | libc::PROT_WRITE, raw, 0)
+            .map_err(err)?;
+        let rx = rx_space
+            .map_file(0, size, libc::PROT_READ | libc::PROT_EXEC, raw, 0)
+            .map_err(err)?;
+        Ok(Self {
+            _rw_space: rw_space,
+            _rx_space: rx_space,
+            rw,
+            rx,
+            size,
+            start: 0,
+            used: 0,
+            blocks: Vec::new(),
+            map: FastMap::default(),
+            pages: FastMap::default(),
+            links: Vec::new(),
+            far_links: Vec::new(),
+            flushes: 0,
+        })
+    }
+
+    /// First and one past the last executable address.
+    pub fn range(&self) -> (u64, u64) {
+        (self.rx, self.rx + self.size as u64)
+    }
+
+    /// Host address the next code will have.
+    pub fn next_host(&self) -> u64 {
+        self.rx + self.used as u64
+    }
+
+    fn write(&mut self, host: u64, bytes: &[u8]) {
+        let off = host - self.rx;
+        assert!(off + bytes.len() as u64 <= self.size as u64, "inside the cache");
+        // SAFETY: the range is inside our writable mapping (asserted); the executing alias is used
+        // only by this thread, which is here and not in generated code.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                (self.rw + off) as *mut u8,
+                bytes.len(),
+            );
+        }
+    }
+
+    /// Appends code that stays for good (the thunks); returns its host address.
+    pub fn push_permanent(&mut self, bytes: &[u8]) -> u64 {
+        let host = self.next_host();
+        self.write(host, bytes);
+        self.used = (self.used + bytes.len()).next_multiple_of(64);
+        self.start = self.used;
+        host
+    }
+
+    /// Whether `bytes` more bytes fit.
+    pub fn fits(&self, bytes: usize) -> bool {
+        self.used + bytes <= self.size
+    }
+
+    /// Drops all blocks.
+    pub fn flush(&mut self) {
+        self.used = self.start;
+        self.blocks.clear();
+        self.map.clear();
+        self.pages.clear();
+        self.links.clear();
+        self.far_links.clear();
+        self.flushes += 1;
+    }
+
+    /// Appends a block; `register`: make it findable.
+    pub fn push_block(&mut self, mut block: Block, bytes: &[u8], links: &[Link], register: bool) -> BlockId {
+        let id = BlockId(self.blocks.len() as u32);
+        block.host = self.next_host();
+        block.len = bytes.len() as u32;
+        block.valid = register;
+        self.write(block.host, bytes);
+        self.used = (self.used + bytes.len()).next_multiple_of(16);
+        self.links.extend_from_slice(links);
+        if register {
+            self.map.insert(block.key, id);
+            self.pages.entry(block.key.gpa >> 12).or_default().push(id);
+            if let Some(p) = block.second_page {
+                self.pages.entry(p >> 12).or_default().push(id);
+            }
+        }
+        self.blocks.push(block);
+        id
+    }
+
+    /// Number the next link gets.
+    pub fn next_link(&self) -> u32 {
+        self.links.len() as u32
+    }
+
+    /// Makes an empty block record for [`CodeCache::push_block`].
+    pub fn record(key: BlockKey) -> Block {
+        Block {
+            key,
+            guest_len: 0,
+            second_page: None,
+            host: 0,
+            len: 0,
+            insns: Vec::new(),
+            sites: Vec::new(),
+            helpers: Vec::new(),
+            incoming: Vec::new(),
+            valid: true,
+        }
+    }
+
+    /// Finds a block.
+    pub fn find(&self, key: &BlockKey) -> Option<BlockId> {
+        self.map.get(key).copied()
+    }
+
+    /// The block with an id.
+    pub fn block(&self, id: BlockId) -> Option<&Block> {
+        self.blocks.get(id.0 as usize)
+    }
+
+    /// The block whose code contains host address `pc`.
+    pub fn block_at(&self, pc: u64) -> Option<&Block> {
+        let i = self.blocks.partition_point(|b| b.host <= pc);
+        let b = self.blocks.get(i.checked_sub(1)?)?;
+        (pc <= b.host + u64::from(b.len)).then_some(b)
+    }
+
+    /// A link by number.
+    pub fn link(&self, n: u32) -> Option<Link> {
+        self.links.get(n as usize).copied()
+    }
+
+    fn patch(&mut self, link: &Link, to: u64) {
+        let rel = to.wrapping_sub(link.patch) as u32;
+        self.write(link.patch - 4, &rel.to_le_bytes());
+    }
+
+    /// Points link `n` at a block.
+    pub fn connect(&mut self, n: u32, to: BlockId, far: bool) {
+        let Some(link) = self.link(n) else { return };
+        let Some(b) = self.blocks.get_mut(to.0 as usize) else { return };
+        if !b.valid {
+            return;
+        }
+        b.incoming.push(n);
+        let host = b.host;
+        self.patch(&link, host);
+        if far {
+            self.far_links.push(n);
+        }
+    }
+
+    /// Undoes all links between different pages.
+    pub fn disconnect_far(&mut self) {
+        for n in std::mem::take(&mut self.far_links) {
+            if let Some(l) = self.link(n) {
+                self.patch(&l, l.stub);
+            }
+        }
+    }
+
+    /// Drops the blocks made from a guest physical page; tells whether there were any.
+    pub fn invalidate_page(&mut self, page: u64) -> bool {
+        let Some(ids) = self.pages.remove(&page) else { return false };
+        for id in &ids {
+            let Some(b) = self.blocks.get_mut(id.0 as usize) else { continue };
+            if !std::mem::replace(&mut b.valid, false) {
+                continue;
+            }
+            let key = b.key;
+            let incoming = std::mem::take(&mut b.incoming);
+            self.map.remove(&key);
+            for n in incoming {
+                if let Some(l) = self.link(n) {
+                    self.patch(&l, l.stub);
+                }
+            }
+        }
+        true
+    }
+
+    /// Blocks made since the last flush, and bytes used.
+    pub fn usage(&self) -> (usize, usize) {
+        (self.blocks.len(), self.used)
+    }
+}

@@ -1,0 +1,129 @@
+//! The floating-point units: moving state between [`CpuState`], [`Area`] and the processor.
+//!
+//! While a vCPU runs, x87 state is in the processor's registers, and XMM/YMM and MXCSR are in the
+//! area whenever Rust code runs. The state's XSAVE area is current only outside `run`.
+
+use berth_x86::state::XsaveArea;
+
+use crate::layout::Area;
+
+/// 512 bytes as FXSAVE wants them.
+#[repr(C, align(64))]
+pub struct Fx(pub [u8; 512]);
+
+/// Offset of XMM0 in an FXSAVE image.
+pub const XMM: usize = 160;
+/// Offset of the upper halves of YMM in a standard XSAVE area.
+pub const YMM_HIGH: usize = 576;
+
+/// Stores the processor's x87 state (and vector registers, which mean nothing) as FXSAVE64 does.
+///
+/// The instruction and data pointers are zeroed: they would be host addresses.
+pub fn store_x87() -> Fx {
+    let mut fx = Fx([0; 512]);
+    // SAFETY: writes 512 bytes to an aligned buffer of that size.
+    unsafe { std::arch::asm!("fxsave64 [{}]", in(reg) fx.0.as_mut_ptr(), options(nostack)) };
+    fx.0[8..24].fill(0);
+    fx
+}
+
+/// Loads x87 state from the first 160 bytes of an FXSAVE image.
+pub fn load_x87(image: &[u8; 160]) {
+    let mut fx = store_x87();
+    fx.0[..24].copy_from_slice(&image[..24]);
+    fx.0[32..160].copy_from_slice(&image[32..160]);
+    fx.0[24..32].copy_from_slice(&[0x80, 0x1f, 0, 0, 0, 0, 0, 0]);
+    // SAFETY: reads 512 bytes; MXCSR is a valid value. Vector registers are declared clobbered.
+    unsafe {
+        std::arch::asm!(
+            "fxrstor64 [{}]",
+            in(reg) fx.0.as_ptr(),
+            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+            out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+            out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+            out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+            options(nostack)
+        );
+    }
+}
+
+/// The x87 part after FNINIT.
+pub fn initial_x87() -> [u8; 160] {
+    let mut i = [0; 160];
+    i[0] = 0x7f;
+    i[1] = 0x03;
+    i
+}
+
+fn bytes<const N: usize>(from: &[u8], at: usize) -> [u8; N] {
+    let mut out = [0; N];
+    if let Some(s) = from.get(at..at + N) {
+        out.copy_from_slice(s);
+    }
+    out
+}
+
+/// Takes the state's XSAVE area into the area's registers and the processor.
+pub fn load(area: &mut Area) {
+    let x: &XsaveArea = &area.state.xsave;
+    let bv = x.0[512];
+    let image = if bv & 1 != 0 { bytes::<160>(&x.0, 0) } else { initial_x87() };
+    let mxcsr = u32::from_le_bytes(bytes::<4>(&x.0, 24)) & 0xffff;
+    let mut ymm = [[0u8; 32]; 16];
+    for (i, y) in ymm.iter_mut().enumerate() {
+        if bv & 2 != 0 {
+            y[..16].copy_from_slice(&bytes::<16>(&x.0, XMM + i * 16));
+        }
+        if bv & 4 != 0 {
+            y[16..].copy_from_slice(&bytes::<16>(&x.0, YMM_HIGH + i * 16));
+        }
+    }
+    area.ymm = ymm;
+    area.mxcsr = if bv & 6 != 0 { mxcsr } else { 0x1f80 };
+    load_x87(&image);
+}
+
+/// Brings the state's XSAVE area up to date.
+pub fn save(area: &mut Area) {
+    let fx = store_x87();
+    let mut x = XsaveArea::default();
+    x.0[..160].copy_from_slice(&fx.0[..160]);
+    x.0[24..28].copy_from_slice(&area.mxcsr.to_le_bytes());
+    x.0[28..32].copy_from_slice(&0xffffu32.to_le_bytes());
+    for (i, y) in area.ymm.iter().enumerate() {
+        x.0[XMM + i * 16..XMM + i * 16 + 16].copy_from_slice(&y[..16]);
+        x.0[YMM_HIGH + i * 16..YMM_HIGH + i * 16 + 16].copy_from_slice(&y[16..]);
+    }
+    x.0[512] = 7;
+    area.state.xsave = x;
+}
+
+/// FNSTENV: the 28-byte environment; masks all exceptions, as the instruction does.
+pub fn environment() -> [u8; 28] {
+    let mut env = [0u8; 28];
+    // SAFETY: writes 28 bytes.
+    unsafe { std::arch::asm!("fnstenv [{}]", in(reg) env.as_mut_ptr(), options(nostack)) };
+    env[12..28].fill(0);
+    env
+}
+
+/// FLDENV.
+pub fn load_environment(env: &[u8; 28]) {
+    // SAFETY: reads 28 bytes; any value is accepted by the instruction.
+    unsafe { std::arch::asm!("fldenv [{}]", in(reg) env.as_ptr(), options(nostack)) };
+}
+
+/// FNSAVE: environment and registers; initializes the unit.
+pub fn save_all() -> [u8; 108] {
+    let mut image = [0u8; 108];
+    // SAFETY: writes 108 bytes.
+    unsafe { std::arch::asm!("fnsave [{}]", in(reg) image.as_mut_ptr(), options(nostack)) };
+    image[12..28].fill(0);
+    image
+}
+
+/// FRSTOR.
+pub fn restore_all(image: &[u8; 108]) {
+    // SAFETY: reads 108 bytes; any value is accepted by the instruction.
+    unsafe { std::arch::asm!("frstor [{}]", in(reg) image.as_ptr(), options(nostack)) };
+}

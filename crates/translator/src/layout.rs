@@ -1,0 +1,166 @@
+//! Register assignment and the per-vCPU area that generated code addresses through the GS base.
+//!
+//! ```text
+//!   gs base ──►  0            soft TLB: one u64 per guest linear page (index = linear address bits
+//!                             12..=47), the value to add to a guest address to get the host
+//!                             address, or 0
+//!                -AREA_SIZE   [`Area`], the same page in every view
+//!                -AREA_SIZE-JC_SIZE  the jump cache of this view
+//! ```
+//!
+//! Guest registers live in host registers of the same number while generated code runs, except:
+//! host RSP is the host's stack, RCX (wanted by JRCXZ), R10 and R11 are scratch; guest RCX lives in
+//! R14, guest RSP in R15, and guest R10, R11, R14 and R15 stay in [`Area::state`].
+
+use berth_x86::CpuState;
+
+/// Host register numbers.
+pub mod host {
+    pub const RAX: u8 = 0;
+    pub const RCX: u8 = 1;
+    pub const RDX: u8 = 2;
+    pub const RBX: u8 = 3;
+    pub const RSP: u8 = 4;
+    pub const RBP: u8 = 5;
+    pub const RSI: u8 = 6;
+    pub const RDI: u8 = 7;
+    pub const R8: u8 = 8;
+    pub const R12: u8 = 12;
+    pub const R13: u8 = 13;
+    pub const R14: u8 = 14;
+    pub const R15: u8 = 15;
+}
+
+/// First scratch register: the effective address of a memory operand.
+pub const S0: u8 = 10;
+/// Second scratch register.
+pub const S1: u8 = 11;
+/// Third scratch register, the one JRCXZ tests.
+pub const SC: u8 = host::RCX;
+/// Where the guest's RSP lives.
+pub const GUEST_RSP: u8 = host::R15;
+/// Where the guest's RCX lives.
+pub const GUEST_RCX: u8 = host::R14;
+
+/// The host register that holds a guest register, or `None` when it stays in memory.
+#[must_use]
+pub const fn mapped(guest: u8) -> Option<u8> {
+    match guest {
+        1 => Some(GUEST_RCX),
+        4 => Some(GUEST_RSP),
+        10 | 11 | 14 | 15 => None,
+        r => Some(r),
+    }
+}
+
+/// Bytes of [`Area`] (and of its mapping), a multiple of the page size.
+pub const AREA_SIZE: usize = 16 << 10;
+/// Entries of a jump cache.
+pub const JC_ENTRIES: usize = 4096;
+/// Bytes of a jump cache: the negated guest addresses, then the host addresses.
+pub const JC_SIZE: usize = JC_ENTRIES * 16;
+/// Largest power-of-two access that the inline path handles, as a shift.
+pub const MAX_ACCESS_SHIFT: usize = 10;
+
+/// Bytes of the bounce buffer: the largest single access (an XSAVE area) fits.
+pub const BOUNCE_SIZE: usize = 2048;
+
+/// Why generated code returned to the dispatcher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ExitCode {
+    /// A direct jump that is not linked yet; [`Area::exit_arg`] is the host address of its slot.
+    Link = 1,
+    /// An indirect jump missed the jump cache; the target is in [`Area::exit_rip`].
+    Indirect = 2,
+    /// [`Area::run`] was found zero at a block boundary; RIP is in [`Area::exit_rip`].
+    Interrupt = 3,
+    /// A helper asked for it; everything is in the state.
+    Helper = 4,
+    /// A host signal at [`Area::fault_pc`].
+    Fault = 5,
+}
+
+/// What generated code and helpers share. Addressed relative to GS; see the module.
+#[repr(C, align(4096))]
+pub struct Area {
+    /// The architectural state. While generated code runs: the mapped general registers, the
+    /// arithmetic flags and DF are in host registers, RIP is implied by the host's.
+    pub state: CpuState,
+    /// YMM registers while not in generated code.
+    pub ymm: [[u8; 32]; 16],
+    /// MXCSR of the guest while not in generated code.
+    pub mxcsr: u32,
+    /// MXCSR for our own code.
+    pub host_mxcsr: u32,
+    /// Zero when the vCPU has to leave generated code at the next block boundary.
+    pub run: u64,
+    /// Host stack pointer at entry.
+    pub host_rsp: u64,
+    /// The `VcpuInner` that owns this area.
+    pub owner: u64,
+    /// Scratch registers at a call of a thunk.
+    pub s0: u64,
+    /// Second scratch register at a call of a thunk.
+    pub s1: u64,
+    /// Third scratch register at a call of a thunk.
+    pub sc: u64,
+    /// Why generated code was left ([`ExitCode`]).
+    pub exit_code: u64,
+    /// Argument of the exit.
+    pub exit_arg: u64,
+    /// RIP of the exit.
+    pub exit_rip: u64,
+    /// Host PC of a signal.
+    pub fault_pc: u64,
+    /// Signal number.
+    pub fault_signal: u64,
+    /// x86 trap number of a signal.
+    pub fault_trap: u64,
+    /// PEXT masks that find the page index for user code, supervisor code.
+    pub page_mask: [u64; 2],
+    /// PEXT masks that select the offset within a page in units of `1 << shift` bytes.
+    pub slot_mask: [u64; MAX_ACCESS_SHIFT + 1],
+    /// PEXT mask of jump cache indexes.
+    pub jc_mask: u64,
+    /// PEXT masks of a bit index within 1, 2, 4, 8 bytes.
+    pub bit_mask: [u64; 4],
+    /// A value that has to survive a second access of the same instruction.
+    pub tmp: u64,
+    /// Where to enter generated code.
+    pub enter_pc: u64,
+    /// RFLAGS as the host has them: arithmetic flags and DF of the guest.
+    pub host_flags: u64,
+    /// Where accesses go that cannot go to memory directly.
+    pub bounce: Bounce,
+}
+
+/// The bounce buffer.
+#[repr(C, align(64))]
+pub struct Bounce(pub [u8; BOUNCE_SIZE]);
+
+const _: () = assert!(size_of::<Area>() <= AREA_SIZE);
+
+/// GS-relative displacement of a field of [`Area`] at `offset`.
+#[must_use]
+#[allow(clippy::cast_possible_wrap, clippy::cast_possible_truncation, reason = "AREA_SIZE is small")]
+pub const fn disp(offset: usize) -> i32 {
+    offset as i32 - AREA_SIZE as i32
+}
+
+/// GS-relative displacement of the state field at `offset` of [`CpuState`].
+#[must_use]
+pub const fn state_disp(offset: usize) -> i32 {
+    disp(std::mem::offset_of!(Area, state) + offset)
+}
+
+/// GS-relative displacement of a guest general register's slot.
+#[must_use]
+pub const fn gpr_disp(guest: u8) -> i32 {
+    state_disp(std::mem::offset_of!(CpuState, gpr) + guest as usize * 8)
+}
+
+/// GS-relative displacement of the jump cache's negated guest addresses.
+pub const JC_TAGS: i32 = -((AREA_SIZE + JC_SIZE) as i32);
+/// GS-relative displacement of the jump cache's host addresses.
+pub const JC_TARGETS: i32 = JC_TAGS + (JC_ENTRIES * 8) as i32;

@@ -1,0 +1,261 @@
+//! Accesses to guest memory from Rust: the slow path of generated code, and what helpers and the
+//! rules of `berth-x86` use.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use berth_x86::paging::{self, Kind, Rights, Walk};
+use berth_x86::state::{flags, sreg};
+use berth_x86::{Access, CpuState, Exception, LinearMem, Platform};
+
+use crate::ram::PAGE;
+use crate::shared::Shared;
+
+/// Memory and machine of one vCPU.
+pub struct Lin {
+    /// RAM and the map of translated pages.
+    pub shared: Arc<Shared>,
+    /// This vCPU's number.
+    pub index: usize,
+    /// What is not RAM.
+    pub platform: Box<dyn Platform>,
+    /// Pages of translated code that helpers wrote; the vCPU drops its blocks afterwards.
+    pub dirty_code: Vec<u64>,
+    /// The platform was called: interrupts may have changed.
+    pub platform_called: bool,
+    /// Bits for DR6 from data breakpoints that were hit.
+    pub watch_hits: u64,
+}
+
+/// One piece of an access within a page.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Piece {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: usize,
+}
+
+/// Where up to two pages' worth of bytes are.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pieces {
+    /// First page.
+    pub first: Piece,
+    /// Second page, `len` 0 when there is none.
+    pub second: Piece,
+}
+
+/// Non-canonical addresses and what they raise: #SS through SS, else #GP.
+pub fn check_canonical(cpu: &CpuState, va: u64, stack: bool) -> Result<(), Exception> {
+    if cpu.long_mode() && !paging::canonical(va) {
+        return Err(if stack { Exception::ss(0) } else { Exception::gp(0) });
+    }
+    Ok(())
+}
+
+impl Lin {
+    /// Translates `len` bytes (at most a page) at a linear address, checking everything first.
+    pub fn resolve(
+        &mut self,
+        cpu: &CpuState,
+        va: u64,
+        len: usize,
+        rights: Rights,
+        stack: bool,
+    ) -> Result<Pieces, Exception> {
+        check_canonical(cpu, va, stack)?;
+        let room = (PAGE - (va & (PAGE - 1))) as usize;
+        let w = paging::walk(&self.shared.ram, cpu, va, rights)?;
+        let first = Piece { gpa: w.gpa, len: len.min(room) };
+        if len <= room {
+            return Ok(Pieces { first, second: Piece::default() });
+        }
+        let mut next = va.wrapping_add(room as u64);
+        if !cpu.long_mode() {
+            next &= 0xffff_ffff;
+        }
+        check_canonical(cpu, next, stack)?;
+        let w2 = paging::walk(&self.shared.ram, cpu, next, rights)?;
+        Ok(Pieces { first, second: Piece { gpa: w2.gpa, len: len - room } })
+    }
+
+    /// A walk of one byte for instruction fetches.
+    pub fn walk(&self, cpu: &CpuState, va: u64, rights: Rights) -> Result<Walk, Exception> {
+        paging::walk(&self.shared.ram, cpu, va, rights)
+    }
+
+    /// Reads physical memory or devices.
+    pub fn read_phys(&mut self, gpa: u64, buf: &mut [u8]) {
+        if self.shared.ram.contains(gpa, buf.len() as u64) {
+            self.shared.ram.read(gpa, buf);
+        } else {
+            self.platform_called = true;
+            for (i, chunk) in buf.chunks_mut(8).enumerate() {
+                self.platform.mmio_read(gpa + i as u64 * 8, chunk);
+            }
+        }
+    }
+
+    /// Writes physical memory or devices.
+    pub fn write_phys(&mut self, gpa: u64, data: &[u8]) {
+        if self.shared.ram.contains(gpa, data.len() as u64) {
+            self.shared.ram.write(gpa, data);
+            self.written(gpa, data.len() as u64);
+        } else {
+            self.platform_called = true;
+            for (i, chunk) in data.chunks(8).enumerate() {
+                self.platform.mmio_write(gpa + i as u64 * 8, chunk);
+            }
+        }
+    }
+
+    /// Notices writes to pages with translations.
+    pub fn written(&mut self, gpa: u64, len: u64) {
+        fence(Ordering::SeqCst);
+        for page in gpa / PAGE..=(gpa + len.max(1) - 1) / PAGE {
+            if self.shared.has_code(page) {
+                self.shared.invalidate_page(page, Some(self.index));
+                self.dirty_code.push(page);
+            }
+        }
+    }
+
+    /// Reads resolved bytes.
+    pub fn read_pieces(&mut self, p: &Pieces, buf: &mut [u8]) {
+        let (a, b) = buf.split_at_mut(p.first.len.min(buf.len()));
+        self.read_phys(p.first.gpa, a);
+        if !b.is_empty() {
+            self.read_phys(p.second.gpa, b);
+        }
+    }
+
+    /// Writes resolved bytes.
+    pub fn write_pieces(&mut self, p: &Pieces, data: &[u8]) {
+        let (a, b) = data.split_at(p.first.len.min(data.len()));
+        self.write_phys(p.first.gpa, a);
+        if !b.is_empty() {
+            self.write_phys(p.second.gpa, b);
+        }
+    }
+
+    /// Records data breakpoints that an access of `len` bytes at `va` hits (SDM vol. 3, 17.2.4).
+    pub fn watch(&mut self, cpu: &CpuState, va: u64, len: usize, write: bool) {
+        if cpu.dr7 & 0xff == 0 {
+            return;
+        }
+        for i in 0..4 {
+            let enabled = cpu.dr7 >> (i * 2) & 3 != 0;
+            let rw = cpu.dr7 >> (16 + i * 4) & 3;
+            let bytes = match cpu.dr7 >> (18 + i * 4) & 3 {
+                0 => 1u64,
+                1 => 2,
+                3 => 4,
+                _ => 8,
+            };
+            if !enabled || rw == 0 || rw == 2 || (rw == 1 && !write) {
+                continue;
+            }
+            let start = cpu.dr[i] & !(bytes - 1);
+            if va < start.wrapping_add(bytes) && start < va.wrapping_add(len as u64) {
+                self.watch_hits |= 1 << i;
+            }
+        }
+    }
+}
+
+/// Whether DR7 enables any breakpoint on data.
+pub fn watching(cpu: &CpuState) -> bool {
+    cpu.dr7 & 0xff != 0
+        && (0..4).any(|i| {
+            cpu.dr7 >> (i * 2) & 3 != 0 && matches!(cpu.dr7 >> (16 + i * 4) & 3, 1 | 3)
+        })
+}
+
+/// Whether DR7 enables any breakpoint on instructions.
+pub fn breaking(cpu: &CpuState) -> bool {
+    cpu.dr7 & 0xff != 0
+        && (0..4).any(|i| cpu.dr7 >> (i * 2) & 3 != 0 && cpu.dr7 >> (16 + i * 4) & 3 == 0)
+}
+
+impl LinearMem for Lin {
+    fn read(
+        &mut self,
+        cpu: &mut CpuState,
+        addr: u64,
+        buf: &mut [u8],
+        access: Access,
+    ) -> Result<(), Exception> {
+        let p = self.resolve(cpu, addr, buf.len(), Rights::of(cpu, access, Kind::Read), false)?;
+        self.read_pieces(&p, buf);
+        self.watch(cpu, addr, buf.len(), false);
+        Ok(())
+    }
+
+    fn write(
+        &mut self,
+        cpu: &mut CpuState,
+        addr: u64,
+        data: &[u8],
+        access: Access,
+    ) -> Result<(), Exception> {
+        let p = self.resolve(cpu, addr, data.len(), Rights::of(cpu, access, Kind::Write), false)?;
+        self.write_pieces(&p, data);
+        self.watch(cpu, addr, data.len(), true);
+        Ok(())
+    }
+
+    fn probe_write(
+        &mut self,
+        cpu: &mut CpuState,
+        addr: u64,
+        len: usize,
+        access: Access,
+    ) -> Result<(), Exception> {
+        self.resolve(cpu, addr, len, Rights::of(cpu, access, Kind::Write), false).map(|_| ())
+    }
+}
+
+/// Turns an offset in a segment into a linear address, checking rights and limit (SDM vol. 3, 5.3);
+/// 64-bit mode knows only the bases of FS and GS.
+pub fn linear(
+    cpu: &CpuState,
+    seg: u8,
+    offset: u64,
+    len: usize,
+    write: bool,
+) -> Result<u64, Exception> {
+    let index = usize::from(seg);
+    let s = &cpu.seg[index.min(5)];
+    if cpu.code_size() == berth_x86::state::CodeSize::Bits64 {
+        return Ok(if index >= sreg::FS { s.base.wrapping_add(offset) } else { offset });
+    }
+    let fault = if index == sreg::SS { Exception::ss(0) } else { Exception::gp(0) };
+    if !s.present() {
+        return Err(Exception::gp(0));
+    }
+    let code = s.typ() & 8 != 0;
+    if cpu.protected() && s.attr & berth_x86::Segment::S != 0 {
+        let denied = if code { write || s.typ() & 2 == 0 } else { write && s.typ() & 2 == 0 };
+        if denied {
+            return Err(fault);
+        }
+    }
+    let offset = offset & 0xffff_ffff;
+    let last = offset + len.max(1) as u64 - 1;
+    let down = !code && s.typ() & 4 != 0 && cpu.protected();
+    let ok = if down {
+        let top = if s.attr & berth_x86::Segment::DB != 0 { 0xffff_ffff } else { 0xffff };
+        offset > u64::from(s.limit) && last <= top
+    } else {
+        last <= u64::from(s.limit)
+    };
+    if !ok {
+        return Err(fault);
+    }
+    Ok((s.base.wrapping_add(offset)) & 0xffff_ffff)
+}
+
+/// Whether the alignment of an access is checked (CR0.AM, EFLAGS.AC, CPL 3).
+pub fn alignment_checked(cpu: &CpuState) -> bool {
+    cpu.cr0 & berth_x86::state::cr0::AM != 0 && cpu.rflags & flags::AC != 0 && cpu.cpl() == 3
+}

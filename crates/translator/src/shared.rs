@@ -1,0 +1,194 @@
+//! What the vCPUs of a machine share: RAM, the map of pages with translations, and mailboxes.
+//!
+//! Each vCPU has a code cache of its own. A page from which any vCPU has translated is
+//! write-protected in the writable view of RAM; the first store to it traps, and
+//! [`Shared::invalidate_page`] tells the vCPUs concerned to drop their blocks before the page
+//! becomes writable again. A vCPU reads code bytes only after the page is protected and its bit
+//! set; whoever writes by another way looks for the bits only after the bytes are there. So one of
+//! the two always notices.
+
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::ram::{PAGE, Ram};
+use crate::{Config, RamSlot, SetupError};
+
+/// Most vCPUs of a machine.
+pub const MAX_VCPUS: usize = 16;
+
+/// Inbox entry: drop every block.
+pub const ALL_PAGES: u64 = u64::MAX;
+
+/// What others leave for a vCPU.
+pub struct Mailbox {
+    /// Address of [`crate::layout::Area::run`], 0 once the vCPU is gone.
+    run: Mutex<u64>,
+    /// Guest pages whose blocks are to be dropped.
+    pub inbox: Mutex<Vec<u64>>,
+    /// `inbox` is not empty.
+    pub mail: AtomicBool,
+    /// Leave `run`.
+    pub kick: AtomicBool,
+    /// Ask the platform for interrupts.
+    pub irq: AtomicBool,
+    /// An NMI arrived.
+    pub nmi: AtomicBool,
+}
+
+/// Locks a mutex; a panic elsewhere does not make its data wrong here.
+pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Mailbox {
+    /// Sets `flag` and makes the vCPU leave generated code at the next block boundary.
+    pub fn poke(&self, flag: &AtomicBool) {
+        flag.store(true, Ordering::SeqCst);
+        let run = lock(&self.run);
+        if *run != 0 {
+            // SAFETY: the address is that of the `run` word of a live vCPU: it is zeroed under this
+            // lock before the area is unmapped. Concurrent accesses are aligned 8-byte ones.
+            unsafe { std::sync::atomic::AtomicU64::from_ptr(*run as *mut u64) }
+                .store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether anything waits.
+    pub fn any(&self) -> bool {
+        self.mail.load(Ordering::SeqCst)
+            || self.kick.load(Ordering::SeqCst)
+            || self.irq.load(Ordering::SeqCst)
+            || self.nmi.load(Ordering::SeqCst)
+    }
+
+    /// Says where the `run` word is (0: gone).
+    pub fn set_run_word(&self, addr: u64) {
+        *lock(&self.run) = addr;
+    }
+}
+
+/// What all vCPUs of one machine share.
+pub struct Shared {
+    /// Guest RAM.
+    pub(crate) ram: Ram,
+    /// Limits.
+    pub(crate) config: Config,
+    /// For each page of RAM: the vCPUs that have blocks made from it.
+    code: Box<[AtomicU16]>,
+    code_lock: Mutex<()>,
+    boxes: Mutex<Vec<Arc<Mailbox>>>,
+}
+
+impl Shared {
+    /// Maps guest RAM for translated vCPUs.
+    ///
+    /// # Errors
+    /// [`SetupError`] when the host lacks an instruction or address space.
+    pub fn new(slots: &[RamSlot<'_>], config: Config) -> Result<Arc<Self>, SetupError> {
+        crate::host_check()?;
+        let ram = Ram::new(slots)?;
+        let pages = (ram.span() / PAGE) as usize;
+        let code = (0..pages).map(|_| AtomicU16::new(0)).collect();
+        Ok(Arc::new(Self {
+            ram,
+            config,
+            code,
+            code_lock: Mutex::new(()),
+            boxes: Mutex::new(Vec::new()),
+        }))
+    }
+
+    /// Adds a vCPU; gives its number and mailbox.
+    pub(crate) fn join(&self) -> Result<(usize, Arc<Mailbox>), SetupError> {
+        let mut boxes = lock(&self.boxes);
+        if boxes.len() >= MAX_VCPUS {
+            return Err(SetupError::TooManyVcpus);
+        }
+        let m = Arc::new(Mailbox {
+            run: Mutex::new(0),
+            inbox: Mutex::new(Vec::new()),
+            mail: AtomicBool::new(false),
+            kick: AtomicBool::new(false),
+            irq: AtomicBool::new(false),
+            nmi: AtomicBool::new(false),
+        });
+        boxes.push(m.clone());
+        Ok((boxes.len() - 1, m))
+    }
+
+    /// Must be called after anything but a vCPU has written guest RAM (device DMA, loaders), before
+    /// the guest is told: drops translations made from these bytes. Cheap when there are none.
+    pub fn ram_written(&self, gpa: u64, len: u64) {
+        fence(Ordering::SeqCst);
+        let last = gpa.saturating_add(len.max(1) - 1) / PAGE;
+        for page in gpa / PAGE..=last.min(self.code.len() as u64) {
+            if self.has_code(page) {
+                self.invalidate_page(page, None);
+            }
+        }
+    }
+
+    /// Whether any vCPU has blocks made from a page.
+    #[inline]
+    pub(crate) fn has_code(&self, page: u64) -> bool {
+        self.code.get(page as usize).is_some_and(|c| c.load(Ordering::SeqCst) != 0)
+    }
+
+    /// Records that vCPU `index` is about to read a page in order to translate it.
+    pub(crate) fn mark_code(&self, page: u64, index: usize) {
+        let Some(c) = self.code.get(page as usize) else { return };
+        let bit = 1u16 << index;
+        if c.load(Ordering::SeqCst) & bit != 0 {
+            return;
+        }
+        let guard = lock(&self.code_lock);
+        if c.fetch_or(bit, Ordering::SeqCst) == 0
+            && self.ram.protect(page * PAGE, PAGE, false).is_err()
+        {
+            // Out of mappings: the host has a limit on their number. Start over.
+            self.drop_all();
+            c.fetch_or(bit, Ordering::SeqCst);
+            if self.ram.protect(page * PAGE, PAGE, false).is_err() {
+                tracing_free_abort("write-protecting translated guest code failed");
+            }
+        }
+        drop(guard);
+        fence(Ordering::SeqCst);
+    }
+
+    fn drop_all(&self) {
+        for c in &self.code {
+            c.store(0, Ordering::SeqCst);
+        }
+        for m in lock(&self.boxes).iter() {
+            lock(&m.inbox).push(ALL_PAGES);
+            m.poke(&m.mail);
+        }
+        self.ram.unprotect_all();
+    }
+
+    /// Tells all vCPUs with blocks from a page (but `except`, which does so itself) to drop them,
+    /// and makes the page writable.
+    pub(crate) fn invalidate_page(&self, page: u64, except: Option<usize>) {
+        let Some(c) = self.code.get(page as usize) else { return };
+        let _guard = lock(&self.code_lock);
+        let mask = c.swap(0, Ordering::SeqCst);
+        if mask == 0 {
+            return;
+        }
+        for (i, m) in lock(&self.boxes).iter().enumerate() {
+            if mask & (1 << i) != 0 && Some(i) != except {
+                lock(&m.inbox).push(page);
+                m.poke(&m.mail);
+            }
+        }
+        if self.ram.protect(page * PAGE, PAGE, true).is_err() {
+            self.drop_all();
+        }
+    }
+}
+
+fn tracing_free_abort(what: &str) -> ! {
+    eprintln!("berth: {what}: {}", std::io::Error::last_os_error());
+    std::process::abort()
+}

@@ -1,0 +1,116 @@
+//! The system calls behind the translator's mappings.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+/// A reserved range of host addresses, given back on drop. Pieces are mapped over it.
+pub struct Reservation {
+    at: u64,
+    len: usize,
+}
+
+// SAFETY: a range of addresses has no thread affinity.
+unsafe impl Send for Reservation {}
+// SAFETY: as above; all methods are system calls.
+unsafe impl Sync for Reservation {}
+
+fn check(p: *mut libc::c_void) -> io::Result<u64> {
+    if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p as u64) }
+}
+
+impl Reservation {
+    /// Reserves `len` bytes without access.
+    pub fn new(len: usize) -> io::Result<Self> {
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let p = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        Ok(Self { at: check(p)?, len })
+    }
+
+    /// First address.
+    pub fn addr(&self) -> u64 {
+        self.at
+    }
+
+    /// Maps a piece of a file over part of the range.
+    pub fn map_file(
+        &self,
+        at: usize,
+        len: usize,
+        prot: i32,
+        fd: i32,
+        offset: u64,
+    ) -> io::Result<u64> {
+        if at.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the target lies inside our own reservation, which nothing else uses.
+        let p = unsafe {
+            libc::mmap(
+                (self.at as usize + at) as *mut libc::c_void,
+                len,
+                prot,
+                libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                fd,
+                offset as libc::off_t,
+            )
+        };
+        check(p)
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: the range is ours; owners drop the reservation after everything that points in.
+        unsafe { libc::munmap(self.at as *mut libc::c_void, self.len) };
+    }
+}
+
+/// Changes the protection of mapped pages of ours.
+pub fn mprotect(at: u64, len: usize, prot: i32) -> io::Result<()> {
+    // SAFETY: callers pass pages of their own mappings; access rights only.
+    if unsafe { libc::mprotect(at as *mut libc::c_void, len, prot) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// A new anonymous file of `len` bytes (sparse).
+pub fn memfd(name: &std::ffi::CStr, len: u64) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call with a valid string.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just created, owned by nobody else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: plain system call.
+    if unsafe { libc::ftruncate(fd.as_raw_fd(), len as libc::off_t) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(fd)
+}
+
+/// Frees the pages of a range of a sparse file; they read as zero afterwards.
+pub fn punch_hole(fd: i32, offset: u64, len: u64) -> io::Result<()> {
+    // SAFETY: plain system call.
+    let r = unsafe {
+        libc::fallocate(
+            fd,
+            libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            offset as libc::off_t,
+            len as libc::off_t,
+        )
+    };
+    if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,543 @@
+//! Memory operands, and instructions that are emitted as they are.
+
+use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpAccess, OpKind, Register};
+
+use berth_x86::CpuState;
+use berth_x86::state::sreg;
+
+use super::regs::{GuestReg, host_reg};
+use super::{Cold, Translation};
+use crate::asm::Mem;
+use crate::code::Site;
+use crate::layout::{
+    Area, GUEST_RCX, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, disp, gpr_disp, host, mapped,
+    state_disp,
+};
+
+/// An access whose address is in a register and whose look-up has been emitted.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    site: usize,
+    /// The register with the guest address; the host address is this plus [`SC`].
+    pub ea: u8,
+}
+
+/// What is to be done with the bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Want {
+    /// Bytes.
+    pub size: usize,
+    /// They are read.
+    pub read: bool,
+    /// They are written.
+    pub write: bool,
+}
+
+/// Number of a segment register, as in [`sreg`].
+pub fn sreg_index(r: Register) -> u8 {
+    match r {
+        Register::ES => 0,
+        Register::CS => 1,
+        Register::SS => 2,
+        Register::FS => 4,
+        Register::GS => 5,
+        _ => 3,
+    }
+}
+
+impl Translation {
+    /// Loads guest register `n` into `dst`.
+    pub(super) fn load_guest(&mut self, dst: u8, n: u8) {
+        match mapped(n) {
+            Some(h) if h == dst => {}
+            Some(h) => self.asm.mov(dst, h),
+            None => self.asm.load(dst, &Mem::gs(gpr_disp(n))),
+        }
+    }
+
+    /// Puts the offset of a memory operand (without segment base) into a register: its own, when it
+    /// is a plain mapped base, else [`S0`]. May use [`S1`].
+    pub(super) fn offset_of(&mut self, ins: &Instruction, may_alias: bool) -> u8 {
+        let base = ins.memory_base();
+        if base == Register::RIP || base == Register::EIP {
+            self.asm.mov_imm(S0, ins.memory_displacement64());
+            return S0;
+        }
+        let addr_size = match (base, ins.memory_index()) {
+            (Register::None, Register::None) => ins.memory_displ_size() as usize,
+            (Register::None, i) => i.size(),
+            (b, _) => b.size(),
+        };
+        let base = GuestReg::of(base);
+        let index = GuestReg::of(ins.memory_index());
+        let shift = ins.memory_index_scale().trailing_zeros() as u8;
+        let displ = ins.memory_displacement64();
+        let d = displ as i32;
+        match (base, index) {
+            (None, None) => {
+                let v = match addr_size {
+                    2 => displ & 0xffff,
+                    4 if self.mode.bits != 64 => displ & 0xffff_ffff,
+                    _ => displ,
+                };
+                self.asm.mov_imm(S0, v);
+                return S0;
+            }
+            (Some(b), None) => {
+                let h = self.guest_or_scratch(b.n, S0);
+                if may_alias && d == 0 && addr_size == 8 && h != S0 {
+                    return h;
+                }
+                self.lea_sized(addr_size, &Mem::base(h, d));
+            }
+            (None, Some(i)) => {
+                let h = self.guest_or_scratch(i.n, S0);
+                self.lea_sized(addr_size, &Mem::index(h, shift, d));
+            }
+            (Some(b), Some(i)) => {
+                let hb = self.guest_or_scratch(b.n, S0);
+                let hi = self.guest_or_scratch(i.n, if hb == S0 { S1 } else { S0 });
+                self.lea_sized(addr_size, &Mem::base_index(hb, hi, shift, d));
+            }
+        }
+        S0
+    }
+
+    fn guest_or_scratch(&mut self, n: u8, scratch: u8) -> u8 {
+        mapped(n).unwrap_or_else(|| {
+            self.asm.load(scratch, &Mem::gs(gpr_disp(n)));
+            scratch
+        })
+    }
+
+    fn lea_sized(&mut self, size: usize, m: &Mem) {
+        match size {
+            8 => self.asm.lea(S0, m),
+            4 => self.asm.lea32(S0, m),
+            _ => {
+                self.asm.lea32(S0, m);
+                self.asm.movzx16(S0, S0);
+            }
+        }
+    }
+
+    /// Emits address and look-up of the memory operand of `ins`.
+    pub(super) fn operand(&mut self, ins: &Instruction, want: Want) -> Access {
+        self.reserve(40);
+        let start = self.asm.pos();
+        let seg = sreg_index(ins.memory_segment());
+        let segmented = self.segmented(seg);
+        let mut ea = self.offset_of(ins, true);
+        if self.mode.bits == 64 && usize::from(seg) >= sreg::FS {
+            let base = state_disp(
+                std::mem::offset_of!(CpuState, seg)
+                    + usize::from(seg) * size_of::<berth_x86::Segment>()
+                    + std::mem::offset_of!(berth_x86::Segment, base),
+            );
+            self.asm.load(S1, &Mem::gs(base));
+            self.asm.lea(S0, &Mem::base_index(ea, S1, 0, 0));
+            ea = S0;
+        }
+        let code = self.asm.buf[start..].to_vec();
+        self.look_up(ea, want, seg, segmented, code)
+    }
+
+    /// Whether accesses through a segment register need its base and limit.
+    pub(super) fn segmented(&self, seg: u8) -> bool {
+        self.mode.bits != 64 && (!self.mode.flat || usize::from(seg) >= sreg::FS)
+    }
+
+    /// Emits the look-up of the linear address in `ea`.
+    pub(super) fn look_up(
+        &mut self,
+        ea: u8,
+        want: Want,
+        seg: u8,
+        segmented: bool,
+        ea_code: Vec<u8>,
+    ) -> Access {
+        self.reserve(48);
+        let cold = self.cold.len();
+        let shift = want.size.next_power_of_two().trailing_zeros() as usize;
+        if segmented || shift > MAX_ACCESS_SHIFT {
+            let jump = self.asm.jmp();
+            self.near.push((jump, cold));
+        } else {
+            if shift > 0 {
+                let slot = std::mem::offset_of!(Area, slot_mask) + shift * 8;
+                self.asm.pext_gs(SC, ea, disp(slot));
+                self.asm.lea(SC, &Mem::base(SC, -((4096 >> shift) - 1)));
+                let s = self.asm.jrcxz();
+                self.pending.push((s, cold));
+            }
+            let mask = std::mem::offset_of!(Area, page_mask) + usize::from(!self.mode.user) * 8;
+            self.asm.pext_gs(SC, ea, disp(mask));
+            self.asm.load(SC, &Mem::gs_index8(SC, 0));
+            let s = self.asm.jrcxz();
+            self.pending.push((s, cold));
+        }
+        let site = self.site(Site {
+            op: self.asm.pos() as u32,
+            op_end: 0,
+            cold: 0,
+            ret: 0,
+            commit_ret: 0,
+            rip_off: self.rip_off,
+            size: want.size as u16,
+            seg,
+            write: want.write,
+            read: want.read,
+            segmented,
+        });
+        self.cold.push(Cold::Mem { site, ea_code, ea });
+        Access { site, ea }
+    }
+
+    /// Says that everything that belongs to the access has been emitted.
+    pub(super) fn end_access(&mut self, a: Access) {
+        self.block.sites[a.site].op_end = self.asm.pos() as u32;
+        self.reserve(0);
+    }
+
+    /// An instruction of the "plain" class.
+    pub(super) fn plain(&mut self, ins: &Instruction) {
+        match ins.mnemonic() {
+            Mnemonic::Push => return self.push(ins),
+            Mnemonic::Pop => return self.pop(ins),
+            Mnemonic::Leave => return self.leave(),
+            Mnemonic::Lea => return self.lea_instruction(ins),
+            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+                if ins.op0_kind() == OpKind::Memory && ins.op1_kind() == OpKind::Register =>
+            {
+                return self.bit_string(ins);
+            }
+            _ => {}
+        }
+        let mut ins = *ins;
+        normalize(&mut ins);
+        self.renamed(&ins);
+    }
+
+    /// Re-encodes an instruction with its registers renamed and its memory operand looked up.
+    fn renamed(&mut self, ins: &Instruction) {
+        let mut out = *ins;
+        let info = self.infos.info(ins);
+        let access: [OpAccess; 5] = std::array::from_fn(|i| {
+            if (i as u32) < ins.op_count() { info.op_access(i as u32) } else { OpAccess::None }
+        });
+        let mem = (0..ins.op_count()).find(|&i| ins.op_kind(i) == OpKind::Memory);
+        let rcx_pair = matches!(ins.mnemonic(), Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b);
+        let writes_ecx = matches!(
+            ins.mnemonic(),
+            Mnemonic::Pcmpestri | Mnemonic::Pcmpistri | Mnemonic::Vpcmpestri | Mnemonic::Vpcmpistri
+        );
+        let mut plan = Plan::default();
+        plan.free(S1);
+        if mem.is_none() {
+            plan.free(S0);
+        }
+        for i in 0..ins.op_count() {
+            if ins.op_kind(i) != OpKind::Register {
+                continue;
+            }
+            let Some(g) = GuestReg::of(ins.op_register(i)) else { continue };
+            if is_fixed_cl(ins, i) {
+                plan.cl = true;
+            } else if let Some(r) = g.direct() {
+                out.set_op_register(i, r);
+            } else {
+                plan.wanted.push((i, g, access[i as usize]));
+            }
+        }
+        let absolute = mem.is_some() && (plan.cl || rcx_pair || plan.wanted.len() > 1);
+        if !plan.cl && !rcx_pair && (mem.is_none() || absolute) {
+            plan.free(SC);
+        }
+        let a = mem.map(|_| {
+            let size = access_size(ins);
+            let acc = mem.map_or(OpAccess::None, |m| access[m as usize]);
+            let write = matches!(
+                acc,
+                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+            );
+            let read = !matches!(acc, OpAccess::Write);
+            self.operand(ins, Want { size, read, write })
+        });
+        if let Some(a) = a {
+            if absolute {
+                self.asm.lea(S0, &Mem::base_index(a.ea, SC, 0, 0));
+                set_memory(&mut out, S0, None);
+            } else {
+                set_memory(&mut out, a.ea, Some(SC));
+            }
+        }
+        let stores = self.load_temps(&mut out, &mut plan);
+        if plan.cl || rcx_pair {
+            self.asm.mov(SC, GUEST_RCX);
+        }
+        self.reserve_if_unlooked(a);
+        self.encode(&out);
+        self.store_temps(&stores);
+        if writes_ecx {
+            self.asm.mov32(GUEST_RCX, SC);
+        }
+        if let Some(a) = a {
+            self.end_access(a);
+        }
+    }
+
+    /// Without an access there is nothing that may not be split by an island.
+    fn reserve_if_unlooked(&mut self, a: Option<Access>) {
+        if a.is_none() {
+            self.reserve(0);
+        }
+    }
+
+    fn load_temps(&mut self, out: &mut Instruction, plan: &mut Plan) -> Vec<(u8, GuestReg)> {
+        let mut stores = Vec::new();
+        let mut seen: Vec<(u8, bool, u8)> = Vec::new();
+        for (i, g, acc) in std::mem::take(&mut plan.wanted) {
+            let known = seen.iter().find(|s| s.0 == g.n && s.1 == g.high).map(|s| s.2);
+            let t = known.or_else(|| plan.take()).expect("an instruction names at most three");
+            let reads = !matches!(acc, OpAccess::Write) || g.size < 4;
+            if known.is_none() && (reads || self.read_elsewhere(out, g.n)) {
+                if g.high {
+                    let h = mapped(g.n).expect("AH, CH, DH and BH are parts of mapped registers");
+                    self.asm.rorx(t, h, 8);
+                } else {
+                    self.load_guest(t, g.n);
+                }
+            }
+            seen.push((g.n, g.high, t));
+            out.set_op_register(i, host_reg(t, g.size));
+            if !matches!(acc, OpAccess::Read | OpAccess::CondRead | OpAccess::None)
+                && !stores.iter().any(|&(s, _)| s == t)
+            {
+                stores.push((t, g));
+            }
+        }
+        stores
+    }
+
+    /// Conservative: whether another operand may name the same register.
+    fn read_elsewhere(&self, out: &Instruction, n: u8) -> bool {
+        (0..out.op_count())
+            .filter(|&i| {
+                out.op_kind(i) == OpKind::Register
+                    && GuestReg::of(out.op_register(i)).is_some_and(|g| g.n == n)
+            })
+            .count()
+            > 1
+    }
+
+    fn store_temps(&mut self, stores: &[(u8, GuestReg)]) {
+        for &(t, g) in stores {
+            if g.high {
+                let h = mapped(g.n).expect("AH, CH, DH and BH are parts of mapped registers");
+                self.asm.rorx(h, h, 8);
+                // mov h8, t8 with a REX prefix, so that the low bytes are meant.
+                let rex = 0x40 | ((h >> 3) << 2) | (t >> 3);
+                self.asm.bytes(&[rex, 0x8a, 0xc0 | ((h & 7) << 3) | (t & 7)]);
+                self.asm.rorx(h, h, 56);
+            } else {
+                self.asm.store(&Mem::gs(gpr_disp(g.n)), t);
+            }
+        }
+    }
+
+    fn lea_instruction(&mut self, ins: &Instruction) {
+        let r = self.offset_of(ins, true);
+        let Some(g) = GuestReg::of(ins.op0_register()) else { return };
+        match (mapped(g.n), g.size) {
+            (Some(h), 8) => self.asm.mov(h, r),
+            (Some(h), 4) => self.asm.mov32(h, r),
+            (Some(h), _) => {
+                self.asm.buf.push(0x66);
+                self.asm.op_reg(false, &[0x8b], h, r);
+            }
+            (None, size) => {
+                let m = Mem::gs(gpr_disp(g.n));
+                match size {
+                    8 => self.asm.store(&m, r),
+                    4 => {
+                        self.asm.mov32(S0, r);
+                        self.asm.store(&m, S0);
+                    }
+                    _ => {
+                        self.asm.buf.push(0x66);
+                        self.asm.op_mem(false, &[0x89], r, &m);
+                    }
+                }
+            }
+        }
+    }
+
+    /// BT, BTS, BTR, BTC with a memory operand and a register: a bit string of any length.
+    fn bit_string(&mut self, ins: &Instruction) {
+        self.reserve(70);
+        let Some(index) = GuestReg::of(ins.op1_register()) else { return };
+        let size = index.size;
+        let seg = sreg_index(ins.memory_segment());
+        let segmented = self.segmented(seg);
+        let start = self.asm.pos();
+        let addr32 = ins.memory_base().size() == 4 || ins.memory_index().size() == 4;
+        let ea = self.offset_of(ins, false);
+        debug_assert_eq!(ea, S0);
+        if self.mode.bits == 64 && usize::from(seg) >= sreg::FS {
+            let base = std::mem::offset_of!(CpuState, seg)
+                + usize::from(seg) * size_of::<berth_x86::Segment>();
+            self.asm.load(S1, &Mem::gs(state_disp(base)));
+            self.asm.lea(S0, &Mem::base_index(S0, S1, 0, 0));
+        }
+        self.load_guest(S1, index.n);
+        match size {
+            4 => self.asm.movsxd(S1, S1),
+            2 => self.asm.movsx16(S1, S1),
+            _ => {}
+        }
+        let shift = size.trailing_zeros() as u8;
+        self.asm.mov_imm(SC, u64::from(shift) + 3);
+        self.asm.sarx(SC, S1, SC);
+        self.asm.lea(S0, &Mem::base_index(S0, SC, shift, 0));
+        if addr32 || self.mode.bits != 64 {
+            self.asm.mov32(S0, S0);
+        }
+        let mask = std::mem::offset_of!(Area, bit_mask) + usize::from(shift) * 8;
+        self.asm.pext_gs(S1, S1, disp(mask));
+        let code = self.asm.buf[start..].to_vec();
+        let write = ins.mnemonic() != Mnemonic::Bt;
+        let a = self.look_up(S0, Want { size, read: true, write }, seg, segmented, code);
+        let mut out = *ins;
+        set_memory(&mut out, S0, Some(SC));
+        out.set_op1_register(host_reg(S1, size));
+        self.encode(&out);
+        self.end_access(a);
+    }
+
+    fn push(&mut self, ins: &Instruction) {
+        let start = self.asm.pos();
+        let imm = (ins.op0_kind() != OpKind::Register).then(|| ins.immediate(0));
+        let reg = GuestReg::of(ins.op0_register());
+        self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
+        let code = self.asm.buf[start..].to_vec();
+        let a = self.look_up(S0, Want { size: 8, read: false, write: true }, 2, false, code);
+        let to = Mem::base_index(S0, SC, 0, 0);
+        if let Some(imm) = imm {
+            self.asm.store_imm(&to, imm as i32);
+        } else if let Some(g) = reg {
+            let src = self.guest_or_scratch(g.n, S1);
+            self.asm.store(&to, src);
+        }
+        self.asm.mov(GUEST_RSP, S0);
+        self.end_access(a);
+    }
+
+    fn pop(&mut self, ins: &Instruction) {
+        let Some(g) = GuestReg::of(ins.op0_register()) else { return };
+        let a =
+            self.look_up(GUEST_RSP, Want { size: 8, read: true, write: false }, 2, false, Vec::new());
+        let from = Mem::base_index(GUEST_RSP, SC, 0, 0);
+        match mapped(g.n) {
+            Some(GUEST_RSP) => self.asm.load(GUEST_RSP, &from),
+            Some(h) => {
+                self.asm.load(h, &from);
+                self.asm.add_guest_rsp(8);
+            }
+            None => {
+                self.asm.load(S1, &from);
+                self.asm.store(&Mem::gs(gpr_disp(g.n)), S1);
+                self.asm.add_guest_rsp(8);
+            }
+        }
+        self.end_access(a);
+    }
+
+    fn leave(&mut self) {
+        let a =
+            self.look_up(host::RBP, Want { size: 8, read: true, write: false }, 2, false, Vec::new());
+        self.asm.load(S1, &Mem::base_index(host::RBP, SC, 0, 0));
+        self.asm.lea(GUEST_RSP, &Mem::base(host::RBP, 8));
+        self.asm.mov(host::RBP, S1);
+        self.end_access(a);
+    }
+}
+
+/// Temporaries of one instruction.
+#[derive(Default)]
+struct Plan {
+    pool: Vec<u8>,
+    wanted: Vec<(u32, GuestReg, OpAccess)>,
+    cl: bool,
+}
+
+impl Plan {
+    fn free(&mut self, r: u8) {
+        self.pool.push(r);
+    }
+    fn take(&mut self) -> Option<u8> {
+        if self.pool.is_empty() { None } else { Some(self.pool.remove(0)) }
+    }
+}
+
+/// Whether operand `i` is the CL of a shift or rotate, which has no other register form.
+fn is_fixed_cl(ins: &Instruction, i: u32) -> bool {
+    ins.op_register(i) == Register::CL
+        && i + 1 == ins.op_count()
+        && matches!(
+            ins.mnemonic(),
+            Mnemonic::Rol
+                | Mnemonic::Ror
+                | Mnemonic::Rcl
+                | Mnemonic::Rcr
+                | Mnemonic::Shl
+                | Mnemonic::Sal
+                | Mnemonic::Shr
+                | Mnemonic::Sar
+                | Mnemonic::Shld
+                | Mnemonic::Shrd
+        )
+}
+
+/// Replaces the memory operand by `[base + index]`.
+fn set_memory(out: &mut Instruction, base: u8, index: Option<u8>) {
+    out.set_memory_base(host_reg(base, 8));
+    out.set_memory_index(index.map_or(Register::None, |i| host_reg(i, 8)));
+    out.set_memory_index_scale(1);
+    out.set_memory_displacement64(0);
+    out.set_memory_displ_size(u32::from(base & 7 == 5));
+    out.set_segment_prefix(Register::None);
+}
+
+/// Bytes a memory operand covers.
+pub fn access_size(ins: &Instruction) -> usize {
+    match ins.memory_size() {
+        MemorySize::FpuEnv14 => 14,
+        MemorySize::FpuEnv28 => 28,
+        MemorySize::FpuState94 => 94,
+        MemorySize::FpuState108 => 108,
+        m => m.size().max(1),
+    }
+}
+
+/// Turns forms that 64-bit code lacks into ones it has.
+fn normalize(ins: &mut Instruction) {
+    let code = match ins.code() {
+        Code::Inc_r16 => Code::Inc_rm16,
+        Code::Inc_r32 => Code::Inc_rm32,
+        Code::Dec_r16 => Code::Dec_rm16,
+        Code::Dec_r32 => Code::Dec_rm32,
+        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
+        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        c => c,
+    };
+    ins.set_code(code);
+    // Hints for lock elision and branches have no meaning here.
+    ins.set_has_xacquire_prefix(false);
+    ins.set_has_xrelease_prefix(false);
+}

@@ -1,0 +1,227 @@
+//! Near branches.
+
+use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind};
+
+use super::access::Want;
+use super::regs::GuestReg;
+use super::{Cold, Translation};
+use crate::asm::{Mem, Near};
+use crate::code::Link;
+use crate::layout::{
+    Area, ExitCode, GUEST_RCX, GUEST_RSP, JC_TAGS, JC_TARGETS, S0, S1, SC, disp, gpr_disp, mapped,
+};
+
+const TMP: i32 = disp(std::mem::offset_of!(Area, tmp));
+const EXIT_RIP: i32 = disp(std::mem::offset_of!(Area, exit_rip));
+
+impl Translation {
+    pub(super) fn branch(&mut self, ins: &Instruction) {
+        let next = ins.next_ip();
+        if ins.is_jmp_short_or_near() {
+            let target = self.direct_target(ins);
+            self.jump_to(target);
+        } else if ins.is_jcc_short_or_near() {
+            let target = self.direct_target(ins);
+            self.reserve(40);
+            let jump = self.asm.jcc(cc(ins.condition_code()));
+            self.link(jump, target);
+            self.jump_to(next);
+        } else if super::decode::is_loop(ins) {
+            self.loop_instruction(ins);
+        } else if ins.is_call_near() {
+            let target = self.direct_target(ins);
+            self.push_return(next);
+            self.jump_to(target);
+        } else if ins.is_jmp_near_indirect() {
+            self.load_target(ins);
+            self.indirect();
+        } else if ins.is_call_near_indirect() {
+            self.load_target(ins);
+            self.asm.store(&Mem::gs(TMP), S0);
+            self.push_return(next);
+            self.asm.load(S0, &Mem::gs(TMP));
+            self.indirect();
+        } else {
+            self.near_return(ins);
+        }
+    }
+
+    fn direct_target(&self, ins: &Instruction) -> u64 {
+        let t = ins.near_branch_target();
+        match ins.op0_kind() {
+            OpKind::NearBranch16 => t & 0xffff,
+            OpKind::NearBranch32 => t & 0xffff_ffff,
+            _ => t,
+        }
+    }
+
+    /// An unconditional jump to a known address; ends the block's body.
+    pub(super) fn jump_to(&mut self, target: u64) {
+        self.reserve(32);
+        if self.mode.single {
+            self.exit_at(target, ExitCode::Interrupt);
+            return;
+        }
+        let jump = self.asm.jmp();
+        self.link(jump, target);
+    }
+
+    /// Makes `jump` (just emitted) a link to `target`.
+    fn link(&mut self, jump: Near, target: u64) {
+        let cold = self.cold.len();
+        self.near.push((jump, cold));
+        if self.mode.single {
+            self.cold.push(Cold::Interrupt { rip: target });
+            return;
+        }
+        let key = self.block.key;
+        let delta = target.wrapping_sub(key.rip) as i64;
+        let in_page = (key.gpa & 0xfff).checked_add_signed(delta).is_some_and(|o| o < 4096);
+        let kernel = self.mode.bits == 64 && !self.mode.user && target >> 63 != 0;
+        if !in_page && !kernel && (self.mode.bits == 64 || self.mode.flat) {
+            self.cold.push(Cold::Far { target });
+            return;
+        }
+        self.links.push(Link {
+            patch: self.at + self.asm.pos() as u64,
+            stub: 0,
+            target,
+            linkable: in_page,
+        });
+        self.cold.push(Cold::Link { link: self.links.len() - 1 });
+    }
+
+    /// LOOP and JRCXZ: on a copy of the guest's counter in RCX, which is what they test.
+    fn loop_instruction(&mut self, ins: &Instruction) {
+        self.reserve(60);
+        let target = self.direct_target(ins);
+        let next = ins.next_ip();
+        let wide = match ins.mnemonic() {
+            Mnemonic::Jcxz => 2,
+            Mnemonic::Jecxz => 4,
+            Mnemonic::Jrcxz => 8,
+            _ => match ins.op_code().address_size() {
+                16 => 2,
+                32 => 4,
+                _ => 8,
+            },
+        };
+        if !ins.is_jcx_short() {
+            // The counter goes down without touching flags.
+            match wide {
+                8 => self.asm.lea(GUEST_RCX, &Mem::base(GUEST_RCX, -1)),
+                4 => self.asm.lea32(GUEST_RCX, &Mem::base(GUEST_RCX, -1)),
+                _ => {
+                    self.asm.buf.push(0x66);
+                    self.asm.op_mem(false, &[0x8d], GUEST_RCX, &Mem::base(GUEST_RCX, -1));
+                }
+            }
+        }
+        match wide {
+            8 => self.asm.mov(SC, GUEST_RCX),
+            4 => self.asm.mov32(SC, GUEST_RCX),
+            _ => self.asm.movzx16(SC, GUEST_RCX),
+        }
+        // Short jumps over near ones: jrcxz zero; [jcc not]; jmp taken; zero: jmp next.
+        let zero = self.asm.jrcxz();
+        let (on_zero, on_other) = if ins.is_jcx_short() { (target, next) } else { (next, target) };
+        let stop = match ins.mnemonic() {
+            Mnemonic::Loope => Some(5),
+            Mnemonic::Loopne => Some(4),
+            _ => None,
+        };
+        if let Some(cc) = stop {
+            let jump = self.asm.jcc(cc);
+            self.link(jump, next);
+        }
+        let jump = self.asm.jmp();
+        self.link(jump, on_other);
+        let ok = self.asm.bind_short(zero);
+        debug_assert!(ok);
+        let jump = self.asm.jmp();
+        self.link(jump, on_zero);
+    }
+
+    /// Pushes a return address.
+    fn push_return(&mut self, next: u64) {
+        let start = self.asm.pos();
+        self.reserve(64);
+        let start = start.max(self.asm.pos());
+        self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
+        let code = self.asm.buf[start..].to_vec();
+        let a = self.look_up(S0, Want { size: 8, read: false, write: true }, 2, false, code);
+        self.asm.mov_imm(S1, next);
+        self.asm.store(&Mem::base_index(S0, SC, 0, 0), S1);
+        self.asm.mov(GUEST_RSP, S0);
+        self.end_access(a);
+    }
+
+    /// Loads the target of an indirect branch into [`S0`].
+    fn load_target(&mut self, ins: &Instruction) {
+        if ins.op0_kind() == OpKind::Register {
+            if let Some(g) = GuestReg::of(ins.op0_register()) {
+                match mapped(g.n) {
+                    Some(h) => self.asm.mov(S0, h),
+                    None => self.asm.load(S0, &Mem::gs(gpr_disp(g.n))),
+                }
+            }
+            return;
+        }
+        let a = self.operand(ins, Want { size: 8, read: true, write: false });
+        self.asm.load(S0, &Mem::base_index(a.ea, SC, 0, 0));
+        self.end_access(a);
+    }
+
+    fn near_return(&mut self, ins: &Instruction) {
+        let extra = if ins.op_count() > 0 { ins.immediate16() } else { 0 };
+        let a =
+            self.look_up(GUEST_RSP, Want { size: 8, read: true, write: false }, 2, false, Vec::new());
+        self.asm.load(S0, &Mem::base_index(GUEST_RSP, SC, 0, 0));
+        self.asm.add_guest_rsp(8 + i32::from(extra));
+        self.end_access(a);
+        self.indirect();
+    }
+
+    /// Jumps to the guest address in [`S0`] through the jump cache.
+    pub(super) fn indirect(&mut self) {
+        self.reserve(70);
+        if self.mode.single {
+            self.asm.store(&Mem::gs(EXIT_RIP), S0);
+            self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Interrupt), self.at);
+            return;
+        }
+        self.asm.pext_gs(SC, S0, disp(std::mem::offset_of!(Area, jc_mask)));
+        self.asm.mov(S1, SC);
+        self.asm.load(SC, &Mem::gs_index8(S1, JC_TAGS));
+        self.asm.lea(SC, &Mem::base_index(SC, S0, 0, 0));
+        let hit = self.asm.jrcxz();
+        self.asm.store(&Mem::gs(EXIT_RIP), S0);
+        self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Indirect), self.at);
+        let ok = self.asm.bind_short(hit);
+        debug_assert!(ok);
+        self.asm.jmp_mem(&Mem::gs_index8(S1, JC_TARGETS));
+    }
+}
+
+/// The hardware number of a condition.
+fn cc(c: ConditionCode) -> u8 {
+    match c {
+        ConditionCode::o => 0,
+        ConditionCode::no => 1,
+        ConditionCode::b => 2,
+        ConditionCode::ae => 3,
+        ConditionCode::e => 4,
+        ConditionCode::ne => 5,
+        ConditionCode::be => 6,
+        ConditionCode::a => 7,
+        ConditionCode::s => 8,
+        ConditionCode::ns => 9,
+        ConditionCode::p => 10,
+        ConditionCode::np => 11,
+        ConditionCode::l => 12,
+        ConditionCode::ge => 13,
+        ConditionCode::le => 14,
+        _ => 15,
+    }
+}
+

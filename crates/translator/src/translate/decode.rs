@@ -1,0 +1,264 @@
+//! Which instructions are emitted, and which are left to helpers.
+
+use iced_x86::{
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register,
+};
+
+use super::Mode;
+
+/// How an instruction is translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// No effect.
+    Nothing,
+    /// Emitted.
+    Plain,
+    /// A near branch, emitted.
+    Branch,
+    /// A helper executes it and the block goes on.
+    Helper,
+    /// A helper executes it; the block ends.
+    HelperEnds,
+}
+
+/// What an instruction needs of the floating-point units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// Nothing.
+    None,
+    /// x87.
+    X87,
+    /// MMX registers.
+    Mmx,
+    /// XMM registers.
+    Sse,
+    /// VEX-encoded vector instructions.
+    Avx,
+}
+
+/// Which unit an instruction belongs to.
+pub fn unit(ins: &Instruction) -> Unit {
+    let mut kind = Unit::None;
+    for i in 0..ins.op_count() {
+        if ins.op_kind(i) == OpKind::Register {
+            let r = ins.op_register(i);
+            if r.is_xmm() || r.is_ymm() {
+                return if ins.code().encoding() == EncodingKind::VEX { Unit::Avx } else { Unit::Sse };
+            }
+            if r.is_mm() {
+                kind = Unit::Mmx;
+            }
+            if r.is_st() {
+                kind = Unit::X87;
+            }
+        }
+    }
+    if kind != Unit::None {
+        return kind;
+    }
+    match ins.mnemonic() {
+        Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr => return Unit::Sse,
+        Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr | Mnemonic::Vzeroall | Mnemonic::Vzeroupper => {
+            return Unit::Avx;
+        }
+        Mnemonic::Emms => return Unit::Mmx,
+        _ => {}
+    }
+    if ins.cpuid_features().iter().any(|f| is_x87(*f)) { Unit::X87 } else { Unit::None }
+}
+
+fn is_x87(f: CpuidFeature) -> bool {
+    matches!(
+        f,
+        CpuidFeature::FPU
+            | CpuidFeature::FPU287
+            | CpuidFeature::FPU287XL_ONLY
+            | CpuidFeature::FPU387
+            | CpuidFeature::FPU387SL_ONLY
+    )
+}
+
+/// How to translate `ins`; `allowed` says whether its extensions are advertised.
+pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
+    if ins.is_invalid() || !allowed {
+        return Class::HelperEnds;
+    }
+    if !(mode.fpu && mode.sse && mode.avx) {
+        let ok = match unit(ins) {
+            Unit::None => ins.mnemonic() != Mnemonic::Wait || mode.fpu,
+            Unit::X87 | Unit::Mmx => mode.fpu,
+            Unit::Sse => mode.sse,
+            Unit::Avx => mode.avx,
+        };
+        if !ok {
+            return Class::HelperEnds;
+        }
+    }
+    match ins.flow_control() {
+        FlowControl::Next => {}
+        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
+            if ins.is_jmp_short_or_near() || ins.is_jcc_short_or_near() || is_loop(ins) =>
+        {
+            return Class::Branch;
+        }
+        FlowControl::IndirectBranch if ins.is_jmp_near_indirect() && mode.bits == 64 => {
+            return Class::Branch;
+        }
+        FlowControl::Call if ins.is_call_near() && mode.bits == 64 => return Class::Branch,
+        FlowControl::IndirectCall if ins.is_call_near_indirect() && mode.bits == 64 => {
+            return Class::Branch;
+        }
+        FlowControl::Return if is_near_ret(ins) && mode.bits == 64 => return Class::Branch,
+        _ => return Class::HelperEnds,
+    }
+    if needs_helper(ins, mode) {
+        return Class::Helper;
+    }
+    if is_nothing(ins) { Class::Nothing } else { Class::Plain }
+}
+
+/// LOOP, LOOPE, LOOPNE, JCXZ and company.
+pub fn is_loop(ins: &Instruction) -> bool {
+    ins.is_loop() || ins.is_loopcc() || ins.is_jcx_short()
+}
+
+fn is_near_ret(ins: &Instruction) -> bool {
+    matches!(ins.code(), Code::Retnq | Code::Retnq_imm16)
+}
+
+#[allow(clippy::too_many_lines, reason = "a list of mnemonics")]
+fn needs_helper(ins: &Instruction, mode: Mode) -> bool {
+    use Mnemonic as M;
+    if ins.is_privileged()
+        || ins.is_string_instruction()
+        || ins.is_save_restore_instruction()
+        || may_load_segment(ins)
+    {
+        return true;
+    }
+    for i in 0..ins.op_count() {
+        let k = ins.op_kind(i);
+        if k == OpKind::Register && ins.op_register(i).is_segment_register() {
+            return true;
+        }
+        if k == OpKind::Memory && ins.is_vsib() {
+            return true;
+        }
+    }
+    let m = ins.mnemonic();
+    if ins.is_stack_instruction() {
+        // Emitted: 64-bit PUSH and POP of registers, PUSH of immediates, LEAVE.
+        return !(mode.bits == 64
+            && matches!(
+                ins.code(),
+                Code::Push_r64
+                    | Code::Push_rm64
+                    | Code::Pushq_imm8
+                    | Code::Pushq_imm32
+                    | Code::Pop_r64
+                    | Code::Pop_rm64
+                    | Code::Leaveq
+            )
+            && ins.op_kinds().all(|k| k != OpKind::Memory));
+    }
+    matches!(
+        m,
+        M::Cli
+            | M::Pushf
+            | M::Pushfd
+            | M::Pushfq
+            | M::Xlatb
+            | M::Rdtsc
+            | M::Rdtscp
+            | M::Rdpid
+            | M::Rdpmc
+            | M::Xgetbv
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Arpl
+            | M::Rdfsbase
+            | M::Rdgsbase
+            | M::Wrfsbase
+            | M::Wrgsbase
+            | M::Bound
+            | M::Aaa
+            | M::Aad
+            | M::Aam
+            | M::Aas
+            | M::Daa
+            | M::Das
+            | M::Salc
+            | M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Fnstenv
+            | M::Fstenv
+            | M::Fldenv
+            | M::Fnsave
+            | M::Fsave
+            | M::Frstor
+            | M::Clflush
+            | M::Clflushopt
+            | M::Clwb
+            | M::Monitor
+            | M::Mwait
+            | M::Serialize
+            | M::Vmcall
+            | M::Vmmcall
+            | M::Stac
+            | M::Clac
+            | M::Sti
+            | M::Popf
+            | M::Popfd
+            | M::Popfq
+            | M::Cpuid
+            | M::Swapgs
+            | M::In
+            | M::Out
+            | M::Xsetbv
+            | M::Invpcid
+            | M::Invlpg
+    )
+}
+
+fn may_load_segment(ins: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(ins.mnemonic(), M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss)
+}
+
+fn is_nothing(ins: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        ins.mnemonic(),
+        M::Nop
+            | M::Rdsspd
+            | M::Rdsspq
+            | M::Endbr64
+            | M::Endbr32
+            | M::Prefetch
+            | M::Prefetchw
+            | M::Prefetchwt1
+            | M::Prefetchnta
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Cldemote
+            | M::Reservednop
+    )
+}
+
+/// Whether a register operand is one that only exists at CPL 0.
+pub fn is_system_register(r: Register) -> bool {
+    r.is_cr() || r.is_dr() || r.is_tr()
+}

@@ -1,0 +1,292 @@
+//! From guest instructions to a block of host code.
+//!
+//! A block is a run of guest instructions in one page (the last one may cross into the next) up to
+//! a branch or to something a helper must do with control flow. Most instructions are emitted as
+//! they are with registers renamed; a memory operand becomes an address in a register, a look-up in
+//! the software TLB that leaves the flags alone, and the same instruction on the host address:
+//!
+//! ```text
+//!     lea   r10, [guest address]
+//!     pext  rcx, r10, gs:[slot mask]      the last slot of the page? then it may cross into the next
+//!     lea   rcx, [rcx - (slots - 1)]
+//!     jrcxz cold
+//!     pext  rcx, r10, gs:[page mask]      page number
+//!     mov   rcx, gs:[rcx*8]               host address - guest address, 0: unknown
+//!     jrcxz cold
+//!     op    ..., [r10 + rcx]
+//! ```
+//!
+//! The cold part behind the block calls the slow path with the address in R10; the return address
+//! tells which access it is. Guest flags are host flags throughout: nothing emitted here changes
+//! them.
+
+pub(crate) mod access;
+mod branch;
+pub(crate) mod decode;
+pub(crate) mod regs;
+
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
+
+use crate::asm::{Asm, Mem, Near, Short};
+use crate::code::{Block, BlockKey, CodeCache, HelperSite, Link, Site};
+use crate::layout::{Area, ExitCode, S0, SC, disp};
+use crate::thunks::Thunks;
+
+pub use access::{access_size, sreg_index};
+pub use decode::{Class, Unit, classify, unit};
+pub use regs::GuestReg;
+
+/// Most guest instructions of a block.
+pub const MAX_INSNS: usize = 48;
+/// Most bytes of host code of a block: enough for [`MAX_INSNS`] of the longest translations.
+pub const MAX_BLOCK_BYTES: usize = 32 << 10;
+
+/// What a translation depends on besides the code bytes; packed into [`BlockKey::mode`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mode {
+    /// 16, 32 or 64.
+    pub bits: u8,
+    /// CPL 3.
+    pub user: bool,
+    /// CS, DS, ES, SS start at 0 and reach to 4 GiB (always in 64-bit mode).
+    pub flat: bool,
+    /// x87 and MMX may be used (CR0.EM and TS clear).
+    pub fpu: bool,
+    /// SSE may be used.
+    pub sse: bool,
+    /// AVX may be used.
+    pub avx: bool,
+    /// One instruction per block, then back to the dispatcher.
+    pub single: bool,
+}
+
+impl Mode {
+    /// The packed form.
+    #[must_use]
+    pub fn pack(self) -> u32 {
+        u32::from(self.bits)
+            | u32::from(self.user) << 8
+            | u32::from(self.flat) << 9
+            | u32::from(self.fpu) << 10
+            | u32::from(self.sse) << 11
+            | u32::from(self.avx) << 12
+            | u32::from(self.single) << 13
+    }
+}
+
+/// Something emitted behind the block's body.
+enum Cold {
+    /// Slow path of an access.
+    Mem {
+        site: usize,
+        /// Code that computes the address again.
+        ea_code: Vec<u8>,
+        ea: u8,
+    },
+    /// Leave because of [`Area::run`].
+    Interrupt { rip: u64 },
+    /// Unlinked direct jump.
+    Link { link: usize },
+    /// Direct jump to another page, whose mapping may change: by the jump cache.
+    Far { target: u64 },
+}
+
+/// The translation of one block in the making.
+pub struct Translation {
+    asm: Asm,
+    /// Host address of the first byte.
+    at: u64,
+    thunks: Thunks,
+    encoder: Encoder,
+    infos: InstructionInfoFactory,
+    /// Mode of the block.
+    mode: Mode,
+    /// Number of the first link.
+    link_base: u32,
+    /// The record.
+    pub block: Block,
+    /// Links of the block.
+    pub links: Vec<Link>,
+    cold: Vec<Cold>,
+    /// JRCXZs to cold parts, oldest first: (jump, cold number).
+    pending: Vec<(Short, usize)>,
+    /// Offset of the current guest instruction from the block's RIP.
+    rip_off: u16,
+    /// Link jumps to be bound to their stubs: (jump, cold number).
+    near: Vec<(Near, usize)>,
+}
+
+impl Translation {
+    /// Starts a block that will be put at the end of `cache`.
+    pub fn new(cache: &CodeCache, thunks: Thunks, key: BlockKey, mode: Mode) -> Self {
+        let mut t = Self {
+            asm: Asm::default(),
+            at: cache.next_host(),
+            thunks,
+            encoder: Encoder::new(64),
+            infos: InstructionInfoFactory::new(),
+            mode,
+            link_base: cache.next_link(),
+            block: CodeCache::record(key),
+            links: Vec::new(),
+            cold: Vec::new(),
+            pending: Vec::new(),
+            rip_off: 0,
+            near: Vec::new(),
+        };
+        if !mode.single {
+            t.asm.load(SC, &Mem::gs(disp(std::mem::offset_of!(Area, run))));
+            let s = t.asm.jrcxz();
+            t.cold.push(Cold::Interrupt { rip: key.rip });
+            t.pending.push((s, 0));
+        }
+        t
+    }
+
+    /// Translates one instruction; tells whether the block ends with it.
+    pub fn instruction(&mut self, ins: &Instruction, class: Class) -> bool {
+        self.rip_off = ins.ip().wrapping_sub(self.block.key.rip) as u16;
+        self.reserve(0);
+        self.block.insns.push((self.asm.pos() as u32, self.rip_off));
+        self.block.guest_len = self.rip_off + ins.len() as u16;
+        match class {
+            Class::Nothing => false,
+            Class::Plain => {
+                self.plain(ins);
+                false
+            }
+            Class::Branch => {
+                self.branch(ins);
+                true
+            }
+            Class::Helper => {
+                self.helper(ins);
+                false
+            }
+            Class::HelperEnds => {
+                self.helper(ins);
+                // The helper of such an instruction never comes back.
+                true
+            }
+        }
+    }
+
+    /// Ends a block that was cut: goes on at `rip`.
+    pub fn continue_at(&mut self, rip: u64) {
+        self.jump_to(rip);
+    }
+
+    /// Host bytes so far.
+    pub fn len(&self) -> usize {
+        self.asm.pos()
+    }
+
+    /// Emits what is behind the body; the block is complete then.
+    pub fn finish(mut self) -> (Block, Vec<u8>, Vec<Link>) {
+        self.islands();
+        let mut done = 0;
+        while done < self.cold.len() {
+            self.cold_part(done);
+            done += 1;
+        }
+        (self.block, self.asm.buf, self.links)
+    }
+
+    fn cold_part(&mut self, n: usize) {
+        let pos = self.asm.pos();
+        for i in (0..self.near.len()).rev() {
+            if self.near[i].1 == n {
+                let (jump, _) = self.near.swap_remove(i);
+                self.asm.bind_near_to(jump, pos);
+            }
+        }
+        match &self.cold[n] {
+            Cold::Interrupt { rip } => {
+                let rip = *rip;
+                self.exit_at(rip, ExitCode::Interrupt);
+            }
+            Cold::Link { link } => {
+                let link = *link;
+                self.links[link].stub = self.at + pos as u64;
+                let number = self.link_base + link as u32;
+                self.asm.store_imm(
+                    &Mem::gs(disp(std::mem::offset_of!(Area, exit_arg))),
+                    i32::try_from(number).unwrap_or(i32::MAX),
+                );
+                self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Link), self.at);
+            }
+            Cold::Far { target } => {
+                self.asm.mov_imm(S0, *target);
+                self.indirect();
+            }
+            Cold::Mem { site, ea_code, ea } => {
+                let (site, ea) = (*site, *ea);
+                self.asm.bytes(&ea_code.clone());
+                if ea != S0 {
+                    self.asm.mov(S0, ea);
+                }
+                self.block.sites[site].cold = pos as u32;
+                self.asm.near_abs(0xe8, self.thunks.mem, self.at);
+                let s = self.block.sites[site];
+                self.block.sites[site].ret = self.asm.pos() as u32;
+                self.asm.jmp_to(s.op as usize);
+                if s.write {
+                    let tail = self.asm.buf[s.op as usize..s.op_end as usize].to_vec();
+                    self.asm.bytes(&tail);
+                    self.asm.near_abs(0xe8, self.thunks.commit, self.at);
+                    self.block.sites[site].commit_ret = self.asm.pos() as u32;
+                    self.asm.jmp_to(s.op_end as usize);
+                }
+            }
+        }
+    }
+
+    /// Sets RIP and leaves.
+    fn exit_at(&mut self, rip: u64, code: ExitCode) {
+        self.asm.mov_imm(S0, rip);
+        self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, exit_rip))), S0);
+        self.asm.near_abs(0xe9, self.thunks.exit(code), self.at);
+    }
+
+    /// Calls the helper that executes `ins` on the state.
+    fn helper(&mut self, ins: &Instruction) {
+        self.asm.near_abs(0xe8, self.thunks.helper, self.at);
+        self.block.helpers.push(HelperSite { ret: self.asm.pos() as u32, instr: *ins });
+    }
+
+    /// Makes sure that pending JRCXZs still reach their islands after `bytes` more bytes.
+    fn reserve(&mut self, bytes: usize) {
+        /// Bytes emitted at most between two calls (beyond those announced).
+        const STEP: usize = 48;
+        let Some(&(oldest, _)) = self.pending.first() else { return };
+        if self.asm.distance(oldest) + bytes + STEP + 5 > 127 {
+            let over = self.asm.jmp();
+            self.islands();
+            self.asm.bind_near(over);
+        }
+    }
+
+    fn islands(&mut self) {
+        for (short, cold) in std::mem::take(&mut self.pending) {
+            let ok = self.asm.bind_short(short);
+            assert!(ok, "reserve() keeps islands in reach");
+            let jump = self.asm.jmp();
+            self.near.push((jump, cold));
+        }
+    }
+
+    /// Encodes an instruction that has only host registers left.
+    fn encode(&mut self, ins: &Instruction) {
+        self.encoder.set_buffer(std::mem::take(&mut self.asm.buf));
+        let result = self.encoder.encode(ins, 0);
+        self.asm.buf = self.encoder.take_buffer();
+        if let Err(e) = result {
+            panic!("the classifier lets through only what can be encoded: {ins}: {e}");
+        }
+    }
+
+    fn site(&mut self, site: Site) -> usize {
+        self.block.sites.push(site);
+        self.block.sites.len() - 1
+    }
+}

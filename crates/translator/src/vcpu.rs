@@ -1,0 +1,1032 @@
+//! One translated vCPU: finding and making blocks, entering them, and what happens when they are
+//! left.
+//!
+//! ```text
+//!            ┌───────────────────────────── dispatch ◄──────────────────────────┐
+//!            │ events: mail, kick, pending exception, NMI, interrupt            │
+//!            ▼                                                                  │
+//!   find or translate block ──► enter generated code ──► exit: link, indirect, ─┘
+//!                                   │        ▲           interrupt, helper, fault
+//!                                   ▼        │
+//!                         slow access / helper (Rust, on the same stack)
+//! ```
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use berth_x86::cpuid::CpuidTable;
+use berth_x86::event::{self, Event};
+use berth_x86::paging::{Kind, Rights};
+use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
+use berth_x86::{CpuState, Exception, Segment};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+
+use crate::code::{Block, BlockId, BlockKey, CodeCache, Site};
+use crate::exec::{self, Flow};
+use crate::features::Allowed;
+use crate::fpu;
+use crate::layout::{Area, ExitCode, MAX_ACCESS_SHIFT};
+use crate::mem::{self, Lin, Pieces};
+use crate::ram::PAGE;
+use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
+use crate::thunks::{Then, Thunks};
+use crate::tlb::{Tlb, View};
+use crate::translate::{MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify};
+use crate::{Exit, SetupError, Stats, signal};
+
+/// The area of a vCPU, owned by it.
+pub struct AreaPtr(*mut Area);
+
+impl Deref for AreaPtr {
+    type Target = Area;
+    fn deref(&self) -> &Area {
+        // SAFETY: points to the mapped area of the TLB that lives in the same `Inner`; generated
+        // code, the only other user, runs on this thread and not while a reference is held.
+        unsafe { &*self.0 }
+    }
+}
+
+impl DerefMut for AreaPtr {
+    fn deref_mut(&mut self) -> &mut Area {
+        // SAFETY: as above.
+        unsafe { &mut *self.0 }
+    }
+}
+
+/// An instruction translation of the fetch side: a page that code was found in.
+#[derive(Clone, Copy)]
+struct FetchEntry {
+    page: u64,
+    user: bool,
+    gpa: u64,
+    global: bool,
+}
+
+const FETCH_ENTRIES: usize = 512;
+
+/// Everything of a translated vCPU; at a fixed address, because generated code knows it.
+pub struct Inner {
+    pub(crate) area: AreaPtr,
+    pub(crate) tlb: Tlb,
+    pub(crate) code: CodeCache,
+    thunks: Thunks,
+    pub(crate) lin: Lin,
+    pub(crate) mailbox: Arc<Mailbox>,
+    pub(crate) cpuid: CpuidTable,
+    pub(crate) allowed: Allowed,
+    fetch: Vec<FetchEntry>,
+    view: View,
+    view_modes: Vec<(View, u32)>,
+    gs_base: u64,
+    /// Mode of the block that runs.
+    mode: Mode,
+    /// To be delivered before the next instruction.
+    pending: Option<Exception>,
+    /// The next instruction runs alone and unregistered (it writes to its own page, or hits a
+    /// breakpoint).
+    once: bool,
+    /// A block made for `once` or single-step is running.
+    in_single: bool,
+    /// RIP for which `interrupt_shadow` holds.
+    pub(crate) shadow_rip: u64,
+    /// The platform may have an interrupt.
+    pub(crate) irq_maybe: bool,
+    /// What `run` is to return.
+    pub(crate) exit: Option<Exit>,
+    /// Bounced store to be committed.
+    bounced: Pieces,
+    /// Set by whoever changed the state from outside.
+    pub(crate) state_changed: bool,
+    /// An event whose delivery suppresses the single-step trap of the instruction that caused it.
+    pub(crate) no_step_trap: bool,
+    pub(crate) stats: Stats,
+}
+
+extern "C" fn mem_helper(owner: u64, ret: u64, ea: u64) -> Then {
+    // SAFETY: generated code passes the `owner` of its area: the `Inner` that entered it on this
+    // thread, to which no reference is live while generated code runs.
+    unsafe { &mut *(owner as *mut Inner) }.slow_access(ret, ea)
+}
+
+extern "C" fn commit_helper(owner: u64, _ret: u64, _ea: u64) -> Then {
+    // SAFETY: as in `mem_helper`.
+    unsafe { &mut *(owner as *mut Inner) }.commit()
+}
+
+extern "C" fn instr_helper(owner: u64, ret: u64, _ea: u64) -> Then {
+    // SAFETY: as in `mem_helper`.
+    unsafe { &mut *(owner as *mut Inner) }.helper(ret)
+}
+
+/// Where a thread with a signal at `pc` goes on; called by the signal handler.
+///
+/// # Safety
+/// `owner` is the vCPU whose generated code was interrupted on this thread.
+pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32, _trap: u64) -> u64 {
+    // SAFETY: by the caller; generated code was running, so no reference is live.
+    let inner = unsafe { &*(owner as *const Inner) };
+    if sig == libc::SIGSEGV || sig == libc::SIGBUS {
+        if let Some(b) = inner.code.block_at(pc) {
+            let off = (pc - b.host) as u32;
+            if let Some(s) = b.sites.iter().find(|s| off >= s.op && off < s.op_end) {
+                return b.host + u64::from(s.cold);
+            }
+        }
+    }
+    inner.thunks.exit(ExitCode::Fault)
+}
+
+impl Inner {
+    /// Makes a vCPU.
+    pub fn new(
+        shared: Arc<Shared>,
+        state: CpuState,
+        cpuid: CpuidTable,
+        platform: Box<dyn berth_x86::Platform>,
+    ) -> Result<Box<Self>, SetupError> {
+        let (index, mailbox) = shared.join()?;
+        let mut tlb = Tlb::new(shared.config.address_spaces)?;
+        tlb.init_jcs();
+        let mut code = CodeCache::new(shared.config.code_cache_bytes)?;
+        let thunks = Thunks::new(&mut code, mem_helper, commit_helper, instr_helper);
+        if !signal::register(code.range()) {
+            return Err(SetupError::TooManyVcpus);
+        }
+        let mut area = AreaPtr(tlb.area());
+        area.state = state;
+        area.page_mask = [0x0000_7fff_ffff_f000, 0x0000_ffff_ffff_f000];
+        for shift in 0..=MAX_ACCESS_SHIFT {
+            area.slot_mask[shift] = 0xfff & !((1 << shift) - 1);
+        }
+        area.bit_mask = [7, 15, 31, 63];
+        area.jc_mask = crate::layout::JC_ENTRIES as u64 - 1;
+        area.host_mxcsr = 0x1f80;
+        let allowed = Allowed::new(cpuid.features());
+        let mut inner = Box::new(Self {
+            area,
+            tlb,
+            code,
+            thunks,
+            lin: Lin {
+                shared,
+                index,
+                platform,
+                dirty_code: Vec::new(),
+                platform_called: false,
+                watch_hits: 0,
+            },
+            mailbox,
+            cpuid,
+            allowed,
+            fetch: vec![FetchEntry { page: !0, user: false, gpa: 0, global: false }; FETCH_ENTRIES],
+            view: View::Kernel,
+            view_modes: Vec::new(),
+            gs_base: 0,
+            mode: Mode {
+                bits: 16,
+                user: false,
+                flat: false,
+                fpu: false,
+                sse: false,
+                avx: false,
+                single: false,
+            },
+            pending: None,
+            once: false,
+            in_single: false,
+            shadow_rip: !0,
+            irq_maybe: true,
+            exit: None,
+            bounced: Pieces::default(),
+            state_changed: true,
+            no_step_trap: false,
+            stats: Stats::default(),
+        });
+        let owner = &raw mut *inner as u64;
+        inner.area.owner = owner;
+        let run = &raw mut inner.area.run as u64;
+        inner.mailbox.set_run_word(run);
+        Ok(inner)
+    }
+
+    /// The architectural state.
+    pub fn state(&mut self) -> &mut CpuState {
+        &mut self.area.state
+    }
+
+    /// The architectural state, read only.
+    pub fn state_ref(&self) -> &CpuState {
+        &self.area.state
+    }
+
+    // ---- between generated code and Rust ----
+
+    fn sync_in(&mut self) {
+        let host = self.area.host_flags & (flags::ARITH | flags::DF);
+        let f = &mut self.area.state.rflags;
+        *f = *f & !(flags::ARITH | flags::DF) | host | flags::FIXED;
+    }
+
+    fn sync_out(&mut self) {
+        self.area.host_flags = self.area.state.rflags & (flags::ARITH | flags::DF) | 0x202;
+    }
+
+    fn wanted_view(&self) -> View {
+        let s = &self.area.state;
+        let slot = self.tlb.current();
+        if s.cpl() == 3 {
+            View::User(slot)
+        } else if s.paging() && s.cr4 & cr4::SMAP != 0 && s.rflags & flags::AC != 0 {
+            View::KernelUser(slot)
+        } else {
+            View::Kernel
+        }
+    }
+
+    /// Puts the GS base to the view the state asks for.
+    fn update_view(&mut self) {
+        self.view = self.wanted_view();
+        let base = self.tlb.base(self.view);
+        if base != self.gs_base {
+            self.gs_base = base;
+            // SAFETY: the host has WRGSBASE (checked at set-up); nothing else on this thread uses
+            // GS, and the address is a mapped view.
+            unsafe { std::arch::asm!("wrgsbase {}", in(reg) base, options(nomem, nostack)) };
+        }
+    }
+
+    fn mode_of_state(&self) -> Mode {
+        let s = &self.area.state;
+        let bits = match s.code_size() {
+            CodeSize::Bits16 => 16,
+            CodeSize::Bits32 => 32,
+            CodeSize::Bits64 => 64,
+        };
+        let flat_seg = |i: usize| {
+            let g: &Segment = &s.seg[i];
+            g.base == 0 && g.limit == u32::MAX && g.present() && (g.typ() & 4 == 0 || g.typ() & 8 != 0)
+        };
+        let writable = |i: usize| s.seg[i].typ() & 0xa == 2;
+        let flat = bits == 64
+            || (s.protected()
+                && flat_seg(sreg::CS)
+                && [sreg::DS, sreg::ES, sreg::SS].iter().all(|&i| flat_seg(i) && writable(i)));
+        let fpu = s.cr0 & (cr0::EM | cr0::TS) == 0;
+        let sse = fpu && s.cr4 & cr4::OSFXSR != 0;
+        let avx = s.cr0 & cr0::TS == 0 && s.cr4 & cr4::OSXSAVE != 0 && s.xcr0 & 6 == 6;
+        Mode {
+            bits,
+            user: s.cpl() == 3,
+            flat,
+            fpu,
+            sse,
+            avx: avx && s.protected(),
+            single: s.rflags & flags::TF != 0 || mem::breaking(s),
+        }
+    }
+
+    // ---- the dispatcher ----
+
+    /// Runs guest code until something outside has to be done.
+    pub fn run(&mut self) -> Exit {
+        if let Err(e) = signal::prepare_thread() {
+            eprintln!("berth: setting up a signal stack failed: {e}");
+            return Exit::Shutdown;
+        }
+        if std::mem::take(&mut self.state_changed) {
+            self.flush_everything();
+            let pcid = self.current_pcid();
+            self.tlb.switch(pcid, false);
+        }
+        self.gs_base = 0;
+        fpu::load(&mut self.area);
+        let exit = loop {
+            if let Some(exit) = self.dispatch() {
+                break exit;
+            }
+        };
+        fpu::save(&mut self.area);
+        exit
+    }
+
+    fn current_pcid(&self) -> u16 {
+        let s = &self.area.state;
+        if s.cr4 & cr4::PCIDE != 0 { (s.cr3 & 0xfff) as u16 } else { 0 }
+    }
+
+    /// One round: events, then a block.
+    fn dispatch(&mut self) -> Option<Exit> {
+        self.area.run = 1;
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if let Some(e) = self.exit.take() {
+            return Some(e);
+        }
+        if self.mailbox.any()
+            && let Some(exit) = self.open_mail()
+        {
+            return Some(exit);
+        }
+        match self.events() {
+            Step::Go => {}
+            Step::Again => return None,
+            Step::Leave(e) => return Some(e),
+        }
+        self.step()
+    }
+
+    /// Takes what others left.
+    fn open_mail(&mut self) -> Option<Exit> {
+        if self.mailbox.mail.swap(false, Ordering::SeqCst) {
+            let pages = std::mem::take(&mut *lock(&self.mailbox.inbox));
+            for p in pages {
+                if p == ALL_PAGES { self.drop_all_code() } else { self.drop_page(p) }
+            }
+        }
+        if self.mailbox.nmi.swap(false, Ordering::SeqCst) {
+            self.area.state.nmi_pending = 1;
+        }
+        if self.mailbox.irq.swap(false, Ordering::SeqCst) {
+            self.irq_maybe = true;
+        }
+        self.mailbox.kick.swap(false, Ordering::SeqCst).then_some(Exit::Kicked)
+    }
+
+    /// Delivers what is due before the next instruction (priorities: SDM vol. 3, 6.9).
+    fn events(&mut self) -> Step {
+        if let Some(e) = self.pending.take() {
+            return self.deliver(Event::Exception(e));
+        }
+        let shadow = self.area.state.interrupt_shadow != 0;
+        if shadow && self.area.state.rip != self.shadow_rip {
+            self.area.state.interrupt_shadow = 0;
+        }
+        let shadow = self.area.state.interrupt_shadow != 0;
+        if self.area.state.nmi_pending != 0 && self.area.state.nmi_masked == 0 {
+            if shadow {
+                self.once = true;
+                return Step::Go;
+            }
+            self.area.state.nmi_pending = 0;
+            return self.deliver(Event::Nmi);
+        }
+        if self.irq_maybe {
+            if !self.lin.platform.interrupt_pending() {
+                self.irq_maybe = false;
+            } else if self.area.state.rflags & flags::IF != 0 {
+                if shadow {
+                    self.once = true;
+                    return Step::Go;
+                }
+                if let Some(v) = self.lin.platform.acknowledge_interrupt() {
+                    return self.deliver(Event::Interrupt(v));
+                }
+                self.irq_maybe = false;
+            }
+        }
+        if self.area.state.halted != 0 {
+            return Step::Leave(Exit::Halted);
+        }
+        Step::Go
+    }
+
+    fn deliver(&mut self, ev: Event) -> Step {
+        self.stats.events += 1;
+        self.area.state.halted = 0;
+        self.area.state.interrupt_shadow = 0;
+        let r = event::deliver_with_escalation(&mut self.area.state, &mut self.lin, ev);
+        self.after_rust();
+        match r {
+            Ok(()) => Step::Again,
+            Err(_) => Step::Leave(Exit::Shutdown),
+        }
+    }
+
+    /// Queues an exception of the instruction at the current RIP.
+    pub(crate) fn queue(&mut self, e: Exception) {
+        self.pending = Some(e);
+    }
+
+    fn raise(&mut self, e: Exception) {
+        self.pending = Some(e);
+    }
+
+    /// Looks after side effects of Rust code that touched memory or devices; tells whether the
+    /// running block must not go on.
+    fn after_rust(&mut self) -> bool {
+        let mut stop = false;
+        if !self.lin.dirty_code.is_empty() {
+            for p in std::mem::take(&mut self.lin.dirty_code) {
+                self.drop_page(p);
+            }
+            stop = true;
+        }
+        if std::mem::take(&mut self.lin.platform_called) {
+            self.irq_maybe = true;
+        }
+        stop
+    }
+
+    /// Runs a block (or one instruction, when something asks for it).
+    fn step(&mut self) -> Option<Exit> {
+        let once = std::mem::take(&mut self.once);
+        let mut mode = self.mode_of_state();
+        let tf = self.area.state.rflags & flags::TF != 0;
+        if mode.single && self.breakpoint() {
+            return None;
+        }
+        mode.single |= once;
+        self.mode = mode;
+        self.in_single = mode.single;
+        self.update_view();
+        let host = match self.find(mode) {
+            Ok(id) => self.code.block(id).map_or(0, |b| b.host),
+            Err(e) => {
+                self.raise(e);
+                return None;
+            }
+        };
+        self.area.state.rflags &= !flags::RF;
+        self.no_step_trap = false;
+        self.enter(host);
+        if self.pending.is_none() && (tf || self.lin.watch_hits != 0) {
+            let step = if tf && !self.no_step_trap { 1 << 14 } else { 0 };
+            let dr6 = std::mem::take(&mut self.lin.watch_hits) | step;
+            if dr6 != 0 {
+                self.area.state.interrupt_shadow &= if step != 0 { 1 } else { 3 };
+                self.raise(Exception::db(dr6));
+            }
+        } else {
+            self.lin.watch_hits = 0;
+        }
+        None
+    }
+
+    /// Raises #DB when an instruction breakpoint is set at RIP and RF does not suppress it.
+    fn breakpoint(&mut self) -> bool {
+        let s = &self.area.state;
+        if s.rflags & flags::RF != 0 || !mem::breaking(s) {
+            return false;
+        }
+        let at = if s.code_size() == CodeSize::Bits64 {
+            s.rip
+        } else {
+            s.seg[sreg::CS].base.wrapping_add(s.rip) & 0xffff_ffff
+        };
+        let hits = (0..4)
+            .filter(|&i| {
+                s.dr7 >> (i * 2) & 3 != 0 && s.dr7 >> (16 + i * 4) & 3 == 0 && s.dr[i] == at
+            })
+            .fold(0u64, |m, i| m | 1 << i);
+        if hits != 0 {
+            self.raise(Exception::db(hits));
+        }
+        hits != 0
+    }
+
+    /// Enters generated code at `host` and handles exits that need nothing but another block.
+    fn enter(&mut self, host: u64) {
+        let mut host = host;
+        for _ in 0..1 << 16 {
+            self.sync_out();
+            self.area.enter_pc = host;
+            let enter = self.thunks.enter;
+            self.stats.entries += 1;
+            // SAFETY: `enter` is generated code that follows the C convention for callee-saved
+            // registers and the stack; caller-saved and vector registers are declared clobbered by
+            // the "C" ABI. GS points to the view; `enter_pc` is a block of our cache.
+            unsafe {
+                let f: extern "C" fn() = std::mem::transmute(enter);
+                f();
+            }
+            self.sync_in();
+            match self.next_block() {
+                Some(next) => host = next,
+                None => return,
+            }
+        }
+    }
+
+    /// After an exit: the block to go on with at once, if that is all there is to do.
+    fn next_block(&mut self) -> Option<u64> {
+        let code = self.area.exit_code;
+        if code == ExitCode::Helper as u64 {
+            return None;
+        }
+        if code == ExitCode::Fault as u64 {
+            self.fault();
+            return None;
+        }
+        let link = (code == ExitCode::Link as u64)
+            .then(|| u32::try_from(self.area.exit_arg).unwrap_or(u32::MAX));
+        let rip = match link {
+            Some(n) => self.code.link(n).map_or(0, |l| l.target),
+            None => self.area.exit_rip,
+        };
+        self.area.state.rip = rip;
+        if code == ExitCode::Interrupt as u64 || self.area.run == 0 || self.mode.single {
+            return None;
+        }
+        if link.is_some() { self.stats.link_exits += 1 } else { self.stats.indirect_exits += 1 }
+        let flushes = self.code.flushes;
+        let id = match self.find(self.mode) {
+            Ok(id) => id,
+            Err(e) => {
+                self.raise(e);
+                return None;
+            }
+        };
+        let block = self.code.block(id)?;
+        let (host, split) = (block.host, block.second_page.is_some());
+        if let Some(n) = link {
+            if flushes == self.code.flushes && !split {
+                self.connect(n, id, rip);
+            }
+        } else if self.mode.bits == 64 || self.mode.flat {
+            self.tlb.jc_insert(self.view, rip, host);
+        }
+        Some(host)
+    }
+
+    fn connect(&mut self, n: u32, id: BlockId, target: u64) {
+        let Some(l) = self.code.link(n) else { return };
+        if l.linkable {
+            self.code.connect(n, id, false);
+        } else if !self.mode.user && self.mode.bits == 64 && target >> 63 != 0 {
+            let e = self.fetch[(target >> 12) as usize % FETCH_ENTRIES];
+            if e.page == target >> 12 && e.global {
+                self.code.connect(n, id, true);
+            }
+        }
+    }
+
+    // ---- finding and making blocks ----
+
+    fn linear_rip(&self) -> Result<u64, Exception> {
+        let s = &self.area.state;
+        if s.code_size() == CodeSize::Bits64 {
+            mem::check_canonical(s, s.rip, false)?;
+            return Ok(s.rip);
+        }
+        let cs = &s.seg[sreg::CS];
+        if s.rip > u64::from(cs.limit) {
+            return Err(Exception::gp(0));
+        }
+        Ok(cs.base.wrapping_add(s.rip) & 0xffff_ffff)
+    }
+
+    /// Physical page of an instruction fetch.
+    fn fetch_page(&mut self, va: u64) -> Result<u64, Exception> {
+        let user = self.area.state.cpl() == 3;
+        let slot = (va >> 12) as usize % FETCH_ENTRIES;
+        let e = self.fetch[slot];
+        if e.page == va >> 12 && e.user == user {
+            return Ok(e.gpa);
+        }
+        let rights = Rights::explicit(&self.area.state, Kind::Fetch);
+        let w = self.lin.walk(&self.area.state, va, rights)?;
+        let gpa = w.gpa & !(PAGE - 1);
+        self.fetch[slot] = FetchEntry { page: va >> 12, user, gpa, global: w.global };
+        Ok(gpa)
+    }
+
+    /// The block for the current RIP, made if need be.
+    fn find(&mut self, mode: Mode) -> Result<BlockId, Exception> {
+        let va = self.linear_rip()?;
+        let gpa = self.fetch_page(va)? | (va & (PAGE - 1));
+        let key = BlockKey { rip: self.area.state.rip, gpa, mode: mode.pack() };
+        let packed = key.mode;
+        match self.view_modes.iter_mut().find(|(v, _)| *v == self.view) {
+            Some((_, m)) if *m == packed => {}
+            Some((_, m)) => {
+                if !mode.single {
+                    *m = packed;
+                    self.tlb.clear_all_jcs();
+                }
+            }
+            None => self.view_modes.push((self.view, packed)),
+        }
+        if !mode.single
+            && let Some(id) = self.code.find(&key)
+        {
+            let second = self.code.block(id).and_then(|b| b.second_page);
+            match second {
+                None => return Ok(id),
+                Some(p) => {
+                    let next = (va & !(PAGE - 1)).wrapping_add(PAGE);
+                    if self.fetch_page(next)? == p {
+                        return Ok(id);
+                    }
+                    self.code.invalidate_page(p >> 12);
+                    self.tlb.clear_all_jcs();
+                }
+            }
+        }
+        self.translate(key, va, mode)
+    }
+
+    #[allow(clippy::too_many_lines, reason = "one loop over the instructions of a block")]
+    fn translate(&mut self, key: BlockKey, va: u64, mode: Mode) -> Result<BlockId, Exception> {
+        if !self.code.fits(MAX_BLOCK_BYTES) {
+            self.drop_all_code();
+        }
+        let page = key.gpa & !(PAGE - 1);
+        let start = (key.gpa & (PAGE - 1)) as usize;
+        if !mode.single {
+            self.lin.shared.mark_code(page >> 12, self.lin.index);
+        }
+        let mut bytes = [0u8; PAGE as usize + 16];
+        let mut avail = PAGE as usize;
+        self.lin.read_phys(page, &mut bytes[..avail]);
+        let mut second_page = None;
+        let options = DecoderOptions::NONE;
+        let mut t = Translation::new(&self.code, self.thunks, key, mode);
+        let mut at = start;
+        let mut count = 0;
+        let mut end_rip = key.rip;
+        let max = if mode.single { 1 } else { MAX_INSNS };
+        let mut ended = false;
+        while count < max && t.len() < MAX_BLOCK_BYTES / 3 {
+            if at >= PAGE as usize {
+                break;
+            }
+            let mut d =
+                Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
+            let mut ins = d.decode();
+            if ins.is_invalid()
+                && d.last_error() == DecoderError::NoMoreBytes
+                && avail - at < 15
+                && second_page.is_none()
+            {
+                if count > 0 {
+                    break;
+                }
+                // The first instruction of the block crosses into the next page.
+                let next = (va & !(PAGE - 1)).wrapping_add(PAGE);
+                let gpa = self.fetch_page(next)?;
+                if !mode.single {
+                    self.lin.shared.mark_code(gpa >> 12, self.lin.index);
+                    // The first page may have changed before its mark was seen by all.
+                    self.lin.read_phys(page, &mut bytes[..PAGE as usize]);
+                }
+                avail = PAGE as usize + 15;
+                self.lin.read_phys(gpa, &mut bytes[PAGE as usize..avail]);
+                second_page = Some(gpa);
+                let mut d =
+                    Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
+                ins = d.decode();
+            }
+            if ins.is_invalid() {
+                // The helper raises #UD at this address.
+                let mut bad = Instruction::default();
+                bad.set_ip(end_rip);
+                bad.set_len(1);
+                ins = bad;
+            }
+            let class = classify(&ins, mode, self.allowed.instruction(&ins));
+            ended = t.instruction(&ins, class);
+            at += ins.len();
+            end_rip = wrap(end_rip.wrapping_add(ins.len() as u64), mode.bits);
+            count += 1;
+            if ended || second_page.is_some() {
+                break;
+            }
+        }
+        if !ended {
+            t.continue_at(end_rip);
+        }
+        t.block.second_page = second_page.filter(|_| at > PAGE as usize);
+        let (block, code, links) = t.finish();
+        self.stats.blocks += 1;
+        self.stats.guest_instructions += count as u64;
+        self.stats.host_bytes += code.len() as u64;
+        Ok(self.code.push_block(block, &code, &links, !mode.single))
+    }
+
+    // ---- dropping things ----
+
+    fn drop_page(&mut self, page: u64) {
+        self.stats.page_drops += 1;
+        if self.code.invalidate_page(page) {
+            self.tlb.clear_all_jcs();
+        }
+    }
+
+    fn drop_all_code(&mut self) {
+        self.code.flush();
+        self.tlb.clear_all_jcs();
+        self.stats.cache_flushes += 1;
+    }
+
+    fn clear_fetch(&mut self) {
+        for e in &mut self.fetch {
+            e.page = !0;
+        }
+    }
+
+    /// Drops every cached translation of addresses.
+    pub(crate) fn flush_everything(&mut self) {
+        self.tlb.flush_all();
+        self.clear_fetch();
+        self.code.disconnect_far();
+        self.tlb.clear_all_jcs();
+    }
+
+    /// Drops cached translations that are not global.
+    pub(crate) fn flush_non_global(&mut self) {
+        self.tlb.flush_non_global();
+        self.clear_fetch();
+    }
+
+    /// MOV CR3.
+    pub(crate) fn switch_space(&mut self, pcid: u16, keep: bool) {
+        self.tlb.switch(pcid, keep);
+        self.clear_fetch();
+    }
+
+    /// Drops the entries of one PCID.
+    pub(crate) fn flush_pcid(&mut self, pcid: u16) {
+        self.tlb.flush_pcid(pcid);
+        self.clear_fetch();
+    }
+
+    /// INVLPG.
+    pub(crate) fn invalidate(&mut self, va: u64) {
+        self.tlb.invalidate(va);
+        // A large page covers more than the entry named by `va`.
+        let is_code = self.fetch.iter().any(|e| e.page != !0 && e.page >> 18 == va >> 30);
+        if is_code {
+            self.clear_fetch();
+            self.tlb.clear_all_jcs();
+            if va >> 63 != 0 {
+                self.code.disconnect_far();
+            }
+        }
+    }
+
+    // ---- accesses ----
+
+    /// The slow path of an access; see [`crate::translate`].
+    fn slow_access(&mut self, ret: u64, ea: u64) -> Then {
+        self.sync_in();
+        self.stats.slow_accesses += 1;
+        let trap = std::mem::take(&mut self.area.fault_trap);
+        let found = self.code.block_at(ret).and_then(|b| {
+            let off = (ret - b.host) as u32;
+            let s = b.sites.iter().find(|s| s.ret == off)?;
+            Some((*s, b.key))
+        });
+        let Some((site, key)) = found else {
+            bug("a slow access from an unknown place", ret);
+        };
+        let rip = wrap(key.rip.wrapping_add(u64::from(site.rip_off)), self.mode.bits);
+        match self.access(&site, ea, trap) {
+            Ok(Outcome::Direct(host)) => {
+                self.area.sc = host.wrapping_sub(ea);
+                Then::Go
+            }
+            Ok(Outcome::Bounce) => {
+                self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
+                if site.write { Then::Bounce } else { Then::Go }
+            }
+            Ok(Outcome::Alone) => {
+                self.once = true;
+                self.area.state.rip = rip;
+                self.area.exit_code = ExitCode::Helper as u64;
+                Then::Exit
+            }
+            Err(e) => {
+                self.area.state.rip = rip;
+                self.raise(e);
+                self.area.exit_code = ExitCode::Helper as u64;
+                Then::Exit
+            }
+        }
+    }
+
+    fn access(&mut self, site: &Site, ea: u64, trap: u64) -> Result<Outcome, Exception> {
+        let size = usize::from(site.size);
+        let stack = usize::from(site.seg) == sreg::SS;
+        let va = if site.segmented {
+            mem::linear(&self.area.state, site.seg, ea, size, site.write)?
+        } else {
+            ea
+        };
+        mem::check_canonical(&self.area.state, va, stack)?;
+        if trap == 13 && !(self.mode.user && va >> 47 != 0) {
+            // Canonical, and yet the host's processor objects: the operand's alignment.
+            return Err(Exception::gp(0));
+        }
+        if mem::alignment_checked(&self.area.state) && size.is_power_of_two() && size <= 8 && va & (size as u64 - 1) != 0 {
+            return Err(Exception::ac());
+        }
+        let kind = if site.write { Kind::Write } else { Kind::Read };
+        let rights = Rights::explicit(&self.area.state, kind);
+        let watching = mem::watching(&self.area.state);
+        let checked = mem::alignment_checked(&self.area.state);
+        let off = va & (PAGE - 1);
+        if off + size as u64 <= PAGE {
+            let w = self.lin.walk(&self.area.state, va, rights)?;
+            if self.lin.shared.ram.contains(w.gpa, size as u64) {
+                if watching && let Some(o) = self.watched(va, size, site.write) {
+                    return Ok(o);
+                }
+                if site.write && self.lin.shared.has_code(w.gpa >> 12) {
+                    if self.store_to_code(w.gpa >> 12) {
+                        return Ok(Outcome::Alone);
+                    }
+                }
+                if site.segmented || watching || checked || !self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE) {
+                    return Ok(Outcome::Direct(self.lin.shared.ram.raw_addr(w.gpa)));
+                }
+                return Ok(Outcome::Direct(self.fill(va, &w, site.write)));
+            }
+        }
+        let p = self.lin.resolve(&self.area.state, va, size, rights, stack)?;
+        if watching && let Some(o) = self.watched(va, size, site.write) {
+            return Ok(o);
+        }
+        if p.second.len != 0
+            && p.second.gpa == p.first.gpa + p.first.len as u64
+            && self.lin.shared.ram.contains(p.first.gpa, size as u64)
+        {
+            let mut alone = false;
+            if site.write {
+                for page in [p.first.gpa >> 12, p.second.gpa >> 12] {
+                    alone |= self.lin.shared.has_code(page) && self.store_to_code(page);
+                }
+            }
+            if alone {
+                return Ok(Outcome::Alone);
+            }
+            return Ok(Outcome::Direct(self.lin.shared.ram.raw_addr(p.first.gpa)));
+        }
+        let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
+        if site.read {
+            self.lin.read_pieces(&p, &mut buf[..size]);
+        }
+        self.area.bounce.0[..size].copy_from_slice(&buf[..size]);
+        self.bounced = p;
+        self.after_rust();
+        if self.irq_maybe {
+            self.area.run = 0;
+        }
+        Ok(Outcome::Bounce)
+    }
+
+    /// With breakpoints on data: whether the access has to be made alone, so that the trap comes
+    /// right after it.
+    fn watched(&mut self, va: u64, size: usize, write: bool) -> Option<Outcome> {
+        let before = self.lin.watch_hits;
+        self.lin.watch(&self.area.state, va, size, write);
+        if self.lin.watch_hits != before && !self.in_single {
+            self.lin.watch_hits = before;
+            return Some(Outcome::Alone);
+        }
+        None
+    }
+
+    /// Drops translations of a page that is about to be written; whether the running block is gone.
+    fn store_to_code(&mut self, page: u64) -> bool {
+        self.stats.code_stores += 1;
+        self.lin.shared.invalidate_page(page, Some(self.lin.index));
+        self.drop_page(page);
+        !self.in_single
+    }
+
+    /// Enters a walked page into the TLB; the host address of `va`.
+    fn fill(&mut self, va: u64, w: &berth_x86::paging::Walk, write: bool) -> u64 {
+        let ram = &self.lin.shared.ram;
+        let page = va & !(PAGE - 1);
+        let gpa = w.gpa & !(PAGE - 1);
+        let host = if w.writable && w.dirty { ram.rw_addr(gpa) } else { ram.ro_addr(gpa) };
+        if write && !(w.writable && w.dirty) {
+            // A supervisor's write to a read-only page (CR0.WP = 0).
+            return ram.raw_addr(w.gpa);
+        }
+        let s = &self.area.state;
+        let smap = s.paging() && s.cr4 & cr4::SMAP != 0;
+        let bytes = if s.paging() { w.page_bytes } else { PAGE };
+        self.tlb.fill(
+            self.view,
+            va,
+            host.wrapping_sub(page),
+            w.readable_user,
+            smap,
+            w.global,
+            bytes,
+        );
+        host + (va & (PAGE - 1))
+    }
+
+    /// Writes what a store left in the bounce buffer.
+    fn commit(&mut self) -> Then {
+        self.sync_in();
+        let p = self.bounced;
+        let len = p.first.len + p.second.len;
+        let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
+        buf[..len].copy_from_slice(&self.area.bounce.0[..len]);
+        self.lin.write_pieces(&p, &buf[..len]);
+        let stop = self.after_rust();
+        if self.irq_maybe || stop {
+            self.area.run = 0;
+        }
+        Then::Go
+    }
+
+    // ---- instructions in Rust ----
+
+    fn helper(&mut self, ret: u64) -> Then {
+        self.sync_in();
+        self.stats.helpers += 1;
+        let found = self.code.block_at(ret).and_then(|b: &Block| {
+            let off = (ret - b.host) as u32;
+            b.helpers.iter().find(|h| h.ret == off).map(|h| h.instr)
+        });
+        let Some(ins) = found else { bug("a helper called from an unknown place", ret) };
+        self.area.exit_code = ExitCode::Helper as u64;
+        self.area.state.rip = ins.ip();
+        let next = wrap(ins.next_ip(), self.mode.bits);
+        let result = exec::execute(self, &ins, next);
+        let stop = self.after_rust();
+        match result {
+            Ok(Flow::Next) => {
+                self.area.state.rip = next;
+                let due = self.irq_maybe
+                    && self.area.state.rflags & flags::IF != 0
+                    && self.lin.platform.interrupt_pending();
+                if stop || due || self.in_single || self.mode_of_state() != self.mode {
+                    return Then::Exit;
+                }
+                self.update_view();
+                self.sync_out();
+                Then::Go
+            }
+            Ok(Flow::Jump) => Then::Exit,
+            Err(e) => {
+                self.area.state.rip = ins.ip();
+                self.raise(e);
+                Then::Exit
+            }
+        }
+    }
+
+    /// A signal that is no memory access: an arithmetic fault of the guest's instruction.
+    fn fault(&mut self) {
+        let pc = self.area.fault_pc;
+        let signal = self.area.fault_signal as i32;
+        let trap = std::mem::take(&mut self.area.fault_trap);
+        let rip = self.code.block_at(pc).map(|b| b.rip_at(pc));
+        let Some(rip) = rip else { bug("a fault outside any block", pc) };
+        self.area.state.rip = wrap(rip, self.mode.bits);
+        let e = match (signal, trap) {
+            (_, 0) => Exception::de(),
+            (libc::SIGFPE, 16) => Exception::mf(),
+            (libc::SIGFPE, 19) if self.area.state.cr4 & cr4::OSXMMEXCPT != 0 => Exception::xm(),
+            (libc::SIGFPE, 19) | (libc::SIGILL, _) => Exception::ud(),
+            (_, 4) => Exception::other(vector::OF),
+            (_, 13) => Exception::gp(0),
+            _ => bug("a signal that no guest instruction can raise", pc),
+        };
+        self.raise(e);
+    }
+}
+
+/// What is to be done in one round of the dispatcher.
+enum Step {
+    Go,
+    Again,
+    Leave(Exit),
+}
+
+/// Where an access goes.
+enum Outcome {
+    /// To this host address.
+    Direct(u64),
+    /// To the bounce buffer.
+    Bounce,
+    /// The instruction has to run alone.
+    Alone,
+}
+
+/// Cuts an instruction pointer to the size of the mode.
+pub fn wrap(rip: u64, bits: u8) -> u64 {
+    match bits {
+        64 => rip,
+        32 => rip & 0xffff_ffff,
+        _ => rip & 0xffff,
+    }
+}
+
+/// An error of the translator itself: the state of the machine cannot be trusted any more.
+fn bug(what: &str, pc: u64) -> ! {
+    eprintln!("berth: translator bug: {what} (host pc {pc:#x})");
+    std::process::abort()
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.mailbox.set_run_word(0);
+        signal::unregister(self.code.range());
+    }
+}

@@ -1,0 +1,126 @@
+//! Small guests in 64-bit mode with identity page tables.
+
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+
+use berth_translator::{Config, Exit, RamSlot, Shared, TranslatedVcpu, host_cpuid};
+use berth_x86::cpuid::{CpuidTable, Topology};
+use berth_x86::state::{Segment, cr0, cr4, efer};
+use berth_x86::{CpuState, Platform};
+
+struct Nothing;
+
+impl Platform for Nothing {
+    fn mmio_read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&mut self, _: u64, _: &[u8]) {}
+    fn port_read(&mut self, _: u16, _: u8) -> u32 {
+        !0
+    }
+    fn port_write(&mut self, _: u16, _: u8, _: u32) {}
+    fn read_msr(&mut self, _: &CpuState, _: u32) -> Option<u64> {
+        None
+    }
+    fn write_msr(&mut self, _: &CpuState, _: u32, _: u64) -> Option<()> {
+        None
+    }
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        None
+    }
+    fn interrupt_pending(&mut self) -> bool {
+        false
+    }
+    fn cr8(&mut self) -> u8 {
+        0
+    }
+    fn set_cr8(&mut self, _: u8) {}
+    fn hypercall(&mut self, _: u64, _: [u64; 4]) -> u64 {
+        0
+    }
+}
+
+const RAM: u64 = 16 << 20;
+const CODE: u64 = 0x10_0000;
+
+fn memfd() -> OwnedFd {
+    // SAFETY: plain system calls; the descriptor is owned by nobody else.
+    unsafe {
+        let fd = libc::memfd_create(c"ram".as_ptr(), 0);
+        assert!(fd >= 0);
+        assert_eq!(libc::ftruncate(fd, RAM as i64), 0);
+        OwnedFd::from_raw_fd(fd)
+    }
+}
+
+fn put(fd: &OwnedFd, at: u64, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    let f = std::fs::File::from(fd.try_clone().unwrap());
+    f.write_all_at(bytes, at).unwrap();
+}
+
+fn get(fd: &OwnedFd, at: u64, n: usize) -> Vec<u8> {
+    use std::os::unix::fs::FileExt;
+    let f = std::fs::File::from(fd.try_clone().unwrap());
+    let mut b = vec![0; n];
+    f.read_exact_at(&mut b, at).unwrap();
+    b
+}
+
+/// Runs `code` at [`CODE`] until it halts; gives the vCPU and the RAM.
+fn run(code: &[u8]) -> (TranslatedVcpu, OwnedFd) {
+    let fd = memfd();
+    put(&fd, 0x1000, &0x2003u64.to_le_bytes());
+    put(&fd, 0x2000, &0x83u64.to_le_bytes());
+    put(&fd, CODE, code);
+    let mut s = CpuState::reset(true);
+    s.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::ET | cr0::WP | cr0::MP;
+    s.cr3 = 0x1000;
+    s.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::PGE;
+    s.xcr0 = 7;
+    s.efer = efer::LME | efer::LMA | efer::SCE | efer::NXE;
+    let data = Segment { base: 0, limit: !0, selector: 16, attr: 0xc093 };
+    s.seg = [data; 6];
+    s.seg[1] = Segment { base: 0, limit: !0, selector: 8, attr: 0xa09b };
+    s.rip = CODE;
+    s.gpr[4] = 0x20_0000;
+    s.rflags = 2;
+    let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
+    let shared = Shared::new(&slots, Config::default()).unwrap();
+    let cpuid = CpuidTable::new(&host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
+    let mut v = TranslatedVcpu::new(shared, s, cpuid, Box::new(Nothing)).unwrap();
+    assert_eq!(v.run(), Exit::Halted);
+    (v, fd)
+}
+
+#[test]
+fn arithmetic_and_halt() {
+    // mov eax, 5; add rax, 7; hlt
+    let (v, _) = run(&[0xb8, 5, 0, 0, 0, 0x48, 0x83, 0xc0, 7, 0xf4]);
+    assert_eq!(v.state().gpr[0], 12);
+    assert_eq!(v.state().rip, CODE + 10);
+}
+
+#[test]
+fn loop_with_stores() {
+    // mov edi, 0x300000; mov ecx, 1000; L: mov [rdi], rcx; add rdi, 8; dec rcx; jnz L; hlt
+    let (v, fd) = run(&[
+        0xbf, 0, 0, 0x30, 0, 0xb9, 0xe8, 3, 0, 0, 0x48, 0x89, 0x0f, 0x48, 0x83, 0xc7, 8, 0x48, 0xff,
+        0xc9, 0x75, 0xf4, 0xf4,
+    ]);
+    assert_eq!(v.state().gpr[1], 0);
+    assert_eq!(v.state().gpr[7], 0x30_0000 + 8000);
+    assert_eq!(get(&fd, 0x30_0000, 8), 1000u64.to_le_bytes());
+    assert_eq!(get(&fd, 0x30_0000 + 7992, 8), 1u64.to_le_bytes());
+}
+
+#[test]
+fn call_push_pop_and_spilled_registers() {
+    // mov r10d, 3; mov r15d, 4; push r10; push r15; call f; hlt; f: mov r14, [rsp+8];
+    // add r14, [rsp+16]; add r14, r10; ret
+    let (v, _) = run(&[
+        0x41, 0xba, 3, 0, 0, 0, 0x41, 0xbf, 4, 0, 0, 0, 0x41, 0x52, 0x41, 0x57, 0xe8, 1, 0, 0, 0,
+        0xf4, 0x4c, 0x8b, 0x74, 0x24, 8, 0x4c, 0x03, 0x74, 0x24, 16, 0x4d, 0x01, 0xd6, 0xc3,
+    ]);
+    assert_eq!(v.state().gpr[14], 10);
+    assert_eq!(v.state().gpr[4], 0x20_0000 - 16);
+}

@@ -1,0 +1,93 @@
+//! IRET in all its forms.
+
+use super::{check_target, drop_inner_data, return_code, return_stack, to_64_bit};
+use crate::desc::{rpl, selector_code};
+use crate::flags::iret_flags;
+use crate::platform::LinearMem;
+use crate::size::OpSize;
+use crate::stack::Stack;
+use crate::state::{CodeSize, CpuState, Exception, Segment, flags, reg, sreg};
+
+/// IRET, IRETD or IRETQ.
+///
+/// NMIs are unmasked even when the instruction then faults (SDM vol. 3, 6.7.1 and 28.2.3). Everything
+/// else stays as it was on a fault.
+///
+/// # Errors
+/// #GP, #SS, #NP, #TS, #PF as the manual lists them.
+pub fn iret(cpu: &mut CpuState, mem: &mut dyn LinearMem, opsize: OpSize) -> Result<(), Exception> {
+    cpu.nmi_masked = 0;
+    if !cpu.protected() {
+        return real(cpu, mem, opsize);
+    }
+    if cpu.rflags & flags::NT != 0 {
+        return Err(if cpu.long_mode() {
+            Exception::gp(0)
+        } else {
+            Exception::ts(selector_code(cpu.tr.selector))
+        });
+    }
+    protected(cpu, mem, opsize)
+}
+
+fn real(cpu: &mut CpuState, mem: &mut dyn LinearMem, opsize: OpSize) -> Result<(), Exception> {
+    let mut stack = Stack::current(cpu, 0);
+    let [rip, selector, image] = stack.pop(cpu, mem, opsize.bytes())?;
+    if rip > u64::from(cpu.seg[sreg::CS].limit) {
+        return Err(Exception::gp(0));
+    }
+    stack.apply(cpu);
+    cpu.rip = rip;
+    let cs = &mut cpu.seg[sreg::CS];
+    cs.selector = selector as u16;
+    cs.base = (selector & 0xffff) << 4;
+    cpu.rflags = iret_flags(cpu, image, opsize);
+    Ok(())
+}
+
+fn protected(cpu: &mut CpuState, mem: &mut dyn LinearMem, opsize: OpSize) -> Result<(), Exception> {
+    let from_64_bit = cpu.code_size() == CodeSize::Bits64;
+    let mut stack = Stack::current(cpu, 0);
+    let [rip, selector, image] = stack.pop(cpu, mem, opsize.bytes())?;
+    let wide = opsize != OpSize::Bits16;
+    if !cpu.long_mode() && wide && image & flags::VM != 0 && cpu.cpl() == 0 {
+        return Err(Exception::gp(0));
+    }
+    let code = return_code(cpu, mem, selector as u16)?;
+    let level = rpl(selector as u16);
+    let outer = level > cpu.cpl();
+    // 64-bit mode pops SS:RSP whatever the levels.
+    let new_stack = if outer || from_64_bit {
+        let [rsp, ss] = stack.pop(cpu, mem, opsize.bytes())?;
+        Some((rsp, return_stack(cpu, mem, ss as u16, &code)?))
+    } else {
+        None
+    };
+    check_target(cpu, &code, rip)?;
+
+    let rflags = iret_flags(cpu, image, opsize);
+    match new_stack {
+        Some((rsp, ss)) => set_stack(cpu, rsp, ss, to_64_bit(cpu, &code)),
+        None => stack.apply(cpu),
+    }
+    cpu.seg[sreg::CS] = code.segment(level);
+    cpu.rip = rip;
+    cpu.rflags = rflags;
+    if outer {
+        drop_inner_data(cpu);
+    }
+    Ok(())
+}
+
+/// Loads SS and as much of RSP as the new stack has.
+pub(super) fn set_stack(cpu: &mut CpuState, rsp: u64, ss: Segment, to_64_bit: bool) {
+    let old = cpu.gpr[reg::RSP];
+    cpu.gpr[reg::RSP] = if to_64_bit {
+        rsp
+    } else if ss.attr & Segment::DB != 0 {
+        rsp & 0xffff_ffff
+    } else {
+        old & !0xffff | rsp & 0xffff
+    };
+    cpu.seg[sreg::SS] = ss;
+}

@@ -100,14 +100,27 @@ pub fn run(
     stats
 }
 
-/// Makes a finding smaller; returns the small case and its differences.
+/// Makes a finding smaller; returns the small case and its differences. What differed first goes
+/// on to differ, so that the small case shows the same fault and not another.
 pub fn minimize(
     case: &Case,
     native: &mut dyn Backend,
     other: &mut dyn Backend,
 ) -> (Case, Vec<Difference>) {
     let mut differ = |c: &Case| compare(c, &native.run(c), &other.run(c));
-    let small = shrink(case, |c| !differ(c).is_empty());
+    let first = differ(case).first().map(kind);
+    let small = shrink(case, |c| {
+        let now = differ(c).first().map(kind);
+        now.is_some() && now == first
+    });
     let differences = differ(&small);
     (small, differences)
+}
+
+/// What differs: the thing, and for the exception which instead of which.
+fn kind(difference: &Difference) -> (String, Option<(String, String)>) {
+    let what = difference.what.split(' ').next().unwrap_or_default().to_owned();
+    let exception = what == "exception";
+    let values = exception.then(|| (difference.native.clone(), difference.other.clone()));
+    (what, values)
 }

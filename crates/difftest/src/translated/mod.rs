@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use berth_translator::{Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu};
+use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::{reg, sreg, vector};
 use berth_x86::{CpuState, Platform};
 
@@ -157,7 +158,9 @@ impl TranslatedBackend {
             masked: Vec::new(),
         };
         let state = machine::initial_state(&idle);
-        let vcpu = TranslatedVcpu::new(Arc::clone(&shared), state, Box::new(Bare))?;
+        let topology = Topology { index: 0, count: 1 };
+        let cpuid = CpuidTable::new(&berth_translator::host_cpuid(), topology, 1_000_000);
+        let vcpu = TranslatedVcpu::new(Arc::clone(&shared), state, cpuid, Box::new(Bare))?;
         let progress = Arc::new(AtomicU64::new(0));
         watch(vcpu.kicker(), &progress);
         Ok(Self { vcpu, shared, ram, base, progress })

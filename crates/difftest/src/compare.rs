@@ -43,7 +43,7 @@ fn describe(outcome: &Outcome) -> String {
         Outcome::Stopped(f) => format!("exception {} at {:#x}", f.fault.vector, f.rip),
         Outcome::Timeout => "still running".to_owned(),
         Outcome::SystemCall => "system call".to_owned(),
-        Outcome::Broken(why) => (*why).to_owned(),
+        Outcome::Broken(why) => why.clone(),
     }
 }
 

@@ -23,7 +23,7 @@ difftest --seed N --case K          run one case, print it, shrink it if it diff
   --case K        run only case K
   --jobs N        worker processes (default: one per processor)
   --against B     what to compare the host processor with (default translated)
-  --failures N    stop a worker after so many differences (default 5)
+  --failures N    stop a worker after so many distinct differences (default 5)
   --compat N      percent of cases in 32-bit compatibility mode (default 12)
   --faults N      percent of cases made to fault (default 25)
   --length N      most instructions in a sequence (default 12)

@@ -111,6 +111,19 @@ fn excluded(mnemonic: Mnemonic) -> bool {
     )
 }
 
+/// A push of a segment register in 32-bit code writes two bytes or four (Intel SDM, PUSH).
+fn by_processor(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Pushd_ES
+            | Code::Pushd_CS
+            | Code::Pushd_SS
+            | Code::Pushd_DS
+            | Code::Pushd_FS
+            | Code::Pushd_GS
+    )
+}
+
 impl Catalog {
     /// The instructions for a mode.
     #[must_use]
@@ -164,6 +177,7 @@ fn classify(code: Code, mode: Mode) -> Option<(usize, Kind)> {
         || (mode == Mode::Bits64 && !info.intel_decoder64())
         || (mode == Mode::Compat32 && !info.intel_decoder32())
         || info.is_reserved_nop()
+        || by_processor(code)
     {
         return None;
     }

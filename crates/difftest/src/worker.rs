@@ -6,7 +6,7 @@
 use std::io::Write;
 
 use anyhow::{Context, bail};
-use berth_difftest::case::{Backend, Case};
+use berth_difftest::case::{Backend, Case, Outcome};
 use berth_difftest::compare::compare;
 use berth_difftest::generate::Generator;
 use berth_difftest::native::NativeBackend;
@@ -78,6 +78,23 @@ pub fn main(arguments: &Arguments) -> anyhow::Result<bool> {
     println!("codes {}", codes.join(" "));
     println!("end");
     Ok(total.different == 0)
+}
+
+/// Runs the table of known traps; whether the backend gives every answer.
+pub fn known(arguments: &Arguments) -> anyhow::Result<bool> {
+    let mut backend = backend(&arguments.against)?;
+    let mut good = true;
+    for trap in berth_difftest::traps::all().context("assembling the table")? {
+        let wrong = match backend.run(&trap.case) {
+            Outcome::Stopped(end) => trap.check(&end),
+            other => vec![format!("{}: {}", trap.name, report::outcome(&other).trim_end())],
+        };
+        good &= wrong.is_empty();
+        for line in wrong {
+            println!("{line}");
+        }
+    }
+    Ok(good)
 }
 
 /// Runs one case and shows everything.

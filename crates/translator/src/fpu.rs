@@ -127,3 +127,11 @@ pub fn restore_all(image: &[u8; 108]) {
     // SAFETY: reads 108 bytes; any value is accepted by the instruction.
     unsafe { std::arch::asm!("frstor [{}]", in(reg) image.as_ptr(), options(nostack)) };
 }
+
+/// Whether an unmasked x87 exception waits to be raised by the next waiting instruction.
+pub fn pending() -> bool {
+    let status: u16;
+    // SAFETY: reads the status word; does not wait.
+    unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack)) };
+    status & 0x80 != 0
+}

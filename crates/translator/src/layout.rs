@@ -71,7 +71,8 @@ pub const BOUNCE_SIZE: usize = 2048;
 pub enum ExitCode {
     /// A direct jump that is not linked yet; [`Area::exit_arg`] is the host address of its slot.
     Link = 1,
-    /// An indirect jump missed the jump cache; the target is in [`Area::exit_rip`].
+    /// An indirect jump missed the jump cache; the target is in [`Area::exit_rip`], its own address
+    /// in [`Area::branch_rip`], what it took from RSP in [`Area::exit_arg`].
     Indirect = 2,
     /// [`Area::run`] was found zero at a block boundary; RIP is in [`Area::exit_rip`].
     Interrupt = 3,
@@ -127,6 +128,8 @@ pub struct Area {
     pub bit_mask: [u64; 4],
     /// A value that has to survive a second access of the same instruction.
     pub tmp: u64,
+    /// Address of the indirect branch that missed the jump cache.
+    pub branch_rip: u64,
     /// Where to enter generated code.
     pub enter_pc: u64,
     /// RFLAGS as the host has them: arithmetic flags and DF of the guest.
@@ -143,7 +146,11 @@ const _: () = assert!(size_of::<Area>() <= AREA_SIZE);
 
 /// GS-relative displacement of a field of [`Area`] at `offset`.
 #[must_use]
-#[allow(clippy::cast_possible_wrap, clippy::cast_possible_truncation, reason = "AREA_SIZE is small")]
+#[allow(
+    clippy::cast_possible_wrap,
+    clippy::cast_possible_truncation,
+    reason = "AREA_SIZE is small"
+)]
 pub const fn disp(offset: usize) -> i32 {
     offset as i32 - AREA_SIZE as i32
 }

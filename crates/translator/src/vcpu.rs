@@ -265,7 +265,10 @@ impl Inner {
         };
         let flat_seg = |i: usize| {
             let g: &Segment = &s.seg[i];
-            g.base == 0 && g.limit == u32::MAX && g.present() && (g.typ() & 4 == 0 || g.typ() & 8 != 0)
+            g.base == 0
+                && g.limit == u32::MAX
+                && g.present()
+                && (g.typ() & 4 == 0 || g.typ() & 8 != 0)
         };
         let writable = |i: usize| s.seg[i].typ() & 0xa == 2;
         let flat = bits == 64
@@ -499,7 +502,10 @@ impl Inner {
                 let f: extern "C" fn() = std::mem::transmute(enter);
                 f();
             }
-            self.sync_in();
+            // A helper that asked to leave has brought the flags up to date itself.
+            if self.area.exit_code != ExitCode::Helper as u64 {
+                self.sync_in();
+            }
             match self.next_block() {
                 Some(next) => host = next,
                 None => return,
@@ -524,10 +530,25 @@ impl Inner {
             None => self.area.exit_rip,
         };
         self.area.state.rip = rip;
+        if code == ExitCode::Indirect as u64
+            && mem::check_canonical(&self.area.state, rip, false).is_err()
+        {
+            // The branch itself faults: undo what it did to the stack pointer.
+            self.area.state.rip = self.area.branch_rip;
+            let undo = self.area.exit_arg;
+            let sp = &mut self.area.state.gpr[berth_x86::state::reg::RSP];
+            *sp = sp.wrapping_add(undo);
+            self.raise(Exception::gp(0));
+            return None;
+        }
         if code == ExitCode::Interrupt as u64 || self.area.run == 0 || self.mode.single {
             return None;
         }
-        if link.is_some() { self.stats.link_exits += 1 } else { self.stats.indirect_exits += 1 }
+        if link.is_some() {
+            self.stats.link_exits += 1
+        } else {
+            self.stats.indirect_exits += 1
+        }
         let flushes = self.code.flushes;
         let id = match self.find(self.mode) {
             Ok(id) => id,
@@ -650,8 +671,7 @@ impl Inner {
             if at >= PAGE as usize {
                 break;
             }
-            let mut d =
-                Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
+            let mut d = Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
             let mut ins = d.decode();
             if ins.is_invalid()
                 && d.last_error() == DecoderError::NoMoreBytes
@@ -679,8 +699,8 @@ impl Inner {
             if ins.is_invalid() {
                 // The helper raises #UD at this address.
                 let mut bad = Instruction::default();
-                bad.set_ip(end_rip);
                 bad.set_len(1);
+                bad.set_ip(end_rip);
                 ins = bad;
             }
             let class = classify(&ins, mode, self.allowed.instruction(&ins));
@@ -797,7 +817,8 @@ impl Inner {
             }
             Err(e) => {
                 self.area.state.rip = rip;
-                self.raise(e);
+                // A pending x87 exception comes before any fault of the operand.
+                self.raise(if site.x87 && fpu::pending() { Exception::mf() } else { e });
                 self.area.exit_code = ExitCode::Helper as u64;
                 Then::Exit
             }
@@ -812,12 +833,19 @@ impl Inner {
         } else {
             ea
         };
+        if site.align > 1 && va & (u64::from(site.align) - 1) != 0 {
+            return Err(Exception::gp(0));
+        }
         mem::check_canonical(&self.area.state, va, stack)?;
         if trap == 13 && !(self.mode.user && va >> 47 != 0) {
             // Canonical, and yet the host's processor objects: the operand's alignment.
             return Err(Exception::gp(0));
         }
-        if mem::alignment_checked(&self.area.state) && size.is_power_of_two() && size <= 8 && va & (size as u64 - 1) != 0 {
+        if mem::alignment_checked(&self.area.state)
+            && size.is_power_of_two()
+            && size <= 8
+            && va & (size as u64 - 1) != 0
+        {
             return Err(Exception::ac());
         }
         let kind = if site.write { Kind::Write } else { Kind::Read };
@@ -836,7 +864,11 @@ impl Inner {
                         return Ok(Outcome::Alone);
                     }
                 }
-                if site.segmented || watching || checked || !self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE) {
+                if site.segmented
+                    || watching
+                    || checked
+                    || !self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE)
+                {
                     return Ok(Outcome::Direct(self.lin.shared.ram.raw_addr(w.gpa)));
                 }
                 return Ok(Outcome::Direct(self.fill(va, &w, site.write)));

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use berth_translator::host_cpuid;
 use berth_translator::{Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu};
 use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::{reg, sreg, vector};

@@ -6,7 +6,7 @@ use berth_x86::{Exception, Segment};
 use iced_x86::{Instruction, OpKind, Register};
 
 use crate::mem;
-use crate::translate::{GuestReg, access_size, sreg_index};
+use crate::translate::{GuestReg, access_size, segment_of, sreg_index};
 use crate::vcpu::Inner;
 
 /// All ones in the low `bytes` bytes.
@@ -37,7 +37,8 @@ impl Inner {
 
     /// Segment and offset of the memory operand.
     pub(super) fn address(&self, ins: &Instruction) -> (u8, u64) {
-        let seg = sreg_index(ins.memory_segment());
+        let bits = if self.area.state.code_size() == CodeSize::Bits64 { 64 } else { 32 };
+        let seg = segment_of(ins, bits);
         let base = ins.memory_base();
         if base == Register::RIP || base == Register::EIP {
             return (seg, ins.memory_displacement64());
@@ -113,7 +114,12 @@ impl Inner {
     }
 
     /// Reads up to 8 bytes.
-    pub(super) fn read_uint(&mut self, seg: u8, offset: u64, size: usize) -> Result<u64, Exception> {
+    pub(super) fn read_uint(
+        &mut self,
+        seg: u8,
+        offset: u64,
+        size: usize,
+    ) -> Result<u64, Exception> {
         let mut b = [0u8; 8];
         self.read_mem(seg, offset, &mut b[..size.min(8)])?;
         Ok(u64::from_le_bytes(b))

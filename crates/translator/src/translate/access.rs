@@ -5,6 +5,7 @@ use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpAccess, OpKind, Regist
 use berth_x86::CpuState;
 use berth_x86::state::sreg;
 
+use super::decode::{Unit, unit};
 use super::regs::{GuestReg, host_reg};
 use super::{Cold, Translation};
 use crate::asm::Mem;
@@ -31,6 +32,57 @@ pub struct Want {
     pub read: bool,
     /// They are written.
     pub write: bool,
+}
+
+/// Alignment an instruction demands of its memory operand (SDM vol. 2, 2.4): legacy SSE with 16
+/// bytes but for the unaligned moves and string comparisons; of VEX only the aligned moves.
+fn alignment(ins: &Instruction) -> u8 {
+    use Mnemonic as M;
+    let m = ins.mnemonic();
+    if m == M::Cmpxchg16b {
+        return 16;
+    }
+    let size = access_size(ins);
+    if matches!(unit(ins), Unit::Avx) {
+        let aligned = matches!(
+            m,
+            M::Vmovaps
+                | M::Vmovapd
+                | M::Vmovdqa
+                | M::Vmovntps
+                | M::Vmovntpd
+                | M::Vmovntdq
+                | M::Vmovntdqa
+        );
+        return if aligned { size as u8 } else { 1 };
+    }
+    let sse = (0..ins.op_count())
+        .any(|i| ins.op_kind(i) == OpKind::Register && ins.op_register(i).is_xmm())
+        || matches!(m, M::Cvtpd2pi | M::Cvttpd2pi);
+    let free = matches!(
+        m,
+        M::Movups
+            | M::Movupd
+            | M::Movdqu
+            | M::Lddqu
+            | M::Pcmpestri
+            | M::Pcmpestri64
+            | M::Pcmpestrm
+            | M::Pcmpestrm64
+            | M::Pcmpistri
+            | M::Pcmpistrm
+    );
+    if sse && size == 16 && !free { 16 } else { 1 }
+}
+
+/// Segment register of the memory operand. In 64-bit mode the old segment overrides mean nothing.
+pub fn segment_of(ins: &Instruction, bits: u8) -> u8 {
+    let seg = ins.memory_segment();
+    if bits != 64 || matches!(seg, Register::FS | Register::GS) {
+        return sreg_index(seg);
+    }
+    let stack = matches!(ins.memory_base().full_register(), Register::RSP | Register::RBP);
+    if stack { 2 } else { 3 }
 }
 
 /// Number of a segment register, as in [`sreg`].
@@ -125,7 +177,7 @@ impl Translation {
     pub(super) fn operand(&mut self, ins: &Instruction, want: Want) -> Access {
         self.reserve(40);
         let start = self.asm.pos();
-        let seg = sreg_index(ins.memory_segment());
+        let seg = segment_of(ins, self.mode.bits);
         let segmented = self.segmented(seg);
         let mut ea = self.offset_of(ins, true);
         if self.mode.bits == 64 && usize::from(seg) >= sreg::FS {
@@ -184,6 +236,8 @@ impl Translation {
             commit_ret: 0,
             rip_off: self.rip_off,
             size: want.size as u16,
+            align: self.align,
+            x87: self.x87,
             seg,
             write: want.write,
             read: want.read,
@@ -215,7 +269,11 @@ impl Translation {
         }
         let mut ins = *ins;
         normalize(&mut ins);
+        self.align = alignment(&ins);
+        self.x87 = matches!(unit(&ins), Unit::X87 | Unit::Mmx);
         self.renamed(&ins);
+        self.align = 1;
+        self.x87 = false;
     }
 
     /// Re-encodes an instruction with its registers renamed and its memory operand looked up.
@@ -229,7 +287,12 @@ impl Translation {
         let rcx_pair = matches!(ins.mnemonic(), Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b);
         let writes_ecx = matches!(
             ins.mnemonic(),
-            Mnemonic::Pcmpestri | Mnemonic::Pcmpistri | Mnemonic::Vpcmpestri | Mnemonic::Vpcmpistri
+            Mnemonic::Pcmpestri
+                | Mnemonic::Pcmpestri64
+                | Mnemonic::Pcmpistri
+                | Mnemonic::Vpcmpestri
+                | Mnemonic::Vpcmpestri64
+                | Mnemonic::Vpcmpistri
         );
         let mut plan = Plan::default();
         plan.free(S1);
@@ -258,7 +321,10 @@ impl Translation {
             let acc = mem.map_or(OpAccess::None, |m| access[m as usize]);
             let write = matches!(
                 acc,
-                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+                OpAccess::Write
+                    | OpAccess::CondWrite
+                    | OpAccess::ReadWrite
+                    | OpAccess::ReadCondWrite
             );
             let read = !matches!(acc, OpAccess::Write);
             self.operand(ins, Want { size, read, write })
@@ -377,7 +443,7 @@ impl Translation {
         self.reserve(70);
         let Some(index) = GuestReg::of(ins.op1_register()) else { return };
         let size = index.size;
-        let seg = sreg_index(ins.memory_segment());
+        let seg = segment_of(ins, self.mode.bits);
         let segmented = self.segmented(seg);
         let start = self.asm.pos();
         let addr32 = ins.memory_base().size() == 4 || ins.memory_index().size() == 4;
@@ -434,8 +500,13 @@ impl Translation {
 
     fn pop(&mut self, ins: &Instruction) {
         let Some(g) = GuestReg::of(ins.op0_register()) else { return };
-        let a =
-            self.look_up(GUEST_RSP, Want { size: 8, read: true, write: false }, 2, false, Vec::new());
+        let a = self.look_up(
+            GUEST_RSP,
+            Want { size: 8, read: true, write: false },
+            2,
+            false,
+            Vec::new(),
+        );
         let from = Mem::base_index(GUEST_RSP, SC, 0, 0);
         match mapped(g.n) {
             Some(GUEST_RSP) => self.asm.load(GUEST_RSP, &from),
@@ -453,8 +524,13 @@ impl Translation {
     }
 
     fn leave(&mut self) {
-        let a =
-            self.look_up(host::RBP, Want { size: 8, read: true, write: false }, 2, false, Vec::new());
+        let a = self.look_up(
+            host::RBP,
+            Want { size: 8, read: true, write: false },
+            2,
+            false,
+            Vec::new(),
+        );
         self.asm.load(S1, &Mem::base_index(host::RBP, SC, 0, 0));
         self.asm.lea(GUEST_RSP, &Mem::base(host::RBP, 8));
         self.asm.mov(host::RBP, S1);

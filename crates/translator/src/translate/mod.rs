@@ -29,10 +29,10 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
 use crate::code::{Block, BlockKey, CodeCache, HelperSite, Link, Site};
-use crate::layout::{Area, ExitCode, S0, SC, disp};
+use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::Thunks;
 
-pub use access::{access_size, sreg_index};
+pub use access::{access_size, segment_of, sreg_index};
 pub use decode::{Class, Unit, classify, unit};
 pub use regs::GuestReg;
 
@@ -87,6 +87,8 @@ enum Cold {
     Interrupt { rip: u64 },
     /// Unlinked direct jump.
     Link { link: usize },
+    /// Indirect jump that missed the jump cache; the target is in [`S0`].
+    Miss { rip: u64, taken: i32 },
     /// Direct jump to another page, whose mapping may change: by the jump cache.
     Far { target: u64 },
 }
@@ -112,6 +114,12 @@ pub struct Translation {
     pending: Vec<(Short, usize)>,
     /// Offset of the current guest instruction from the block's RIP.
     rip_off: u16,
+    /// Alignment the current instruction demands of its operand.
+    align: u8,
+    /// The current instruction belongs to x87 or MMX.
+    x87: bool,
+    /// What the current branch took from RSP.
+    rsp_taken: i32,
     /// Link jumps to be bound to their stubs: (jump, cold number).
     near: Vec<(Near, usize)>,
 }
@@ -132,6 +140,9 @@ impl Translation {
             cold: Vec::new(),
             pending: Vec::new(),
             rip_off: 0,
+            align: 1,
+            x87: false,
+            rsp_taken: 0,
             near: Vec::new(),
         };
         if !mode.single {
@@ -214,6 +225,14 @@ impl Translation {
                     i32::try_from(number).unwrap_or(i32::MAX),
                 );
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Link), self.at);
+            }
+            Cold::Miss { rip, taken } => {
+                let (rip, taken) = (*rip, *taken);
+                self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, exit_rip))), S0);
+                self.asm.mov_imm(S1, rip);
+                self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, branch_rip))), S1);
+                self.asm.store_imm(&Mem::gs(disp(std::mem::offset_of!(Area, exit_arg))), taken);
+                self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Indirect), self.at);
             }
             Cold::Far { target } => {
                 self.asm.mov_imm(S0, *target);

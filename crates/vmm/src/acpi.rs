@@ -1,0 +1,273 @@
+//! ACPI tables: RSDP, XSDT, FADT (hardware-reduced), MADT, DSDT, and MCFG when there is one.
+//!
+//! Hardware-reduced ACPI has no SCI, no power-management timer and no PM1 registers; power-off goes
+//! through the sleep control register and reset through the reset register of `chips::power`.
+
+use std::ops::Range;
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, ONE, Package, Path,
+    ResourceTemplate, Scope, ZERO,
+};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
+use acpi_tables::mcfg::MCFG;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::boot::{ACPI_TABLES, HIGH_START};
+use crate::chips::{power, rtc, serial};
+use crate::memory::{GuestRam, IOAPIC_BASE, LAPIC_BASE, PCI_WINDOW_32};
+
+const OEM: [u8; 6] = *b"BERTH ";
+const TABLE: [u8; 8] = *b"BERTHVM ";
+/// FADT boot flags: legacy devices on the board, no VGA. No keyboard controller is promised.
+const BOOT_FLAGS: u16 = 1 << 0 | 1 << 2;
+
+/// What the tables tell of the machine.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Local APIC ids, one for each vCPU.
+    pub apic_ids: Vec<u32>,
+    /// The 64-bit PCI memory window.
+    pub pci_window_64: Range<u64>,
+    /// Memory-mapped PCI configuration space of bus 0, if there is one.
+    pub ecam: Option<u64>,
+    /// Whether there is a serial port.
+    pub serial: bool,
+}
+
+/// Why the tables could not be put into memory.
+#[derive(Debug, thiserror::Error)]
+#[error("the ACPI tables ({len} bytes) do not fit at {ACPI_TABLES:#x}")]
+pub struct AcpiError {
+    len: usize,
+}
+
+/// Puts all tables into memory, the RSDP first, at [`ACPI_TABLES`].
+///
+/// # Errors
+/// [`AcpiError`] when they do not fit below 1 MiB.
+pub fn install(ram: &GuestRam, machine: &Machine) -> Result<(), AcpiError> {
+    let tables = build(machine);
+    let fits = ACPI_TABLES + tables.len() as u64 <= HIGH_START;
+    let written = fits && ram.memory().write_slice(&tables, GuestAddress(ACPI_TABLES)).is_ok();
+    if written { Ok(()) } else { Err(AcpiError { len: tables.len() }) }
+}
+
+/// The tables as one piece of memory for [`ACPI_TABLES`].
+fn build(machine: &Machine) -> Vec<u8> {
+    let mut blob = vec![0; Rsdp::len().next_multiple_of(16)];
+    let mut place = |table: Vec<u8>| {
+        let at = ACPI_TABLES + blob.len() as u64;
+        blob.extend_from_slice(&table);
+        blob.resize(blob.len().next_multiple_of(16), 0);
+        at
+    };
+    let dsdt = place(dsdt(machine));
+    let mut entries = vec![place(fadt(dsdt)), place(madt(machine))];
+    if let Some(base) = machine.ecam {
+        let mut mcfg = MCFG::new(OEM, TABLE, 1);
+        mcfg.add_ecam(base, 0, 0, 0);
+        entries.push(place(bytes(&mcfg)));
+    }
+    let mut xsdt = XSDT::new(OEM, TABLE, 1);
+    for entry in entries {
+        xsdt.add_entry(entry);
+    }
+    let xsdt = place(bytes(&xsdt));
+    for (to, from) in blob.iter_mut().zip(bytes(&Rsdp::new(OEM, xsdt))) {
+        *to = from;
+    }
+    blob
+}
+
+fn bytes(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+fn port(port: u16) -> GAS {
+    GAS::new(GasSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(port))
+}
+
+fn fadt(dsdt: u64) -> Vec<u8> {
+    let mut fadt = FADTBuilder::new(OEM, TABLE, 1)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Wbinvd)
+        // Neither button is a fixed feature.
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton);
+    fadt.reset_reg = port(power::RESET);
+    fadt.reset_value = power::RESET_VALUE;
+    fadt.sleep_control_reg = port(power::SLEEP_CONTROL);
+    fadt.sleep_status_reg = port(power::SLEEP_STATUS);
+    fadt.century = rtc::CENTURY;
+    fadt.iapc_boot_arch = BOOT_FLAGS.into();
+    fadt.hypervisor_vendor_identity = u64::from_le_bytes(*b"Berth\0\0\0").into();
+    bytes(&fadt.finalize())
+}
+
+fn madt(machine: &Machine) -> Vec<u8> {
+    let mut madt = Sdt::new(*b"APIC", 36, 5, OEM, TABLE, 1);
+    madt.append(LAPIC_BASE as u32);
+    // There is a pair of 8259 controllers.
+    madt.append(1u32);
+    for (uid, &id) in machine.apic_ids.iter().enumerate() {
+        match u8::try_from(id) {
+            Ok(id) if id < 255 => {
+                madt.append_slice(&[0, 8, uid as u8, id]);
+                madt.append(1u32);
+            }
+            _ => {
+                madt.append_slice(&[9, 16, 0, 0]);
+                madt.append(id);
+                madt.append(1u32);
+                madt.append(uid as u32);
+            }
+        }
+    }
+    madt.append_slice(&[1, 12, 0, 0]);
+    madt.append(IOAPIC_BASE as u32);
+    madt.append(0u32);
+    // Interrupt source override: the timer's line 0 is on pin 2, as the bus has it.
+    madt.append_slice(&[2, 10, 0, 0]);
+    madt.append(2u32);
+    madt.append(0u16);
+    // Local NMI: none is wired, but LINT1 is where it would be, on all processors.
+    madt.append_slice(&[4, 6, 0xff, 0, 0, 1]);
+    madt.as_slice().to_vec()
+}
+
+fn dsdt(machine: &Machine) -> Vec<u8> {
+    let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, 1);
+    let s5 = Name::new("_S5_".into(), &Package::new(vec![&power::S5, &ZERO, &ZERO, &ZERO]));
+    dsdt.append_slice(&bytes(&s5));
+    dsdt.append_slice(&bytes(&PciRoot(machine)));
+    dsdt.append_slice(&bytes(&RtcDevice));
+    if machine.serial {
+        dsdt.append_slice(&bytes(&SerialDevice));
+    }
+    dsdt.as_slice().to_vec()
+}
+
+struct PciRoot<'a>(&'a Machine);
+
+impl Aml for PciRoot<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let not = AddressSpaceCacheable::NotCacheable;
+        let buses = AddressSpace::new_bus_number(0u16, 0u16);
+        let registers = IO::new(0xcf8, 0xcf8, 1, 8);
+        let ports_low = AddressSpace::new_io(0u16, 0xcf7, None);
+        let ports_high = AddressSpace::new_io(0xd00u16, 0xffff, None);
+        let Range { start, end } = PCI_WINDOW_32;
+        let low = AddressSpace::new_memory(not, true, start as u32, (end - 1) as u32, None);
+        let not = AddressSpaceCacheable::NotCacheable;
+        let Range { start, end } = self.0.pci_window_64.clone();
+        let high = AddressSpace::new_memory(not, true, start, end - 1, None);
+        let resources =
+            ResourceTemplate::new(vec![&buses, &registers, &ports_low, &ports_high, &low, &high]);
+        let hid = if self.0.ecam.is_some() { "PNP0A08" } else { "PNP0A03" };
+        scope(sink, "PCI0", hid, &ZERO, &resources);
+    }
+}
+
+struct RtcDevice;
+
+impl Aml for RtcDevice {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let ports = IO::new(rtc::PORT as u16, rtc::PORT as u16, 1, rtc::LEN as u8);
+        scope(sink, "RTC_", "PNP0B00", &ZERO, &ResourceTemplate::new(vec![&ports]));
+    }
+}
+
+struct SerialDevice;
+
+impl Aml for SerialDevice {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let ports = IO::new(serial::COM1 as u16, serial::COM1 as u16, 1, serial::LEN as u8);
+        let line = Interrupt::new(true, true, false, false, serial::COM1_GSI);
+        scope(sink, "COM1", "PNP0501", &ONE, &ResourceTemplate::new(vec![&ports, &line]));
+    }
+}
+
+/// A device under `\_SB` with its id, number and resources.
+fn scope(sink: &mut dyn AmlSink, name: &str, hid: &str, uid: &dyn Aml, crs: &ResourceTemplate<'_>) {
+    let hid = Name::new("_HID".into(), &EISAName::new(hid));
+    let uid = Name::new("_UID".into(), uid);
+    let crs = Name::new("_CRS".into(), crs);
+    let device = Device::new(Path::new(name), vec![&hid, &uid, &crs]);
+    Scope::new(Path::new("\\_SB_"), vec![&device]).to_aml_bytes(sink);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Machine, build};
+    use crate::boot::ACPI_TABLES;
+
+    fn u32_at(data: &[u8], at: usize) -> usize {
+        u32::from_le_bytes(data[at..at + 4].try_into().unwrap()) as usize
+    }
+    fn u64_at(data: &[u8], at: usize) -> usize {
+        u64::from_le_bytes(data[at..at + 8].try_into().unwrap()) as usize
+    }
+    fn sum(data: &[u8]) -> u8 {
+        data.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+    fn table(blob: &[u8], at: usize) -> &[u8] {
+        let at = at - ACPI_TABLES as usize;
+        &blob[at..at + u32_at(blob, at + 4)]
+    }
+
+    fn machine(cpus: u32) -> Machine {
+        let apic_ids = (0..cpus).collect();
+        Machine { apic_ids, pci_window_64: 1 << 32..1 << 36, ecam: Some(0xb000_0000), serial: true }
+    }
+
+    #[test]
+    fn tables_are_linked_and_their_sums_are_zero() {
+        let blob = build(&machine(16));
+        assert_eq!(&blob[..8], b"RSD PTR ");
+        assert_eq!((sum(&blob[..20]), sum(&blob[..36])), (0, 0));
+        let xsdt = table(&blob, u64_at(&blob, 24));
+        assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
+        let mut names = Vec::new();
+        for entry in xsdt[36..].chunks(8) {
+            let found = table(&blob, u64_at(entry, 0));
+            assert_eq!(sum(found), 0, "{:?}", &found[..4]);
+            names.push(found[..4].to_vec());
+            if &found[..4] == b"FACP" {
+                let dsdt = table(&blob, u64_at(found, 140));
+                assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
+                assert_eq!(u32_at(found, 112) >> 20 & 1, 1, "hardware-reduced");
+            }
+        }
+        assert_eq!(names, [b"FACP", b"APIC", b"MCFG"]);
+        assert!(blob.len() < 0x2_0000);
+    }
+
+    #[test]
+    fn the_madt_lists_every_processor() {
+        for cpus in [1, 4, 300] {
+            let blob = build(&machine(cpus));
+            let xsdt = table(&blob, u64_at(&blob, 24));
+            let madt = table(&blob, u64_at(xsdt, 44));
+            let (mut at, mut seen, mut pins) = (44, 0, 0);
+            while at < madt.len() {
+                match madt[at] {
+                    0 | 9 => seen += 1,
+                    1 => pins += 1,
+                    _ => {}
+                }
+                at += usize::from(madt[at + 1]);
+            }
+            assert_eq!((at, seen, pins), (madt.len(), cpus, 1));
+        }
+    }
+}

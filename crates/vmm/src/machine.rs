@@ -1,0 +1,357 @@
+//! The machine: puts memory, chips, devices, a guest and vCPUs together, runs them, and says how it
+//! ended.
+//!
+//! ```text
+//! start ──► vCPU threads run ──► Ending has an outcome ──► all vCPUs stop ──► wait returns it
+//!                │                       ▲
+//!                └── device, vCPU error, escape, stop()
+//! ```
+//!
+//! A reset ends the machine too: whoever started it decides whether to start it again.
+
+mod chips;
+mod threads;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use berth_x86::CpuState;
+
+use crate::acpi;
+use crate::boot::{self, BootFiles, Module};
+use crate::bus::{Bus, SharedDevice};
+use crate::chips::chipset::Chipset;
+use crate::chips::lapic::message::ApicBus;
+use crate::chips::lapic::{CpuSignals, Lapic};
+use crate::clock::{Clock, HostClock};
+use crate::console::{Console, SerialConfig};
+use crate::error::MachineError;
+use crate::irq::InterruptSink;
+use crate::limits::CPUS_MAX;
+use crate::machine::threads::Runner;
+use crate::memory::{GuestRam, Memory};
+use crate::outcome::{Ending, Outcome};
+use crate::pvclock::PvClock;
+use crate::timer::TimerThread;
+use crate::vcpu::kvm::vm::KvmVm;
+use crate::vcpu::mailbox::Mailbox;
+use crate::vcpu::platform::{Surroundings, VcpuPlatform};
+use crate::vcpu::probe::{Accel, AccelChoice, probe};
+use crate::vcpu::translated::{self, Translated};
+use crate::vcpu::{Vcpu, reset};
+
+/// What a machine is made of.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Bytes of RAM.
+    pub memory_bytes: u64,
+    /// Which processor.
+    pub accel: AccelChoice,
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initrd or the modules; see [`Module::parse_list`].
+    pub modules: Vec<Module>,
+    /// The kernel command line.
+    pub cmdline: String,
+    /// Where the serial port leads.
+    pub serial: SerialConfig,
+    /// Whether there is a debug-exit port.
+    pub debug_exit: bool,
+    /// Limits of the translator.
+    pub translator: berth_translator::Config,
+}
+
+impl MachineConfig {
+    /// One vCPU, 512 MiB, the serial port on standard input and output.
+    #[must_use]
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            cpus: 1,
+            memory_bytes: 512 << 20,
+            accel: AccelChoice::Auto,
+            kernel: kernel.into(),
+            modules: Vec::new(),
+            cmdline: String::new(),
+            serial: SerialConfig::Stdio,
+            debug_exit: false,
+            translator: berth_translator::Config::default(),
+        }
+    }
+}
+
+/// What devices on the PCI bus are given.
+#[derive(Clone)]
+pub struct DeviceContext {
+    /// Guest memory.
+    pub memory: Memory,
+    /// Where BARs in memory go.
+    pub mmio: Arc<Bus>,
+    /// Where BARs in port space go.
+    pub ports: Arc<Bus>,
+    /// Where interrupts go.
+    pub interrupts: Arc<dyn InterruptSink>,
+    /// Addresses for 32-bit BARs.
+    pub window_32: std::ops::Range<u64>,
+    /// Addresses for 64-bit BARs.
+    pub window_64: std::ops::Range<u64>,
+    /// Ends the machine.
+    pub ending: Arc<Ending>,
+}
+
+/// Makes the devices of the PCI bus; gives what answers at ports 0xcf8 to 0xcff.
+pub type AttachPci = Box<
+    dyn FnOnce(&DeviceContext) -> Result<SharedDevice, Box<dyn std::error::Error + Send + Sync>>,
+>;
+
+/// Starts machines.
+pub struct Machine;
+
+/// A machine that runs. Dropping it stops it.
+pub struct RunningMachine {
+    ending: Arc<Ending>,
+    accel: Accel,
+    threads: Vec<JoinHandle<()>>,
+    console: Console,
+    /// Devices and timers live as long as the machine.
+    _timers: TimerThread,
+    _context: DeviceContext,
+}
+
+/// A vCPU and its local APIC, unless that is inside.
+type Processor = (Box<dyn Vcpu>, Option<Arc<Lapic>>);
+
+/// What is there before the first vCPU.
+struct Board {
+    ram: GuestRam,
+    clock: Arc<dyn Clock>,
+    timers: TimerThread,
+    ending: Arc<Ending>,
+    mmio: Arc<Bus>,
+    ports: Arc<Bus>,
+    mailboxes: Vec<Arc<Mailbox>>,
+}
+
+impl Machine {
+    /// Starts a machine without a PCI bus.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn start(config: &MachineConfig) -> Result<RunningMachine, MachineError> {
+        Self::start_with(config, None)
+    }
+
+    /// Starts a machine whose PCI devices `attach` makes.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn start_with(
+        config: &MachineConfig,
+        attach: Option<AttachPci>,
+    ) -> Result<RunningMachine, MachineError> {
+        if config.cpus == 0 || config.cpus > CPUS_MAX {
+            return Err(MachineError::Cpus(config.cpus));
+        }
+        let accel = match config.accel {
+            AccelChoice::Auto => probe().chosen,
+            AccelChoice::Translate => Accel::Translate,
+            AccelChoice::Kvm => Accel::Kvm,
+        };
+        let ram = GuestRam::new(config.memory_bytes)?;
+        let files = BootFiles {
+            kernel: &config.kernel,
+            modules: &config.modules,
+            cmdline: &config.cmdline,
+        };
+        let loaded = boot::load(&ram, &files)?;
+        acpi::install(
+            &ram,
+            &acpi::Machine {
+                apic_ids: (0..config.cpus).collect(),
+                pci_window_64: ram.pci_window_64(),
+                ecam: None,
+                serial: true,
+            },
+        )?;
+        tracing::info!(kind = ?loaded.kind, %accel, cpus = config.cpus, "starting a machine");
+        let board = Board {
+            ram,
+            clock: Arc::new(HostClock::new()),
+            timers: TimerThread::start()?,
+            ending: Arc::new(Ending::default()),
+            mmio: Arc::new(Bus::new()),
+            ports: Arc::new(Bus::new()),
+            mailboxes: (0..config.cpus).map(|_| Arc::new(Mailbox::default())).collect(),
+        };
+        match accel {
+            Accel::Translate => start_translated(config, board, &loaded.entry, attach),
+            Accel::Kvm => start_kvm(config, board, &loaded.entry, attach),
+        }
+    }
+}
+
+/// The state in which a vCPU is made: the first one at the guest's entry, others after power-up.
+fn initial_state(index: u32, entry: &CpuState) -> CpuState {
+    if index == 0 { entry.clone() } else { reset::power_up() }
+}
+
+fn start_translated(
+    config: &MachineConfig,
+    board: Board,
+    entry: &CpuState,
+    attach: Option<AttachPci>,
+) -> Result<RunningMachine, MachineError> {
+    let apics = board.mailboxes.iter().zip(0..).map(|(mailbox, id)| {
+        let signals = Arc::clone(mailbox) as Arc<dyn CpuSignals>;
+        Lapic::new(id, id == 0, Arc::clone(&board.clock), signals)
+    });
+    let apics: Vec<_> = apics.collect();
+    for apic in &apics {
+        let expired = Arc::downgrade(apic);
+        let alarm = board.timers.add(move || {
+            if let Some(apic) = expired.upgrade() {
+                apic.timer_expired();
+            }
+        })?;
+        apic.set_alarm(alarm);
+    }
+    let Some(boot_cpu) = board.mailboxes.first().cloned() else {
+        return Err(MachineError::Cpus(0));
+    };
+    let chipset = Chipset::new(Arc::new(ApicBus::new(apics.clone())), boot_cpu);
+    chips::add_interrupt_chips(&board, &chipset)?;
+    let interrupts = Arc::clone(&chipset) as Arc<dyn InterruptSink>;
+    let (context, console) = chips::add_devices(config, &board, &interrupts, attach)?;
+
+    let shared = translated::share(&board.ram, config.translator.clone())
+        .map_err(MachineError::Translator)?;
+    let memory = board.ram.memory().clone();
+    let pvclock = Arc::new(PvClock::new(Arc::clone(&board.clock), memory));
+    let around = Surroundings {
+        chipset,
+        mmio: Arc::clone(&board.mmio),
+        ports: Arc::clone(&board.ports),
+        pvclock,
+    };
+    let mut vcpus: Vec<Processor> = Vec::new();
+    for (index, apic) in (0..).zip(&apics) {
+        let platform = Box::new(VcpuPlatform::new(around.clone(), Arc::clone(apic)));
+        let state = initial_state(index, entry);
+        let vcpu = Translated::new(index, Arc::clone(&shared), state, platform)?;
+        vcpus.push((Box::new(vcpu), Some(Arc::clone(apic))));
+    }
+    finish(board, Accel::Translate, vcpus, context, console)
+}
+
+fn start_kvm(
+    config: &MachineConfig,
+    board: Board,
+    entry: &CpuState,
+    attach: Option<AttachPci>,
+) -> Result<RunningMachine, MachineError> {
+    let mut vm = KvmVm::new(&board.ram)?;
+    let interrupts = vm.add_irqchip()?;
+    let (context, console) = chips::add_devices(config, &board, &interrupts, attach)?;
+    let mut vcpus: Vec<Processor> = Vec::new();
+    for index in 0..config.cpus {
+        let (mmio, ports) = (Arc::clone(&board.mmio), Arc::clone(&board.ports));
+        let mut vcpu = vm.add_vcpu(index, config.cpus, mmio, ports)?;
+        // Others wait for INIT and start-up inside KVM.
+        if index == 0 {
+            vcpu.set_state(entry)?;
+        }
+        vcpus.push((Box::new(vcpu), None));
+    }
+    finish(board, Accel::Kvm, vcpus, context, console)
+}
+
+/// Starts the threads.
+fn finish(
+    board: Board,
+    accel: Accel,
+    vcpus: Vec<Processor>,
+    context: DeviceContext,
+    console: Console,
+) -> Result<RunningMachine, MachineError> {
+    for ((vcpu, _), mailbox) in vcpus.iter().zip(&board.mailboxes) {
+        mailbox.connect(vcpu.handle());
+    }
+    let mailboxes = board.mailboxes.clone();
+    board.ending.set_on_end(move || {
+        for mailbox in &mailboxes {
+            mailbox.stop();
+        }
+    });
+    let mut machine = RunningMachine {
+        ending: Arc::clone(&board.ending),
+        accel,
+        threads: Vec::new(),
+        console,
+        _timers: board.timers,
+        _context: context,
+    };
+    for (((vcpu, apic), mailbox), index) in vcpus.into_iter().zip(board.mailboxes).zip(0..) {
+        let ending = Arc::clone(&board.ending);
+        let runner = Runner { index, vcpu, apic, mailbox, ending };
+        // On an error, dropping the machine stops those that run.
+        machine.threads.push(runner.spawn()?);
+    }
+    Ok(machine)
+}
+
+impl RunningMachine {
+    /// The processor it runs on.
+    #[must_use]
+    pub fn accel(&self) -> Accel {
+        self.accel
+    }
+
+    /// What ends the machine from elsewhere, for signal handlers and servers.
+    #[must_use]
+    pub fn ending(&self) -> Arc<Ending> {
+        Arc::clone(&self.ending)
+    }
+
+    /// Waits for the end; output is written and the terminal restored when it returns.
+    #[must_use]
+    pub fn wait(mut self) -> Outcome {
+        let outcome = self.ending.wait();
+        self.shut_down();
+        outcome
+    }
+
+    /// Stops it from outside.
+    pub fn stop(&self) {
+        self.ending.end(Outcome::Stopped);
+    }
+
+    fn shut_down(&mut self) {
+        // A vCPU may wait for room in the console's queue, so the console ends first.
+        self.console.finish();
+        for thread in self.threads.drain(..) {
+            // A panic in it has been made the outcome.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for RunningMachine {
+    fn drop(&mut self) {
+        self.stop();
+        self.shut_down();
+    }
+}
+
+/// Puts a device on a bus.
+fn insert<T: crate::bus::BusDevice + 'static>(
+    bus: &Bus,
+    ranges: &[(u64, u64)],
+    device: &Arc<Mutex<T>>,
+) -> Result<(), MachineError> {
+    for &(base, len) in ranges {
+        bus.insert(base, len, Arc::clone(device) as SharedDevice)?;
+    }
+    Ok(())
+}

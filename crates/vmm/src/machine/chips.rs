@@ -1,0 +1,110 @@
+//! Which chip is where.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::bus::{BusDevice, SharedDevice};
+use crate::chips::chipset::{Chipset, IoApicRegisters, PicRegisters};
+use crate::chips::debug_exit::{self, DebugExit};
+use crate::chips::pic::PicPair;
+use crate::chips::pit::Pit;
+use crate::chips::power::{Power, RESET_CONTROL};
+use crate::chips::rtc::{self, Rtc};
+use crate::chips::serial::{self, Serial};
+use crate::console::Console;
+use crate::error::MachineError;
+use crate::irq::InterruptSink;
+use crate::machine::{AttachPci, Board, DeviceContext, MachineConfig, insert};
+use crate::memory::{IOAPIC_BASE, PCI_WINDOW_32};
+
+const PCI_PORTS: (u64, u64) = (0xcf8, 8);
+
+/// The interrupt controllers and the PIT, which KVM has inside.
+pub(super) fn add_interrupt_chips(
+    board: &Board,
+    chipset: &Arc<Chipset>,
+) -> Result<(), MachineError> {
+    let ioapic = Arc::new(Mutex::new(IoApicRegisters(Arc::clone(chipset))));
+    insert(&board.mmio, &[(IOAPIC_BASE, 0x1000)], &ioapic)?;
+    let pic = Arc::new(Mutex::new(PicRegisters(Arc::clone(chipset))));
+    insert(&board.ports, &PicPair::RANGES, &pic)?;
+    let interrupts = Arc::clone(chipset) as Arc<dyn InterruptSink>;
+    let pit = Arc::new(Mutex::new(Pit::new(Arc::clone(&board.clock), interrupts)));
+    let expired = Arc::downgrade(&pit);
+    let alarm = board.timers.add(move || {
+        if let Some(pit) = expired.upgrade() {
+            pit.lock().unwrap_or_else(PoisonError::into_inner).expired();
+        }
+    })?;
+    pit.lock().unwrap_or_else(PoisonError::into_inner).set_alarm(alarm);
+    insert(&board.ports, &Pit::RANGES, &pit)
+}
+
+/// Serial port, clock, power, debug exit and the PCI bus.
+pub(super) fn add_devices(
+    config: &MachineConfig,
+    board: &Board,
+    interrupts: &Arc<dyn InterruptSink>,
+    attach: Option<AttachPci>,
+) -> Result<(DeviceContext, Console), MachineError> {
+    let (ram, ports) = (&board.ram, &board.ports);
+    let power = Arc::new(Mutex::new(Power::new(Arc::clone(&board.ending))));
+    insert(ports, &Power::RANGES, &power)?;
+    let clock = Rtc::new(Arc::clone(&board.clock), ram.low_bytes(), ram.high_bytes());
+    insert(ports, &[(rtc::PORT, rtc::LEN)], &Arc::new(Mutex::new(clock)))?;
+    if config.debug_exit {
+        let exit = Arc::new(Mutex::new(DebugExit::new(Arc::clone(&board.ending))));
+        insert(ports, &[(debug_exit::PORT, debug_exit::LEN)], &exit)?;
+    }
+    let context = DeviceContext {
+        memory: ram.memory().clone(),
+        mmio: Arc::clone(&board.mmio),
+        ports: Arc::clone(ports),
+        interrupts: Arc::clone(interrupts),
+        window_32: PCI_WINDOW_32,
+        window_64: ram.pci_window_64(),
+        ending: Arc::clone(&board.ending),
+    };
+    // The PCI root bus: whatever `attach` gives answers at the configuration ports.
+    let pci = attach.map(|attach| attach(&context)).transpose().map_err(MachineError::Device)?;
+    insert(ports, &[PCI_PORTS], &Arc::new(Mutex::new(PciPorts { pci, power })))?;
+
+    let mut console = Console::open(&config.serial)?;
+    let port = Serial::new(Arc::clone(interrupts), serial::COM1_GSI, console.sink());
+    let port = Arc::new(Mutex::new(port));
+    insert(ports, &[(serial::COM1, serial::LEN)], &port)?;
+    console.start_input(&port, &board.ending)?;
+    Ok((context, console))
+}
+
+/// Ports 0xcf8 to 0xcff: PCI configuration, and the reset control register in a byte of it.
+struct PciPorts {
+    pci: Option<SharedDevice>,
+    power: Arc<Mutex<Power>>,
+}
+
+const RESET_OFFSET: u64 = RESET_CONTROL as u64 - PCI_PORTS.0;
+
+impl BusDevice for PciPorts {
+    fn read(&mut self, base: u64, offset: u64, data: &mut [u8]) {
+        if offset == RESET_OFFSET && data.len() == 1 {
+            let mut power = self.power.lock().unwrap_or_else(PoisonError::into_inner);
+            return power.read(base, offset, data);
+        }
+        match &self.pci {
+            Some(pci) => {
+                pci.lock().unwrap_or_else(PoisonError::into_inner).read(base, offset, data);
+            }
+            None => data.fill(0xff),
+        }
+    }
+
+    fn write(&mut self, base: u64, offset: u64, data: &[u8]) {
+        if offset == RESET_OFFSET && data.len() == 1 {
+            let mut power = self.power.lock().unwrap_or_else(PoisonError::into_inner);
+            return power.write(base, offset, data);
+        }
+        if let Some(pci) = &self.pci {
+            pci.lock().unwrap_or_else(PoisonError::into_inner).write(base, offset, data);
+        }
+    }
+}

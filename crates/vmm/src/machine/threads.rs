@@ -1,0 +1,120 @@
+//! The thread of a vCPU.
+//!
+//! ```text
+//!            INIT                 start-up
+//! running ─────────► waiting ───────────────► running
+//!    │  ▲ interrupt, NMI                      (a vCPU that is not the first begins as waiting)
+//!    ▼  │
+//!   halted             stop, from any state ──► the thread ends
+//! ```
+//!
+//! Under KVM all of this but "stop" happens inside KVM.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crate::chips::lapic::Lapic;
+use crate::error::MachineError;
+use crate::outcome::{Ending, Outcome};
+use crate::vcpu::mailbox::Mailbox;
+use crate::vcpu::{Vcpu, VcpuError, VcpuExit, reset};
+
+/// All that a vCPU's thread needs.
+pub(super) struct Runner {
+    pub(super) index: u32,
+    pub(super) vcpu: Box<dyn Vcpu>,
+    /// The local APIC, unless it is inside the vCPU.
+    pub(super) apic: Option<Arc<Lapic>>,
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) ending: Arc<Ending>,
+}
+
+/// Ends the machine when its thread panics.
+struct PanicGuard(Arc<Ending>, u32);
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end(Outcome::Failed(format!("the thread of vCPU {} panicked", self.1)));
+        }
+    }
+}
+
+impl Runner {
+    /// Starts the thread.
+    pub(super) fn spawn(self) -> Result<JoinHandle<()>, MachineError> {
+        let index = self.index;
+        let thread = std::thread::Builder::new().name(format!("vcpu{index}"));
+        thread.spawn(move || self.run()).map_err(|source| MachineError::Thread { index, source })
+    }
+
+    fn run(mut self) {
+        let _guard = PanicGuard(Arc::clone(&self.ending), self.index);
+        // Sleeps of this thread are waits for timer interrupts: no slack.
+        // SAFETY: PR_SET_TIMERSLACK takes one integer and has no memory effects.
+        unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
+        if let Err(error) = self.serve() {
+            self.ending.end(Outcome::Failed(with_causes(&error)));
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), VcpuError> {
+        let inside = self.vcpu.capabilities().irqchip_inside;
+        let mut waiting = self.index != 0 && !inside;
+        loop {
+            let mail = self.mailbox.take();
+            if mail.stop {
+                return Ok(());
+            }
+            if mail.init {
+                if self.index == 0 {
+                    // The boot processor would start at the reset vector, where firmware would be.
+                    self.ending.end(Outcome::Reset);
+                    continue;
+                }
+                self.init()?;
+                waiting = true;
+            }
+            if waiting {
+                let Some(vector) = mail.startup else {
+                    self.mailbox.wait();
+                    continue;
+                };
+                let mut state = self.vcpu.state()?;
+                reset::startup(&mut state, vector);
+                self.vcpu.set_state(&state)?;
+                waiting = false;
+            }
+            if mail.nmi {
+                let mut state = self.vcpu.state()?;
+                state.nmi_pending = 1;
+                self.vcpu.set_state(&state)?;
+            }
+            match self.vcpu.run()? {
+                VcpuExit::Halted => self.mailbox.wait(),
+                VcpuExit::Kicked => {}
+                VcpuExit::Shutdown => self.ending.end(Outcome::TripleFault),
+            }
+        }
+    }
+
+    fn init(&mut self) -> Result<(), VcpuError> {
+        let mut state = self.vcpu.state()?;
+        reset::init(&mut state);
+        if let Some(apic) = &self.apic {
+            apic.reset();
+        }
+        self.vcpu.set_state(&state)
+    }
+}
+
+/// An error with its causes, for an outcome.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,211 @@
+//! A virtual machine of KVM: its memory, interrupt controllers and vCPUs.
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
+    kvm_irq_routing_entry, kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Error, Kvm, VmFd};
+
+use crate::bus::Bus;
+use crate::irq::InterruptSink;
+use crate::memory::GuestRam;
+use crate::vcpu::kvm::KvmVcpu;
+
+/// Pages that KVM needs for real mode on old Intel processors; below the BIOS, above the APICs.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// Why KVM has no machine for us.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// The device cannot be opened.
+    #[error("/dev/kvm cannot be opened")]
+    Open(#[source] std::io::Error),
+    /// Something is missing.
+    #[error("this KVM lacks {0}")]
+    Lacks(&'static str),
+    /// A call failed.
+    #[error("{operation} failed")]
+    Call {
+        /// Which.
+        operation: &'static str,
+        /// The reason.
+        source: std::io::Error,
+    },
+}
+
+fn failed(operation: &'static str) -> impl Fn(Error) -> KvmError {
+    move |error| KvmError::Call {
+        operation,
+        source: std::io::Error::from_raw_os_error(error.errno()),
+    }
+}
+
+/// The machine.
+pub struct KvmVm {
+    vm: Arc<VmFd>,
+    cpuid: CpuId,
+    irqchip: bool,
+    /// Guest memory stays mapped as long as KVM uses it.
+    _ram: GuestRam,
+}
+
+impl KvmVm {
+    /// A machine with this memory, without interrupt controllers.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn new(ram: &GuestRam) -> Result<Self, KvmError> {
+        let kvm = Kvm::new()
+            .map_err(|error| KvmError::Open(std::io::Error::from_raw_os_error(error.errno())))?;
+        if kvm.get_api_version() != 12 {
+            return Err(KvmError::Lacks("version 12 of its interface"));
+        }
+        for (cap, name) in [
+            (Cap::UserMemory, "user memory"),
+            (Cap::ExtCpuid, "CPUID control"),
+            (Cap::ImmediateExit, "immediate exit"),
+            (Cap::Xsave, "XSAVE state"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(KvmError::Lacks(name));
+            }
+        }
+        let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        for (slot, piece) in ram.pieces().iter().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: piece.gpa,
+                memory_size: piece.size,
+                userspace_addr: piece.host_address,
+            };
+            // SAFETY: the range is one mapping of guest memory, which `_ram` keeps; slots do not
+            // overlap.
+            unsafe { vm.set_user_memory_region(region) }
+                .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok(Self { vm: Arc::new(vm), cpuid, irqchip: false, _ram: ram.clone() })
+    }
+
+    /// Adds KVM's interrupt controllers and PIT; before the first vCPU.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn add_irqchip(&mut self) -> Result<Arc<dyn InterruptSink>, KvmError> {
+        self.vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+        self.vm.create_pit2(pit).map_err(failed("KVM_CREATE_PIT2"))?;
+        let routing = KvmIrqRouting::from_entries(&routes())
+            .map_err(|_| KvmError::Lacks("room for the interrupt routes"))?;
+        self.vm.set_gsi_routing(&routing).map_err(failed("KVM_SET_GSI_ROUTING"))?;
+        self.irqchip = true;
+        Ok(Arc::new(KvmInterrupts { vm: Arc::clone(&self.vm) }))
+    }
+
+    /// Makes vCPU `index` of `count`.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn add_vcpu(
+        &self,
+        index: u32,
+        count: u32,
+        mmio: Arc<Bus>,
+        ports: Arc<Bus>,
+    ) -> Result<KvmVcpu, KvmError> {
+        let fd = self.vm.create_vcpu(u64::from(index)).map_err(failed("KVM_CREATE_VCPU"))?;
+        let mut cpuid = self.cpuid.clone();
+        number_cpuid(&mut cpuid, index, count);
+        fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        Ok(KvmVcpu::new(index, fd, mmio, ports, self.irqchip))
+    }
+}
+
+/// The same wiring as that of the emulated chips: line 0 on pin 2, line 2 is the cascade.
+fn routes() -> Vec<kvm_irq_routing_entry> {
+    let mut routes = Vec::new();
+    let mut add = |gsi: u32, chip: u32, pin: u32| {
+        let mut entry = kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            ..kvm_irq_routing_entry::default()
+        };
+        entry.u.irqchip.irqchip = chip;
+        entry.u.irqchip.pin = pin;
+        routes.push(entry);
+    };
+    for gsi in 0..24 {
+        match gsi {
+            2 => continue,
+            0..8 => add(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
+            8..16 => add(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
+            _ => {}
+        }
+        add(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { 2 } else { gsi });
+    }
+    routes
+}
+
+/// Writes what differs between vCPUs: APIC ids and the flat topology of one package.
+fn number_cpuid(cpuid: &mut CpuId, index: u32, count: u32) {
+    let shift = count.next_power_of_two().trailing_zeros();
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => {
+                entry.ebx = entry.ebx & 0xffff | index << 24 | count.min(255) << 16;
+                // HTT says that the count means something.
+                let htt = u32::from(count > 1) << 28;
+                entry.edx = entry.edx & !(1 << 28) | htt;
+                // x2APIC and TSC deadline are KVM's own; the hypervisor bit.
+                entry.ecx |= 1 << 21 | 1 << 24 | 1 << 31;
+            }
+            0xb | 0x1f => {
+                entry.edx = index;
+                (entry.eax, entry.ebx, entry.ecx) = match entry.index {
+                    0 => (0, 1, 1 << 8),
+                    1 => (shift, count, 2 << 8 | 1),
+                    level => (0, 0, level),
+                };
+            }
+            // Caches: as many share them, and as many cores, as there are.
+            4 if entry.eax & 0x1f != 0 => {
+                entry.eax = entry.eax & 0x3fff | ((1 << shift) - 1) << 26;
+            }
+            _ => {}
+        }
+    }
+}
+
+struct KvmInterrupts {
+    vm: Arc<VmFd>,
+}
+
+impl InterruptSink for KvmInterrupts {
+    fn set_line(&self, gsi: u32, level: bool) {
+        if let Err(error) = self.vm.set_irq_line(gsi, level) {
+            tracing::error!(gsi, %error, "KVM_IRQ_LINE failed");
+        }
+    }
+
+    fn signal_msi(&self, address: u64, data: u32) {
+        let msi = kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..kvm_msi::default()
+        };
+        if let Err(error) = self.vm.signal_msi(msi) {
+            tracing::error!(address, data, %error, "KVM_SIGNAL_MSI failed");
+        }
+    }
+}

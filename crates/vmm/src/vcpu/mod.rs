@@ -1,0 +1,96 @@
+//! Virtual processors: one small interface with two implementations.
+
+pub mod kvm;
+pub mod mailbox;
+pub mod platform;
+pub mod probe;
+pub mod reset;
+pub mod translated;
+
+use std::sync::Arc;
+
+use berth_x86::CpuState;
+
+/// Why [`Vcpu::run`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VcpuExit {
+    /// HLT with nothing to deliver.
+    Halted,
+    /// [`VcpuHandle::kick`] was called.
+    Kicked,
+    /// Triple fault.
+    Shutdown,
+}
+
+/// What a kind of vCPU does by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Its name, as in `--accel`.
+    pub name: &'static str,
+    /// The interrupt controllers are inside: INIT, start-up and HLT never come out of it.
+    pub irqchip_inside: bool,
+}
+
+/// Why a vCPU could not be made or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// The translator could not be set up.
+    #[error("the translated vCPU {index} could not be set up")]
+    Translator {
+        /// Which vCPU.
+        index: u32,
+        /// The reason.
+        source: berth_translator::SetupError,
+    },
+    /// A call of KVM failed.
+    #[error("{operation} failed for vCPU {index} of KVM")]
+    Kvm {
+        /// What was tried.
+        operation: &'static str,
+        /// Which vCPU.
+        index: u32,
+        /// The reason.
+        source: std::io::Error,
+    },
+    /// KVM cannot run the guest's code.
+    #[error("KVM could not go on with vCPU {index} at {rip:#x}: {why}; try --accel translate")]
+    KvmGaveUp {
+        /// Which vCPU.
+        index: u32,
+        /// Where.
+        rip: u64,
+        /// What KVM said.
+        why: String,
+    },
+}
+
+/// Reaches a vCPU from other threads.
+pub trait VcpuHandle: Send + Sync {
+    /// Makes [`Vcpu::run`] return [`VcpuExit::Kicked`] soon, or at once at its next call.
+    fn kick(&self);
+    /// There may be an interrupt to take.
+    fn interrupt(&self);
+}
+
+/// A virtual processor. All methods are called on one thread.
+pub trait Vcpu: Send {
+    /// Runs the guest until something outside has to be done.
+    ///
+    /// # Errors
+    /// [`VcpuError`] when it cannot go on.
+    fn run(&mut self) -> Result<VcpuExit, VcpuError>;
+    /// The architectural state.
+    ///
+    /// # Errors
+    /// [`VcpuError`] when it cannot be had.
+    fn state(&mut self) -> Result<CpuState, VcpuError>;
+    /// Replaces the architectural state.
+    ///
+    /// # Errors
+    /// [`VcpuError`] when it cannot be set.
+    fn set_state(&mut self, state: &CpuState) -> Result<(), VcpuError>;
+    /// What it does by itself.
+    fn capabilities(&self) -> Capabilities;
+    /// A handle for other threads.
+    fn handle(&self) -> Arc<dyn VcpuHandle>;
+}

@@ -1,0 +1,93 @@
+//! The translated vCPU behind the common interface.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use berth_translator::{Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu};
+use berth_x86::{CpuState, Platform};
+
+use crate::memory::GuestRam;
+use crate::vcpu::{Capabilities, Vcpu, VcpuError, VcpuExit, VcpuHandle};
+
+/// Gives the translator the machine's RAM, and lets it know of writes that do not come from vCPUs.
+///
+/// # Errors
+/// [`SetupError`] when the host cannot do it.
+pub fn share(ram: &GuestRam, config: Config) -> Result<Arc<Shared>, SetupError> {
+    let pieces = ram.pieces().iter();
+    let slots: Vec<_> = pieces
+        .map(|piece| RamSlot {
+            gpa: piece.gpa,
+            size: piece.size,
+            fd: piece.file.as_fd(),
+            offset: 0,
+        })
+        .collect();
+    let shared = Shared::new(&slots, config)?;
+    let told = Arc::clone(&shared);
+    let hook = Box::new(move |gpa, len| told.ram_written(gpa, len));
+    if ram.write_hook().set(hook).is_err() {
+        tracing::error!("guest memory belongs to two translators");
+    }
+    Ok(shared)
+}
+
+/// A vCPU whose code is translated.
+pub struct Translated {
+    vcpu: TranslatedVcpu,
+}
+
+impl Translated {
+    /// Makes vCPU `index`.
+    ///
+    /// # Errors
+    /// [`VcpuError::Translator`].
+    pub fn new(
+        index: u32,
+        shared: Arc<Shared>,
+        state: CpuState,
+        platform: Box<dyn Platform>,
+    ) -> Result<Self, VcpuError> {
+        let vcpu = TranslatedVcpu::new(shared, state, platform)
+            .map_err(|source| VcpuError::Translator { index, source })?;
+        Ok(Self { vcpu })
+    }
+}
+
+struct Handle(Kicker);
+
+impl VcpuHandle for Handle {
+    fn kick(&self) {
+        self.0.kick();
+    }
+    fn interrupt(&self) {
+        self.0.interrupt();
+    }
+}
+
+impl Vcpu for Translated {
+    fn run(&mut self) -> Result<VcpuExit, VcpuError> {
+        Ok(match self.vcpu.run() {
+            Exit::Halted => VcpuExit::Halted,
+            Exit::Kicked => VcpuExit::Kicked,
+            Exit::Shutdown => VcpuExit::Shutdown,
+        })
+    }
+
+    fn state(&mut self) -> Result<CpuState, VcpuError> {
+        Ok(self.vcpu.state().clone())
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), VcpuError> {
+        *self.vcpu.state_mut() = state.clone();
+        Ok(())
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { name: "translate", irqchip_inside: false }
+    }
+
+    fn handle(&self) -> Arc<dyn VcpuHandle> {
+        Arc::new(Handle(self.vcpu.kicker()))
+    }
+}

@@ -111,7 +111,8 @@ fn excluded(mnemonic: Mnemonic) -> bool {
     )
 }
 
-/// A push of a segment register in 32-bit code writes two bytes or four (Intel SDM, PUSH).
+/// A push of a segment register in 32-bit code writes two bytes or four (Intel SDM, PUSH); a pop
+/// likewise reads two bytes or all.
 fn by_processor(code: Code) -> bool {
     matches!(
         code,
@@ -121,6 +122,13 @@ fn by_processor(code: Code) -> bool {
             | Code::Pushd_DS
             | Code::Pushd_FS
             | Code::Pushd_GS
+            | Code::Popq_FS
+            | Code::Popq_GS
+            | Code::Popd_ES
+            | Code::Popd_SS
+            | Code::Popd_DS
+            | Code::Popd_FS
+            | Code::Popd_GS
     )
 }
 

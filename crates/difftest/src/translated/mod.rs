@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use berth_translator::host_cpuid;
-use berth_translator::{Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu};
+use berth_translator::{
+    Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu, host_cpuid,
+};
 use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::{reg, sreg, vector};
 use berth_x86::{CpuState, Platform};
@@ -160,7 +161,7 @@ impl TranslatedBackend {
         };
         let state = machine::initial_state(&idle);
         let topology = Topology { index: 0, count: 1 };
-        let cpuid = CpuidTable::new(&berth_translator::host_cpuid(), topology, 1_000_000);
+        let cpuid = CpuidTable::new(&host_cpuid(), topology, 1_000_000);
         let vcpu = TranslatedVcpu::new(Arc::clone(&shared), state, cpuid, Box::new(Bare))?;
         let progress = Arc::new(AtomicU64::new(0));
         watch(vcpu.kicker(), &progress);

@@ -7,7 +7,7 @@ use berth_difftest::traps;
 /// Checks the whole table on a backend.
 fn check(backend: &mut dyn Backend) {
     let mut wrong = Vec::new();
-    for trap in traps::all().unwrap() {
+    for trap in traps::all().expect("the table can be assembled") {
         match backend.run(&trap.case) {
             Outcome::Stopped(end) => wrong.extend(trap.check(&end)),
             other => wrong.push(format!("{}: {other:?}", trap.name)),

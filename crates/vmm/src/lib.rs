@@ -9,6 +9,7 @@ pub mod bus;
 pub mod chips;
 pub mod clock;
 pub mod console;
+pub mod devices;
 pub mod error;
 pub mod irq;
 pub mod limits;

@@ -15,8 +15,6 @@ pub struct Mail {
     pub init: bool,
     /// A start-up message was received (after INIT, when that is set too).
     pub startup: Option<u8>,
-    /// An NMI was received.
-    pub nmi: bool,
 }
 
 #[derive(Default)]
@@ -99,7 +97,10 @@ impl CpuSignals for Mailbox {
     }
 
     fn nmi(&self) {
-        self.post(|mail| mail.nmi = true);
+        if let Some(handle) = self.handle.get() {
+            handle.nmi();
+        }
+        self.interrupt();
     }
 
     fn init(&self) {

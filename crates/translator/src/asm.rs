@@ -55,7 +55,11 @@ pub struct Asm {
     pub buf: Vec<u8>,
 }
 
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "encoding takes numbers apart")]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "encoding takes numbers apart"
+)]
 impl Asm {
     /// Current offset.
     pub fn pos(&self) -> usize {

@@ -118,7 +118,8 @@ impl Block {
     pub fn rip_at(&self, pc: u64) -> u64 {
         let off = pc.wrapping_sub(self.host) as u32;
         // Slow paths lie behind the body and name their instruction in their site.
-        if let Some(s) = self.sites.iter().find(|s| off >= s.cold && off <= s.ret.max(s.commit_ret)) {
+        if let Some(s) = self.sites.iter().find(|s| off >= s.cold && off <= s.ret.max(s.commit_ret))
+        {
             return self.key.rip.wrapping_add(u64::from(s.rip_off));
         }
         let i = self.insns.partition_point(|&(h, _)| h <= off);
@@ -172,12 +173,10 @@ impl CodeCache {
         let rw_space = Reservation::new(size).map_err(err)?;
         let rx_space = Reservation::new(size).map_err(err)?;
         let raw = fd.as_raw_fd();
-        let rw = rw_space
-            .map_file(0, size, libc::PROT_READ | libc::PROT_WRITE, raw, 0)
-            .map_err(err)?;
-        let rx = rx_space
-            .map_file(0, size, libc::PROT_READ | libc::PROT_EXEC, raw, 0)
-            .map_err(err)?;
+        let rw =
+            rw_space.map_file(0, size, libc::PROT_READ | libc::PROT_WRITE, raw, 0).map_err(err)?;
+        let rx =
+            rx_space.map_file(0, size, libc::PROT_READ | libc::PROT_EXEC, raw, 0).map_err(err)?;
         Ok(Self {
             _rw_space: rw_space,
             _rx_space: rx_space,
@@ -211,11 +210,7 @@ impl CodeCache {
         // SAFETY: the range is inside our writable mapping (asserted); the executing alias is used
         // only by this thread, which is here and not in generated code.
         unsafe {
-            std::ptr::copy_nonoverlapping(
-                bytes.as_ptr(),
-                (self.rw + off) as *mut u8,
-                bytes.len(),
-            );
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), (self.rw + off) as *mut u8, bytes.len());
         }
     }
 
@@ -245,7 +240,13 @@ impl CodeCache {
     }
 
     /// Appends a block; `register`: make it findable.
-    pub fn push_block(&mut self, mut block: Block, bytes: &[u8], links: &[Link], register: bool) -> BlockId {
+    pub fn push_block(
+        &mut self,
+        mut block: Block,
+        bytes: &[u8],
+        links: &[Link],
+        register: bool,
+    ) -> BlockId {
         let id = BlockId(self.blocks.len() as u32);
         block.host = self.next_host();
         block.len = bytes.len() as u32;

@@ -88,11 +88,7 @@ impl Allowed {
     /// Whether all extensions an instruction belongs to are advertised.
     pub fn instruction(&self, ins: &Instruction) -> bool {
         // The only instructions of VMX and SVM that are not #UD are the hypercalls.
-        if ins
-            .cpuid_features()
-            .iter()
-            .any(|f| matches!(f, CpuidFeature::VMX | CpuidFeature::SVM))
-        {
+        if ins.cpuid_features().iter().any(|f| matches!(f, CpuidFeature::VMX | CpuidFeature::SVM)) {
             return matches!(ins.mnemonic(), Mnemonic::Vmcall | Mnemonic::Vmmcall);
         }
         // Without CET these are hint no-ops.

@@ -143,7 +143,11 @@ const _: () = assert!(size_of::<Area>() <= AREA_SIZE);
 
 /// GS-relative displacement of a field of [`Area`] at `offset`.
 #[must_use]
-#[allow(clippy::cast_possible_wrap, clippy::cast_possible_truncation, reason = "AREA_SIZE is small")]
+#[allow(
+    clippy::cast_possible_wrap,
+    clippy::cast_possible_truncation,
+    reason = "AREA_SIZE is small"
+)]
 pub const fn disp(offset: usize) -> i32 {
     offset as i32 - AREA_SIZE as i32
 }

@@ -72,7 +72,9 @@ impl Default for Config {
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// The host lacks something the generated code needs.
-    #[error("the host processor lacks {0}, which the translator needs (any x86-64 processor since 2013 has it)")]
+    #[error(
+        "the host processor lacks {0}, which the translator needs (any x86-64 processor since 2013 has it)"
+    )]
     Host(&'static str),
     /// A mapping failed.
     #[error("mapping {what} failed; is the address space limited (ulimit -v)?")]

@@ -166,9 +166,8 @@ impl Lin {
 /// Whether DR7 enables any breakpoint on data.
 pub fn watching(cpu: &CpuState) -> bool {
     cpu.dr7 & 0xff != 0
-        && (0..4).any(|i| {
-            cpu.dr7 >> (i * 2) & 3 != 0 && matches!(cpu.dr7 >> (16 + i * 4) & 3, 1 | 3)
-        })
+        && (0..4)
+            .any(|i| cpu.dr7 >> (i * 2) & 3 != 0 && matches!(cpu.dr7 >> (16 + i * 4) & 3, 1 | 3))
 }
 
 /// Whether DR7 enables any breakpoint on instructions.

@@ -48,8 +48,7 @@ pub fn unregister(range: (u64, u64)) {
     }
 }
 
-const SIGNALS: [i32; 5] =
-    [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
+const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
 
 fn install() {
     for sig in SIGNALS {
@@ -101,9 +100,7 @@ pub fn prepare_thread() -> io::Result<()> {
 }
 
 fn ours(pc: u64) -> bool {
-    RANGES
-        .iter()
-        .any(|(s, e)| pc >= s.load(Ordering::Relaxed) && pc < e.load(Ordering::Relaxed))
+    RANGES.iter().any(|(s, e)| pc >= s.load(Ordering::Relaxed) && pc < e.load(Ordering::Relaxed))
 }
 
 extern "C" fn handler(sig: i32, _info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {

@@ -9,7 +9,9 @@ use std::mem::offset_of;
 
 use crate::asm::{Asm, Mem};
 use crate::code::CodeCache;
-use crate::layout::{Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, disp, gpr_disp, host, mapped};
+use crate::layout::{
+    Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, disp, gpr_disp, host, mapped,
+};
 
 /// What a helper tells its thunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,8 +84,7 @@ fn restore(a: &mut Asm) {
     a.load(SC, &field(offset_of!(Area, sc)));
 }
 
-const CALLEE_SAVED: [u8; 6] =
-    [host::RBX, host::RBP, host::R12, host::R13, host::R14, host::R15];
+const CALLEE_SAVED: [u8; 6] = [host::RBX, host::RBP, host::R12, host::R13, host::R14, host::R15];
 
 /// Back to Rust; everything is saved.
 fn leave(a: &mut Asm) {

@@ -127,8 +127,9 @@ impl Tlb {
         let halves = slots as u64 + 2;
         let fd = sys::memfd(c"berth-tlb", halves_at + halves * HALF).map_err(map_err)?;
         let per_slot = 2 * head + HALF + 2 * HALF;
-        let space = Reservation::new((slots as u64 * per_slot + head + 2 * HALF + (4 << 20)) as usize)
-            .map_err(map_err)?;
+        let space =
+            Reservation::new((slots as u64 * per_slot + head + 2 * HALF + (4 << 20)) as usize)
+                .map_err(map_err)?;
         let rw = libc::PROT_READ | libc::PROT_WRITE;
         let raw = fd.as_raw_fd();
         let mut at = 0u64;
@@ -148,7 +149,8 @@ impl Tlb {
         };
         let (low_no, high_no) = (slots as u64, slots as u64 + 1);
         let kernel_view = place(&[low_no, high_no]).map_err(map_err)?;
-        let half = |no: u64, at: u64| Half { file_offset: halves_at + no * HALF, at, journal: Vec::new() };
+        let half =
+            |no: u64, at: u64| Half { file_offset: halves_at + no * HALF, at, journal: Vec::new() };
         let mut list = Vec::new();
         for s in 0..slots as u64 {
             let user_view = place(&[s]).map_err(map_err)?;
@@ -205,7 +207,16 @@ impl Tlb {
     ///
     /// `user`: the page is accessible to CPL 3. `smap`: SMAP is on, so supervisor code reaches user
     /// pages only through `KernelUser`. `bytes`: size of the guest's page.
-    pub fn fill(&mut self, view: View, va: u64, addend: u64, user: bool, smap: bool, global: bool, bytes: u64) {
+    pub fn fill(
+        &mut self,
+        view: View,
+        va: u64,
+        addend: u64,
+        user: bool,
+        smap: bool,
+        global: bool,
+        bytes: u64,
+    ) {
         let index = (va >> 12) & (HALF / 8 - 1);
         let upper = va >> 47 & 1 != 0;
         if !self.touch(view, va) {
@@ -248,7 +259,11 @@ impl Tlb {
         let tag = match view {
             View::Kernel => 0xff,
             View::User(s) | View::KernelUser(s) => {
-                if va >> 47 & 1 != 0 { 0xff } else { u64::from(s) }
+                if va >> 47 & 1 != 0 {
+                    0xff
+                } else {
+                    u64::from(s)
+                }
             }
         };
         let key = ((va >> 21) & ((1 << 27) - 1)) << 8 | tag;

@@ -265,7 +265,10 @@ impl Inner {
         };
         let flat_seg = |i: usize| {
             let g: &Segment = &s.seg[i];
-            g.base == 0 && g.limit == u32::MAX && g.present() && (g.typ() & 4 == 0 || g.typ() & 8 != 0)
+            g.base == 0
+                && g.limit == u32::MAX
+                && g.present()
+                && (g.typ() & 4 == 0 || g.typ() & 8 != 0)
         };
         let writable = |i: usize| s.seg[i].typ() & 0xa == 2;
         let flat = bits == 64
@@ -527,7 +530,11 @@ impl Inner {
         if code == ExitCode::Interrupt as u64 || self.area.run == 0 || self.mode.single {
             return None;
         }
-        if link.is_some() { self.stats.link_exits += 1 } else { self.stats.indirect_exits += 1 }
+        if link.is_some() {
+            self.stats.link_exits += 1
+        } else {
+            self.stats.indirect_exits += 1
+        }
         let flushes = self.code.flushes;
         let id = match self.find(self.mode) {
             Ok(id) => id,
@@ -650,8 +657,7 @@ impl Inner {
             if at >= PAGE as usize {
                 break;
             }
-            let mut d =
-                Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
+            let mut d = Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
             let mut ins = d.decode();
             if ins.is_invalid()
                 && d.last_error() == DecoderError::NoMoreBytes
@@ -817,7 +823,11 @@ impl Inner {
             // Canonical, and yet the host's processor objects: the operand's alignment.
             return Err(Exception::gp(0));
         }
-        if mem::alignment_checked(&self.area.state) && size.is_power_of_two() && size <= 8 && va & (size as u64 - 1) != 0 {
+        if mem::alignment_checked(&self.area.state)
+            && size.is_power_of_two()
+            && size <= 8
+            && va & (size as u64 - 1) != 0
+        {
             return Err(Exception::ac());
         }
         let kind = if site.write { Kind::Write } else { Kind::Read };
@@ -836,7 +846,11 @@ impl Inner {
                         return Ok(Outcome::Alone);
                     }
                 }
-                if site.segmented || watching || checked || !self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE) {
+                if site.segmented
+                    || watching
+                    || checked
+                    || !self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE)
+                {
                     return Ok(Outcome::Direct(self.lin.shared.ram.raw_addr(w.gpa)));
                 }
                 return Ok(Outcome::Direct(self.fill(va, &w, site.write)));

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use berth_x86::CpuState;
+use berth_x86::cpuid::{CpuidTable, Topology};
 
 use crate::acpi;
 use crate::boot::{self, BootFiles, Module};
@@ -197,6 +198,12 @@ fn initial_state(index: u32, entry: &CpuState) -> CpuState {
     if index == 0 { entry.clone() } else { reset::power_up() }
 }
 
+/// What CPUID tells vCPU `index` of `count`, the same under both processors.
+fn cpuid_table(clock: &dyn Clock, index: u32, count: u32) -> CpuidTable {
+    let khz = u32::try_from(clock.tsc_hz() / 1000).unwrap_or(u32::MAX);
+    CpuidTable::new(&berth_translator::host_cpuid(), Topology { index, count }, khz)
+}
+
 fn start_translated(
     config: &MachineConfig,
     board: Board,
@@ -239,7 +246,8 @@ fn start_translated(
     for (index, apic) in (0..).zip(&apics) {
         let platform = Box::new(VcpuPlatform::new(around.clone(), Arc::clone(apic)));
         let state = initial_state(index, entry);
-        let vcpu = Translated::new(index, Arc::clone(&shared), state, platform)?;
+        let cpuid = cpuid_table(&*board.clock, index, config.cpus);
+        let vcpu = Translated::new(index, Arc::clone(&shared), state, cpuid, platform)?;
         vcpus.push((Box::new(vcpu), Some(Arc::clone(apic))));
     }
     finish(board, Accel::Translate, vcpus, context, console)
@@ -257,7 +265,8 @@ fn start_kvm(
     let mut vcpus: Vec<Processor> = Vec::new();
     for index in 0..config.cpus {
         let (mmio, ports) = (Arc::clone(&board.mmio), Arc::clone(&board.ports));
-        let mut vcpu = vm.add_vcpu(index, config.cpus, mmio, ports)?;
+        let cpuid = cpuid_table(&*board.clock, index, config.cpus);
+        let mut vcpu = vm.add_vcpu(index, &cpuid, mmio, ports)?;
         // Others wait for INIT and start-up inside KVM.
         if index == 0 {
             vcpu.set_state(entry)?;

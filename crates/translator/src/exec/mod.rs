@@ -74,8 +74,8 @@ pub fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
                 OpKind::Memory => ins.memory_base().size(),
                 _ => 8,
             };
-            let a = v.area.state.gpr[3].wrapping_add(v.area.state.gpr[0] & 0xff)
-                & operand::mask(size);
+            let a =
+                v.area.state.gpr[3].wrapping_add(v.area.state.gpr[0] & 0xff) & operand::mask(size);
             let seg = sreg_index(ins.memory_segment());
             let b = v.read_uint(seg, a, 1)?;
             v.set_reg(iced_x86::Register::AL, b);
@@ -145,9 +145,7 @@ fn unit_available(v: &Inner, ins: &Instruction) -> Result<(), Exception> {
         Unit::X87 if em || ts => Err(Exception::nm()),
         Unit::Mmx | Unit::Sse if em => Err(Exception::ud()),
         Unit::Sse if s.cr4 & cr4::OSFXSR == 0 => Err(Exception::ud()),
-        Unit::Avx
-            if s.cr4 & cr4::OSXSAVE == 0 || s.xcr0 & 6 != 6 || !s.protected() =>
-        {
+        Unit::Avx if s.cr4 & cr4::OSXSAVE == 0 || s.xcr0 & 6 != 6 || !s.protected() => {
             Err(Exception::ud())
         }
         _ if ts => Err(Exception::nm()),

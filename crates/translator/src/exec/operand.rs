@@ -113,7 +113,12 @@ impl Inner {
     }
 
     /// Reads up to 8 bytes.
-    pub(super) fn read_uint(&mut self, seg: u8, offset: u64, size: usize) -> Result<u64, Exception> {
+    pub(super) fn read_uint(
+        &mut self,
+        seg: u8,
+        offset: u64,
+        size: usize,
+    ) -> Result<u64, Exception> {
         let mut b = [0u8; 8];
         self.read_mem(seg, offset, &mut b[..size.min(8)])?;
         Ok(u64::from_le_bytes(b))

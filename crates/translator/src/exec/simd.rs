@@ -224,8 +224,7 @@ fn x87_image(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
         // Nothing may change if the store faults.
         let va = v.linear(seg, off, size, true)?;
         let s = &v.area.state;
-        let rights =
-            berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
+        let rights = berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
         v.lin.resolve(s, va, size, rights, usize::from(seg) == 2)?;
         let mut image = [0u8; 108];
         if regs {
@@ -376,10 +375,9 @@ pub(super) fn gather(v: &mut Inner, ins: &Instruction) -> Done {
         } else {
             le64(&index, i * 8)
         };
-        let at = base
-            .wrapping_add(ix.wrapping_mul(scale))
-            .wrapping_add(ins.memory_displacement64())
-            & am;
+        let at =
+            base.wrapping_add(ix.wrapping_mul(scale)).wrapping_add(ins.memory_displacement64())
+                & am;
         let mut e = [0u8; 8];
         v.read_mem(seg, at, &mut e[..width])?;
         v.area.ymm[d][i * width..(i + 1) * width].copy_from_slice(&e[..width]);

@@ -81,8 +81,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         }
         M::Call if ins.is_call_near() || ins.is_call_near_indirect() => {
             let size = opsize(ins).bytes();
-            let target =
-                if ins.is_call_near() { ins.near_branch_target() } else { v.get(ins, 0)? };
+            let target = if ins.is_call_near() { ins.near_branch_target() } else { v.get(ins, 0)? };
             let target = target & mask(size);
             near_target(v, target)?;
             v.push(next & mask(size), size)?;

@@ -1,8 +1,8 @@
 //! String instructions. Registers are exact after every iteration, so that a fault or an interrupt
 //! in the middle resumes where it left off; long runs of MOVS and STOS go page by page.
 
-use berth_x86::state::{flags, reg, sreg};
 use berth_x86::Exception;
+use berth_x86::state::{flags, reg, sreg};
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::system::port_allowed;
@@ -70,9 +70,7 @@ fn plan(ins: &Instruction) -> Option<Plan> {
         _ => return None,
     };
     let bytes = ins.op_kinds().find_map(|k| match k {
-        OpKind::MemorySegSI
-        | OpKind::MemorySegDI
-        | OpKind::MemoryESDI => Some(2),
+        OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => Some(2),
         OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => Some(4),
         OpKind::MemorySegRSI | OpKind::MemorySegRDI | OpKind::MemoryESRDI => Some(8),
         _ => None,
@@ -238,7 +236,10 @@ fn compare(v: &mut Inner, a: u64, b: u64, size: usize) {
 /// 0 when they have to be done one by one.
 fn bulk(v: &mut Inner, p: &Plan, count: u64) -> Result<u64, Exception> {
     let s = &v.area.state;
-    if s.rflags & (flags::DF | flags::TF) != 0 || crate::mem::watching(s) || crate::mem::alignment_checked(s) {
+    if s.rflags & (flags::DF | flags::TF) != 0
+        || crate::mem::watching(s)
+        || crate::mem::alignment_checked(s)
+    {
         return Ok(0);
     }
     let size = p.size as u64;
@@ -257,7 +258,9 @@ fn bulk(v: &mut Inner, p: &Plan, count: u64) -> Result<u64, Exception> {
     }
     let len = (n * size) as usize;
     // Segment limits are checked for the whole run.
-    if v.linear(es, di, len, true).is_err() || (p.op == Op::Movs && v.linear(p.seg, si, len, false).is_err()) {
+    if v.linear(es, di, len, true).is_err()
+        || (p.op == Op::Movs && v.linear(p.seg, si, len, false).is_err())
+    {
         return Ok(0);
     }
     let s = &v.area.state;
@@ -295,4 +298,3 @@ impl Inner {
         !self.lin.dirty_code.is_empty()
     }
 }
-

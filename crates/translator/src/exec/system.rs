@@ -84,11 +84,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         }
         M::Rdpmc => return Err(Exception::gp(0)),
         M::Rdmsr => {
-            let mut c = MsrContext {
-                platform: &mut *v.lin.platform,
-                table: &v.cpuid,
-                host_tsc,
-            };
+            let mut c = MsrContext { platform: &mut *v.lin.platform, table: &v.cpuid, host_tsc };
             let n = v.area.state.gpr[reg::RCX] as u32;
             let x = msr::read(&v.area.state, &mut c, n)?;
             let g = &mut v.area.state.gpr;
@@ -98,11 +94,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
             let g = &v.area.state.gpr;
             let n = g[reg::RCX] as u32;
             let x = g[reg::RAX] & 0xffff_ffff | g[reg::RDX] << 32;
-            let mut c = MsrContext {
-                platform: &mut *v.lin.platform,
-                table: &v.cpuid,
-                host_tsc,
-            };
+            let mut c = MsrContext { platform: &mut *v.lin.platform, table: &v.cpuid, host_tsc };
             let effect = msr::write(&mut v.area.state, &mut c, n, x)?;
             v.lin.platform_called = true;
             v.flush(effect.flush);
@@ -192,10 +184,9 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
                 (-1i64) as u64
             } else {
                 v.lin.platform_called = true;
-                v.lin.platform.hypercall(
-                    g[reg::RAX],
-                    [g[reg::RBX], g[reg::RCX], g[reg::RDX], g[reg::RSI]],
-                )
+                v.lin
+                    .platform
+                    .hypercall(g[reg::RAX], [g[reg::RBX], g[reg::RCX], g[reg::RDX], g[reg::RSI]])
             };
             v.area.state.gpr[reg::RAX] = r;
         }

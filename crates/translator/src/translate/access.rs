@@ -258,7 +258,10 @@ impl Translation {
             let acc = mem.map_or(OpAccess::None, |m| access[m as usize]);
             let write = matches!(
                 acc,
-                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+                OpAccess::Write
+                    | OpAccess::CondWrite
+                    | OpAccess::ReadWrite
+                    | OpAccess::ReadCondWrite
             );
             let read = !matches!(acc, OpAccess::Write);
             self.operand(ins, Want { size, read, write })
@@ -434,8 +437,13 @@ impl Translation {
 
     fn pop(&mut self, ins: &Instruction) {
         let Some(g) = GuestReg::of(ins.op0_register()) else { return };
-        let a =
-            self.look_up(GUEST_RSP, Want { size: 8, read: true, write: false }, 2, false, Vec::new());
+        let a = self.look_up(
+            GUEST_RSP,
+            Want { size: 8, read: true, write: false },
+            2,
+            false,
+            Vec::new(),
+        );
         let from = Mem::base_index(GUEST_RSP, SC, 0, 0);
         match mapped(g.n) {
             Some(GUEST_RSP) => self.asm.load(GUEST_RSP, &from),
@@ -453,8 +461,13 @@ impl Translation {
     }
 
     fn leave(&mut self) {
-        let a =
-            self.look_up(host::RBP, Want { size: 8, read: true, write: false }, 2, false, Vec::new());
+        let a = self.look_up(
+            host::RBP,
+            Want { size: 8, read: true, write: false },
+            2,
+            false,
+            Vec::new(),
+        );
         self.asm.load(S1, &Mem::base_index(host::RBP, SC, 0, 0));
         self.asm.lea(GUEST_RSP, &Mem::base(host::RBP, 8));
         self.asm.mov(host::RBP, S1);

@@ -174,8 +174,13 @@ impl Translation {
 
     fn near_return(&mut self, ins: &Instruction) {
         let extra = if ins.op_count() > 0 { ins.immediate16() } else { 0 };
-        let a =
-            self.look_up(GUEST_RSP, Want { size: 8, read: true, write: false }, 2, false, Vec::new());
+        let a = self.look_up(
+            GUEST_RSP,
+            Want { size: 8, read: true, write: false },
+            2,
+            false,
+            Vec::new(),
+        );
         self.asm.load(S0, &Mem::base_index(GUEST_RSP, SC, 0, 0));
         self.asm.add_guest_rsp(8 + i32::from(extra));
         self.end_access(a);
@@ -224,4 +229,3 @@ fn cc(c: ConditionCode) -> u8 {
         _ => 15,
     }
 }
-

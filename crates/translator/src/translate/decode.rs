@@ -43,7 +43,11 @@ pub fn unit(ins: &Instruction) -> Unit {
         if ins.op_kind(i) == OpKind::Register {
             let r = ins.op_register(i);
             if r.is_xmm() || r.is_ymm() {
-                return if ins.code().encoding() == EncodingKind::VEX { Unit::Avx } else { Unit::Sse };
+                return if ins.code().encoding() == EncodingKind::VEX {
+                    Unit::Avx
+                } else {
+                    Unit::Sse
+                };
             }
             if r.is_mm() {
                 kind = Unit::Mmx;

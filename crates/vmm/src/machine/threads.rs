@@ -17,7 +17,7 @@ use crate::chips::lapic::Lapic;
 use crate::error::MachineError;
 use crate::outcome::{Ending, Outcome};
 use crate::vcpu::mailbox::Mailbox;
-use crate::vcpu::{Vcpu, VcpuError, VcpuExit, reset};
+use crate::vcpu::{Vcpu, VcpuError, VcpuExit};
 
 /// All that a vCPU's thread needs.
 pub(super) struct Runner {
@@ -81,14 +81,9 @@ impl Runner {
                     continue;
                 };
                 let mut state = self.vcpu.state()?;
-                reset::startup(&mut state, vector);
+                state.sipi(vector);
                 self.vcpu.set_state(&state)?;
                 waiting = false;
-            }
-            if mail.nmi {
-                let mut state = self.vcpu.state()?;
-                state.nmi_pending = 1;
-                self.vcpu.set_state(&state)?;
             }
             match self.vcpu.run()? {
                 VcpuExit::Halted => self.mailbox.wait(),
@@ -100,7 +95,7 @@ impl Runner {
 
     fn init(&mut self) -> Result<(), VcpuError> {
         let mut state = self.vcpu.state()?;
-        reset::init(&mut state);
+        state.init(false);
         if let Some(apic) = &self.apic {
             apic.reset();
         }

@@ -15,8 +15,6 @@ pub struct Mail {
     pub init: bool,
     /// A start-up message was received (after INIT, when that is set too).
     pub startup: Option<u8>,
-    /// An NMI was received.
-    pub nmi: bool,
 }
 
 #[derive(Default)]
@@ -90,16 +88,20 @@ impl CpuSignals for Mailbox {
         state.woken = true;
         let asleep = state.asleep;
         drop(state);
-        // A vCPU that sleeps looks by itself when it runs again.
+        // Also when it sleeps: it asks for interrupts only when it was told of one.
+        if let Some(handle) = self.handle.get() {
+            handle.interrupt();
+        }
         if asleep {
             self.wake.notify_one();
-        } else if let Some(handle) = self.handle.get() {
-            handle.interrupt();
         }
     }
 
     fn nmi(&self) {
-        self.post(|mail| mail.nmi = true);
+        if let Some(handle) = self.handle.get() {
+            handle.nmi();
+        }
+        self.interrupt();
     }
 
     fn init(&self) {

@@ -70,6 +70,8 @@ pub trait VcpuHandle: Send + Sync {
     fn kick(&self);
     /// There may be an interrupt to take.
     fn interrupt(&self);
+    /// A non-maskable interrupt came.
+    fn nmi(&self);
 }
 
 /// A virtual processor. All methods are called on one thread.

@@ -8,6 +8,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use berth_x86::cpuid::{CpuidTable, Topology};
+
 use crate::boot;
 use crate::bus::{Bus, BusDevice};
 use crate::limits::MEMORY_BYTES_MIN;
@@ -234,7 +236,9 @@ fn run_guest(
     let witness = Arc::new(Mutex::new(Witness::default()));
     let ports = Arc::new(Bus::new());
     ports.insert(PROBE_PORT, 1, witness.clone()).map_err(chain)?;
-    let mut vcpu = vm.add_vcpu(0, 1, Arc::new(Bus::new()), ports).map_err(chain)?;
+    let topology = Topology { index: 0, count: 1 };
+    let cpuid = CpuidTable::new(&berth_translator::host_cpuid(), topology, 1_000_000);
+    let mut vcpu = vm.add_vcpu(0, &cpuid, Arc::new(Bus::new()), ports).map_err(chain)?;
     prepare(&mut vcpu, &ram)?;
     let handle = vcpu.handle();
     let (done, ended) = std::sync::mpsc::channel::<()>();

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use berth_translator::{Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu};
+use berth_x86::cpuid::CpuidTable;
 use berth_x86::{CpuState, Platform};
 
 use crate::memory::GuestRam;
@@ -46,9 +47,10 @@ impl Translated {
         index: u32,
         shared: Arc<Shared>,
         state: CpuState,
+        cpuid: CpuidTable,
         platform: Box<dyn Platform>,
     ) -> Result<Self, VcpuError> {
-        let vcpu = TranslatedVcpu::new(shared, state, platform)
+        let vcpu = TranslatedVcpu::new(shared, state, cpuid, platform)
             .map_err(|source| VcpuError::Translator { index, source })?;
         Ok(Self { vcpu })
     }
@@ -62,6 +64,9 @@ impl VcpuHandle for Handle {
     }
     fn interrupt(&self) {
         self.0.interrupt();
+    }
+    fn nmi(&self) {
+        self.0.nmi();
     }
 }
 

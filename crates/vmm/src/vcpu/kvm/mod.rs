@@ -63,6 +63,10 @@ impl VcpuHandle for Handle {
     fn interrupt(&self) {
         // Interrupts are KVM's own affair.
     }
+
+    fn nmi(&self) {
+        // So are these.
+    }
 }
 
 /// A vCPU of KVM.

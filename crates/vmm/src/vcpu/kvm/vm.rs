@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use berth_x86::cpuid::CpuidTable;
 use kvm_bindings::{
-    CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
-    kvm_irq_routing_entry, kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    KvmIrqRouting, kvm_cpuid_entry2, kvm_irq_routing_entry, kvm_msi, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Error, Kvm, VmFd};
 
@@ -47,7 +49,8 @@ fn failed(operation: &'static str) -> impl Fn(Error) -> KvmError {
 /// The machine.
 pub struct KvmVm {
     vm: Arc<VmFd>,
-    cpuid: CpuId,
+    /// What KVM could tell guests.
+    supported: CpuId,
     irqchip: bool,
     /// Guest memory stays mapped as long as KVM uses it.
     _ram: GuestRam,
@@ -91,10 +94,10 @@ impl KvmVm {
             unsafe { vm.set_user_memory_region(region) }
                 .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        let cpuid = kvm
+        let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(Self { vm: Arc::new(vm), cpuid, irqchip: false, _ram: ram.clone() })
+        Ok(Self { vm: Arc::new(vm), supported, irqchip: false, _ram: ram.clone() })
     }
 
     /// Adds KVM's interrupt controllers and PIT; before the first vCPU.
@@ -112,20 +115,19 @@ impl KvmVm {
         Ok(Arc::new(KvmInterrupts { vm: Arc::clone(&self.vm) }))
     }
 
-    /// Makes vCPU `index` of `count`.
+    /// Makes vCPU `index`, whose CPUID is this table as far as KVM has it.
     ///
     /// # Errors
     /// [`KvmError`].
     pub fn add_vcpu(
         &self,
         index: u32,
-        count: u32,
+        cpuid: &CpuidTable,
         mmio: Arc<Bus>,
         ports: Arc<Bus>,
     ) -> Result<KvmVcpu, KvmError> {
         let fd = self.vm.create_vcpu(u64::from(index)).map_err(failed("KVM_CREATE_VCPU"))?;
-        let mut cpuid = self.cpuid.clone();
-        number_cpuid(&mut cpuid, index, count);
+        let cpuid = kvm_cpuid(cpuid, &self.supported)?;
         fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
         Ok(KvmVcpu::new(index, fd, mmio, ports, self.irqchip))
     }
@@ -156,34 +158,36 @@ fn routes() -> Vec<kvm_irq_routing_entry> {
     routes
 }
 
-/// Writes what differs between vCPUs: APIC ids and the flat topology of one package.
-fn number_cpuid(cpuid: &mut CpuId, index: u32, count: u32) {
-    let shift = count.next_power_of_two().trailing_zeros();
-    for entry in cpuid.as_mut_slice() {
-        match entry.function {
-            1 => {
-                entry.ebx = entry.ebx & 0xffff | index << 24 | count.min(255) << 16;
-                // HTT says that the count means something.
-                let htt = u32::from(count > 1) << 28;
-                entry.edx = entry.edx & !(1 << 28) | htt;
-                // x2APIC and TSC deadline are KVM's own; the hypervisor bit.
-                entry.ecx |= 1 << 21 | 1 << 24 | 1 << 31;
+/// Our table in KVM's form: features that this KVM does not have are taken out.
+fn kvm_cpuid(table: &CpuidTable, supported: &CpuId) -> Result<CpuId, KvmError> {
+    let rows: Vec<_> = table
+        .entries()
+        .iter()
+        .map(|entry| {
+            let (function, index) = (entry.leaf, entry.subleaf.unwrap_or(0));
+            let [mut eax, mut ebx, mut ecx, mut edx] = entry.regs;
+            let found = supported.as_slice().iter();
+            let found = found.copied().find(|row| row.function == function && row.index == index);
+            let kvm = found.unwrap_or_default();
+            match (function, index) {
+                // x2APIC, TSC deadline and the hypervisor bit are not among what KVM reports.
+                (1, _) => {
+                    ecx &= kvm.ecx | 1 << 21 | 1 << 24 | 1 << 31;
+                    edx &= kvm.edx | 1 << 28;
+                }
+                (7, 0) => (ebx, ecx, edx) = (ebx & kvm.ebx, ecx & kvm.ecx, edx & kvm.edx),
+                (7 | 0xd, 1) | (0x4000_0001, _) => eax &= kvm.eax,
+                (0xd, 0) => eax &= kvm.eax,
+                (0x8000_0001, _) => (ecx, edx) = (ecx & kvm.ecx, edx & kvm.edx),
+                (0x8000_0007, _) => edx &= kvm.edx | 1 << 8,
+                (0x8000_0008, _) => ebx &= kvm.ebx,
+                _ => {}
             }
-            0xb | 0x1f => {
-                entry.edx = index;
-                (entry.eax, entry.ebx, entry.ecx) = match entry.index {
-                    0 => (0, 1, 1 << 8),
-                    1 => (shift, count, 2 << 8 | 1),
-                    level => (0, 0, level),
-                };
-            }
-            // Caches: as many share them, and as many cores, as there are.
-            4 if entry.eax & 0x1f != 0 => {
-                entry.eax = entry.eax & 0x3fff | ((1 << shift) - 1) << 26;
-            }
-            _ => {}
-        }
-    }
+            let flags = if entry.subleaf.is_some() { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+            kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, padding: [0; 3] }
+        })
+        .collect();
+    CpuId::from_entries(&rows).map_err(|_| KvmError::Lacks("room for CPUID"))
 }
 
 struct KvmInterrupts {

@@ -31,7 +31,7 @@ use crate::mem::{self, Lin, Pieces};
 use crate::ram::PAGE;
 use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
 use crate::thunks::{Then, Thunks};
-use crate::tlb::{Tlb, View};
+use crate::tlb::{Page, Tlb, View};
 use crate::translate::{MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify};
 use crate::{Exit, SetupError, Stats, signal};
 
@@ -126,12 +126,12 @@ extern "C" fn instr_helper(owner: u64, ret: u64, _ea: u64) -> Then {
 pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32, _trap: u64) -> u64 {
     // SAFETY: by the caller; generated code was running, so no reference is live.
     let inner = unsafe { &*(owner as *const Inner) };
-    if sig == libc::SIGSEGV || sig == libc::SIGBUS {
-        if let Some(b) = inner.code.block_at(pc) {
-            let off = (pc - b.host) as u32;
-            if let Some(s) = b.sites.iter().find(|s| off >= s.op && off < s.op_end) {
-                return b.host + u64::from(s.cold);
-            }
+    if (sig == libc::SIGSEGV || sig == libc::SIGBUS)
+        && let Some(b) = inner.code.block_at(pc)
+    {
+        let off = (pc - b.host) as u32;
+        if let Some(s) = b.sites.iter().find(|s| off >= s.op && off < s.op_end) {
+            return b.host + u64::from(s.cold);
         }
     }
     inner.thunks.exit(ExitCode::Fault)
@@ -861,10 +861,11 @@ impl Inner {
                 if watching && let Some(o) = self.watched(va, size, site.write) {
                     return Ok(o);
                 }
-                if site.write && self.lin.shared.has_code(w.gpa >> 12) {
-                    if self.store_to_code(w.gpa >> 12) {
-                        return Ok(Outcome::Alone);
-                    }
+                if site.write
+                    && self.lin.shared.has_code(w.gpa >> 12)
+                    && self.store_to_code(w.gpa >> 12)
+                {
+                    return Ok(Outcome::Alone);
                 }
                 if site.segmented
                     || watching
@@ -941,15 +942,14 @@ impl Inner {
         let s = &self.area.state;
         let smap = s.paging() && s.cr4 & cr4::SMAP != 0;
         let bytes = if s.paging() { w.page_bytes } else { PAGE };
-        self.tlb.fill(
-            self.view,
-            va,
-            host.wrapping_sub(page),
-            w.readable_user,
+        let page_entry = Page {
+            addend: host.wrapping_sub(page),
+            user: w.readable_user,
             smap,
-            w.global,
+            global: w.global,
             bytes,
-        );
+        };
+        self.tlb.fill(self.view, va, page_entry);
         host + (va & (PAGE - 1))
     }
 

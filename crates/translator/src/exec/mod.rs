@@ -262,7 +262,7 @@ fn decimal(v: &mut Inner, ins: &Instruction) -> Done {
     if result {
         put(flags::ZF, al == 0);
         put(flags::SF, al & 0x80 != 0);
-        put(flags::PF, al.count_ones() % 2 == 0);
+        put(flags::PF, al.count_ones().is_multiple_of(2));
     }
     s.rflags = f;
     s.gpr[0] = s.gpr[0] & !0xffff | u64::from(u16::from_le_bytes([al, ah]));

@@ -47,6 +47,19 @@ pub fn load_x87(image: &[u8; 160]) {
     }
 }
 
+/// Loads what [`store_x87`] returned.
+pub fn reload_x87(fx: &Fx) {
+    load_x87(&bytes(&fx.0, 0));
+}
+
+/// Whether the control word unmasks any exception.
+pub fn unmasked() -> bool {
+    let mut control = 0u16;
+    // SAFETY: stores the control word in the variable; does not wait.
+    unsafe { std::arch::asm!("fnstcw [{}]", in(reg) &raw mut control, options(nostack)) };
+    control & 0x3f != 0x3f
+}
+
 /// The x87 part after FNINIT.
 pub fn initial_x87() -> [u8; 160] {
     let mut i = [0; 160];
@@ -96,6 +109,8 @@ pub fn save(area: &mut Area) {
     }
     x.0[512] = 7;
     area.state.xsave = x;
+    // What pends for the guest must not hit the host's code.
+    load_x87(&initial_x87());
 }
 
 /// FNSTENV: the 28-byte environment; masks all exceptions, as the instruction does.

@@ -288,6 +288,9 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
     let m = ins.mnemonic();
     if matches!(m, M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu) {
         let (data, mask, n) = if m == M::Maskmovq {
+            if fpu::pending() {
+                return Err(Exception::mf());
+            }
             // As every MMX instruction does: all registers valid, top of stack 0.
             // SAFETY: changes only tags and TOP of the x87 state, which is the guest's.
             unsafe { std::arch::asm!("movq mm0, mm0", options(nomem, nostack)) };
@@ -338,7 +341,7 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
         for i in 0..n {
             if mask[i * width + width - 1] & 0x80 != 0 {
                 let at = off.wrapping_add((i * width) as u64);
-                v.write_mem(seg, at, &data[i * width..(i + 1) * width])?;
+                v.write_unaligned(seg, at, &data[i * width..(i + 1) * width])?;
             }
         }
     } else {
@@ -347,7 +350,7 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
         for i in 0..n {
             if mask[i * width + width - 1] & 0x80 != 0 {
                 let at = off.wrapping_add((i * width) as u64);
-                v.read_mem(seg, at, &mut out[i * width..(i + 1) * width])?;
+                v.read_unaligned(seg, at, &mut out[i * width..(i + 1) * width])?;
             }
         }
         v.area.ymm[vector(ins.op0_register())] = out;

@@ -265,6 +265,9 @@ pub fn natural_alignment(size: usize) -> u64 {
     match size {
         2 | 4 | 8 => size as u64,
         10 => 8,
+        // Images of the x87 environment and state.
+        14 | 94 => 2,
+        28 | 108 => 4,
         _ => 1,
     }
 }

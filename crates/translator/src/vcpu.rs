@@ -834,7 +834,14 @@ impl Inner {
                 self.area.exit_code = ExitCode::Helper as u64;
                 Then::Exit
             }
-            Err(e) if site.x87 && site.write && e.vector == vector::PF && fpu::unmasked() => {
+            Err(e)
+                if site.x87
+                    && site.write
+                    && !site.mmx
+                    && e.vector == vector::PF
+                    && fpu::unmasked()
+                    && !fpu::pending() =>
+            {
                 self.trial = Some(Box::new((e, rip, fpu::store_x87())));
                 self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
                 Then::Bounce
@@ -842,7 +849,11 @@ impl Inner {
             Err(e) => {
                 self.area.state.rip = rip;
                 // A pending x87 exception comes before any fault of the operand.
-                self.raise(if site.x87 && fpu::pending() { Exception::mf() } else { e });
+                let waits = site.x87 && fpu::pending();
+                if site.mmx && site.write && !waits {
+                    fpu::enter_mmx();
+                }
+                self.raise(if waits { Exception::mf() } else { e });
                 self.area.exit_code = ExitCode::Helper as u64;
                 Then::Exit
             }
@@ -976,7 +987,7 @@ impl Inner {
         self.sync_in();
         if let Some(trial) = self.trial.take() {
             let (e, rip, x87) = *trial;
-            if fpu::pending() {
+            if fpu::suppressed() {
                 return Then::Go;
             }
             fpu::reload_x87(&x87);
@@ -985,7 +996,7 @@ impl Inner {
             self.area.exit_code = ExitCode::Helper as u64;
             return Then::Exit;
         }
-        if self.bounced_x87 && fpu::pending() {
+        if self.bounced_x87 && fpu::suppressed() {
             return Then::Go;
         }
         let p = self.bounced;

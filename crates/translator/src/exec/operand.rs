@@ -135,7 +135,7 @@ impl Inner {
         Ok(())
     }
 
-    fn check_alignment(&self, va: u64, len: usize) -> Result<(), Exception> {
+    pub(super) fn check_alignment(&self, va: u64, len: usize) -> Result<(), Exception> {
         let aligned = va & (mem::natural_alignment(len) - 1) == 0;
         if !aligned && mem::alignment_checked(&self.area.state) {
             return Err(Exception::ac());

@@ -238,6 +238,7 @@ impl Translation {
             size: want.size as u16,
             align: self.align,
             x87: self.x87,
+            mmx: self.mmx,
             seg,
             write: want.write,
             read: want.read,
@@ -272,9 +273,11 @@ impl Translation {
         self.align = alignment(&ins);
         self.x87 = matches!(unit(&ins), Unit::X87 | Unit::Mmx)
             && !matches!(ins.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
+        self.mmx = unit(&ins) == Unit::Mmx;
         self.renamed(&ins);
         self.align = 1;
         self.x87 = false;
+        self.mmx = false;
     }
 
     /// Re-encodes an instruction with its registers renamed and its memory operand looked up.

@@ -123,6 +123,8 @@ pub struct Translation {
     align: u8,
     /// The current instruction belongs to x87 or MMX.
     x87: bool,
+    /// The current instruction belongs to MMX.
+    mmx: bool,
     /// What the current branch took from RSP.
     rsp_taken: i32,
     /// Link jumps to be bound to their stubs: (jump, cold number).
@@ -147,6 +149,7 @@ impl Translation {
             rip_off: 0,
             align: 1,
             x87: false,
+            mmx: false,
             rsp_taken: 0,
             near: Vec::new(),
         };

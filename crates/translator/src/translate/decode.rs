@@ -163,6 +163,10 @@ fn needs_helper(ins: &Instruction, mode: Mode) -> bool {
             )
             && ins.op_kinds().all(|k| k != OpKind::Memory));
     }
+    if mode.bits != 64 && matches!(m, M::Vzeroall | M::Vzeroupper) {
+        // They leave alone the registers that only 64-bit mode has.
+        return true;
+    }
     matches!(
         m,
         M::Cli

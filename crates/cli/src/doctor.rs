@@ -1,11 +1,12 @@
 //! `berth doctor`: what was found on this host, what it means, and what Berth will use.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
 use berth_image::agent;
 use berth_image::store::Store;
+use berth_vmm::vcpu::probe::{Accel, probe};
 use serde::Serialize;
 
 use crate::exit::{CliError, ExitCode};
@@ -39,7 +40,8 @@ struct Finding {
 pub fn run(root: &Path, json: bool) -> Result<ExitCode, CliError> {
     let findings = vec![
         processor(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
-        kvm(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
+        translator(),
+        kvm(),
         program("passt", "passt", "network for guests without privileges"),
         program("mmdebstrap", "mmdebstrap", "making images"),
         program("mke2fs", "e2fsprogs", "making images"),
@@ -88,23 +90,31 @@ fn processor(cpuinfo: &str) -> Finding {
     Finding { about: "processor", grade: Grade::Missing, found, advice }
 }
 
-fn kvm(cpuinfo: &str) -> Finding {
-    let virtualizes = flags(cpuinfo).any(|flag| flag == "vmx" || flag == "svm");
-    let opened = File::options().read(true).write(true).open("/dev/kvm");
-    let (grade, found, advice) = match (opened, virtualizes) {
-        (Ok(_), true) => (Grade::Good, "/dev/kvm opens and the processor has vmx or svm".to_owned(), None),
-        (Ok(_), false) => (
-            Grade::Notice,
-            "/dev/kvm opens, but the processor shows neither vmx nor svm: guest kernel code would be \
-             emulated in software"
-                .to_owned(),
-            Some("the translator is used".to_owned()),
-        ),
-        (Err(error), _) => {
-            (Grade::Notice, format!("/dev/kvm: {error}"), Some("the translator is used".to_owned()))
+/// What the machine's own probe found about KVM, and what `--accel auto` takes.
+fn kvm() -> Finding {
+    let report = probe();
+    let found: Vec<_> =
+        report.findings.iter().map(|f| format!("{}: {}", f.what, f.detail)).collect();
+    let advice = format!("`--accel auto` takes {}", report.chosen);
+    let grade = if report.chosen == Accel::Kvm { Grade::Good } else { Grade::Notice };
+    Finding { about: "kvm", grade, found: found.join("; "), advice: Some(advice) }
+}
+
+/// Whether the translator's generated code can run here.
+fn translator() -> Finding {
+    let about = "translator";
+    match berth_vmm::vcpu::translated::host_check() {
+        Ok(()) => {
+            let found = "the processor has BMI2, AVX and FSGSBASE".to_owned();
+            Finding { about, grade: Grade::Good, found, advice: None }
         }
-    };
-    Finding { about: "kvm", grade, found, advice }
+        Err(error) => Finding {
+            about,
+            grade: Grade::Notice,
+            found: error.to_string(),
+            advice: Some("machines need KVM here".to_owned()),
+        },
+    }
 }
 
 fn program(name: &'static str, package: &str, purpose: &str) -> Finding {

@@ -26,6 +26,7 @@ mod code;
 mod exec;
 mod features;
 mod fpu;
+mod fuzz;
 mod layout;
 mod mem;
 mod ram;
@@ -90,7 +91,10 @@ pub enum SetupError {
 }
 
 /// Checks that the host has what generated code uses.
-pub(crate) fn host_check() -> Result<(), SetupError> {
+///
+/// # Errors
+/// [`SetupError::Host`] names what is missing.
+pub fn host_check() -> Result<(), SetupError> {
     let have = [
         ("BMI2", std::is_x86_feature_detected!("bmi2")),
         ("AVX", std::is_x86_feature_detected!("avx")),
@@ -113,6 +117,15 @@ pub fn host_cpuid() -> HostCpuid {
         let r = core::arch::x86_64::__cpuid_count(leaf, sub);
         [r.eax, r.ebx, r.ecx, r.edx]
     })
+}
+
+/// Translates `bytes` as one page of guest code in a mode of 16, 32 or 64 bits without running it;
+/// gives the bytes of host code. For fuzzing the path from the decoder to the emitter.
+///
+/// # Errors
+/// [`SetupError`] when the code cache cannot be mapped.
+pub fn translate_only(bytes: &[u8], bits: u8) -> Result<usize, SetupError> {
+    fuzz::translate_only(bytes, bits)
 }
 
 /// Counts of what a vCPU did.

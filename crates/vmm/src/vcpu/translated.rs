@@ -33,6 +33,14 @@ pub fn share(ram: &GuestRam, config: Config) -> Result<Arc<Shared>, SetupError> 
     Ok(shared)
 }
 
+/// Whether the translator can run on this host.
+///
+/// # Errors
+/// [`SetupError::Host`] names what is missing.
+pub fn host_check() -> Result<(), SetupError> {
+    berth_translator::host_check()
+}
+
 /// A vCPU whose code is translated.
 pub struct Translated {
     vcpu: TranslatedVcpu,

@@ -188,7 +188,10 @@ mod tests {
             command
         };
         let time = time_to_marker(shell("sleep 0.05; echo 'berth: init'; sleep 100")).unwrap();
-        assert!(time >= Duration::from_millis(50) && time < Duration::from_secs(50), "{time:?}");
+        assert!(
+            time.0 >= Duration::from_millis(50) && time.0 < Duration::from_secs(50),
+            "{time:?}"
+        );
         let error = time_to_marker(shell("echo hello; echo oops >&2")).unwrap_err().to_string();
         assert!(error.contains("hello") && error.contains("oops"), "{error}");
         assert_eq!(median(&mut [5, 1, 3].map(Duration::from_secs)), Duration::from_secs(3));

@@ -84,7 +84,7 @@ impl Dial for Guest {
         let Some(vsock) = self.vsock.get() else {
             return Err(io::ErrorKind::NotConnected.into());
         };
-        vsock.connect(AGENT_PORT, Duration::from_secs(2)).map_err(io::Error::other)
+        vsock.connect(AGENT_PORT, Duration::from_millis(100)).map_err(io::Error::other)
     }
 
     fn is_alive(&mut self) -> bool {

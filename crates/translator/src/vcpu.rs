@@ -302,6 +302,8 @@ impl Inner {
             let pcid = self.current_pcid();
             self.tlb.switch(pcid, false);
         }
+        // Whoever woke us may not have poked the mailbox.
+        self.irq_maybe = true;
         self.gs_base = 0;
         fpu::load(&mut self.area);
         let exit = loop {

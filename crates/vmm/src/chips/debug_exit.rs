@@ -7,7 +7,7 @@ use crate::outcome::{Ending, Outcome};
 
 /// Its port.
 pub const PORT: u64 = 0xf4;
-/// Ports it takes.
+/// Ports it takes; only the first does something.
 pub const LEN: u64 = 4;
 
 /// The device.
@@ -26,7 +26,10 @@ impl BusDevice for DebugExit {
         data.fill(0);
     }
 
-    fn write(&mut self, _base: u64, _offset: u64, data: &[u8]) {
+    fn write(&mut self, _base: u64, offset: u64, data: &[u8]) {
+        if offset != 0 {
+            return;
+        }
         self.0.end(Outcome::DebugExit(data.first().copied().unwrap_or(0)));
     }
 }

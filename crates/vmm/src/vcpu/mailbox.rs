@@ -88,11 +88,12 @@ impl CpuSignals for Mailbox {
         state.woken = true;
         let asleep = state.asleep;
         drop(state);
-        // A vCPU that sleeps looks by itself when it runs again.
+        // Also when it sleeps: it asks for interrupts only when it was told of one.
+        if let Some(handle) = self.handle.get() {
+            handle.interrupt();
+        }
         if asleep {
             self.wake.notify_one();
-        } else if let Some(handle) = self.handle.get() {
-            handle.interrupt();
         }
     }
 

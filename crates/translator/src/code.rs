@@ -74,6 +74,8 @@ pub struct Site {
     pub align: u8,
     /// An x87 or MMX instruction: pending exceptions come first.
     pub x87: bool,
+    /// An MMX instruction.
+    pub mmx: bool,
     /// Segment register (for faults and, when `segmented`, base and limit).
     pub seg: u8,
     /// The operand is written.
@@ -359,10 +361,5 @@ impl CodeCache {
             }
         }
         true
-    }
-
-    /// Blocks made since the last flush, and bytes used.
-    pub fn usage(&self) -> (usize, usize) {
-        (self.blocks.len(), self.used)
     }
 }

@@ -2,6 +2,7 @@
 
 use berth_difftest::case::{Backend, Outcome};
 use berth_difftest::native::NativeBackend;
+use berth_difftest::translated::TranslatedBackend;
 use berth_difftest::traps;
 
 /// Checks the whole table on a backend.
@@ -19,4 +20,9 @@ fn check(backend: &mut dyn Backend) {
 #[test]
 fn the_table_of_traps_is_what_the_processor_does() {
     check(&mut NativeBackend::new().unwrap());
+}
+
+#[test]
+fn the_translator_knows_the_table_of_traps() {
+    check(&mut TranslatedBackend::new().unwrap());
 }

@@ -227,6 +227,7 @@ fn x87_image(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
     if store {
         // Nothing may change if the store faults.
         let va = v.linear(seg, off, size, true)?;
+        v.check_alignment(va, size)?;
         let s = &v.area.state;
         let rights = berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
         v.lin.resolve(s, va, size, rights, usize::from(seg) == 2)?;
@@ -288,9 +289,10 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
     let m = ins.mnemonic();
     if matches!(m, M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu) {
         let (data, mask, n) = if m == M::Maskmovq {
-            // As every MMX instruction does: all registers valid, top of stack 0.
-            // SAFETY: changes only tags and TOP of the x87 state, which is the guest's.
-            unsafe { std::arch::asm!("movq mm0, mm0", options(nomem, nostack)) };
+            if fpu::pending() {
+                return Err(Exception::mf());
+            }
+            fpu::enter_mmx();
             let number = |r: Register| (r as usize).wrapping_sub(Register::MM0 as usize) & 7;
             let mut d = [0u8; 16];
             let mut k = [0u8; 16];
@@ -338,7 +340,7 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
         for i in 0..n {
             if mask[i * width + width - 1] & 0x80 != 0 {
                 let at = off.wrapping_add((i * width) as u64);
-                v.write_mem(seg, at, &data[i * width..(i + 1) * width])?;
+                v.write_unaligned(seg, at, &data[i * width..(i + 1) * width])?;
             }
         }
     } else {
@@ -347,7 +349,7 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
         for i in 0..n {
             if mask[i * width + width - 1] & 0x80 != 0 {
                 let at = off.wrapping_add((i * width) as u64);
-                v.read_mem(seg, at, &mut out[i * width..(i + 1) * width])?;
+                v.read_unaligned(seg, at, &mut out[i * width..(i + 1) * width])?;
             }
         }
         v.area.ymm[vector(ins.op0_register())] = out;
@@ -396,7 +398,7 @@ pub(super) fn gather(v: &mut Inner, ins: &Instruction) -> Done {
             base.wrapping_add(ix.wrapping_mul(scale)).wrapping_add(ins.memory_displacement64())
                 & am;
         let mut e = [0u8; 8];
-        v.read_mem(seg, at, &mut e[..width])?;
+        v.read_unaligned(seg, at, &mut e[..width])?;
         v.area.ymm[d][i * width..(i + 1) * width].copy_from_slice(&e[..width]);
         v.area.ymm[m][i * width..(i + 1) * width].fill(0);
     }

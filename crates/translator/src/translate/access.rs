@@ -211,7 +211,7 @@ impl Translation {
         self.reserve(48);
         let cold = self.cold.len();
         let shift = want.size.next_power_of_two().trailing_zeros() as usize;
-        if segmented || shift > MAX_ACCESS_SHIFT {
+        if segmented || self.mode.aligned || shift > MAX_ACCESS_SHIFT {
             let jump = self.asm.jmp();
             self.near.push((jump, cold));
         } else {
@@ -238,6 +238,7 @@ impl Translation {
             size: want.size as u16,
             align: self.align,
             x87: self.x87,
+            mmx: self.mmx,
             seg,
             write: want.write,
             read: want.read,
@@ -270,10 +271,13 @@ impl Translation {
         let mut ins = *ins;
         normalize(&mut ins);
         self.align = alignment(&ins);
-        self.x87 = matches!(unit(&ins), Unit::X87 | Unit::Mmx);
+        self.x87 = matches!(unit(&ins), Unit::X87 | Unit::Mmx)
+            && !matches!(ins.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
+        self.mmx = unit(&ins) == Unit::Mmx;
         self.renamed(&ins);
         self.align = 1;
         self.x87 = false;
+        self.mmx = false;
     }
 
     /// Re-encodes an instruction with its registers renamed and its memory operand looked up.
@@ -446,15 +450,13 @@ impl Translation {
         let seg = segment_of(ins, self.mode.bits);
         let segmented = self.segmented(seg);
         let start = self.asm.pos();
-        let addr32 = ins.memory_base().size() == 4 || ins.memory_index().size() == 4;
+        let wide = |r: Register| if r == Register::None { 0 } else { r.size() };
+        let addr = match wide(ins.memory_base()).max(wide(ins.memory_index())) {
+            0 => ins.memory_displ_size() as usize,
+            n => n,
+        };
         let ea = self.offset_of(ins, false);
         debug_assert_eq!(ea, S0);
-        if self.mode.bits == 64 && usize::from(seg) >= sreg::FS {
-            let base = std::mem::offset_of!(CpuState, seg)
-                + usize::from(seg) * size_of::<berth_x86::Segment>();
-            self.asm.load(S1, &Mem::gs(state_disp(base)));
-            self.asm.lea(S0, &Mem::base_index(S0, S1, 0, 0));
-        }
         self.load_guest(S1, index.n);
         match size {
             4 => self.asm.movsxd(S1, S1),
@@ -465,8 +467,17 @@ impl Translation {
         self.asm.mov_imm(SC, u64::from(shift) + 3);
         self.asm.sarx(SC, S1, SC);
         self.asm.lea(S0, &Mem::base_index(S0, SC, shift, 0));
-        if addr32 || self.mode.bits != 64 {
-            self.asm.mov32(S0, S0);
+        match addr {
+            2 => self.asm.movzx16(S0, S0),
+            8 if self.mode.bits == 64 => {}
+            _ => self.asm.mov32(S0, S0),
+        }
+        if self.mode.bits == 64 && usize::from(seg) >= sreg::FS {
+            let base = std::mem::offset_of!(CpuState, seg)
+                + usize::from(seg) * size_of::<berth_x86::Segment>()
+                + std::mem::offset_of!(berth_x86::Segment, base);
+            self.asm.load(SC, &Mem::gs(state_disp(base)));
+            self.asm.lea(S0, &Mem::base_index(S0, SC, 0, 0));
         }
         let mask = std::mem::offset_of!(Area, bit_mask) + usize::from(shift) * 8;
         self.asm.pext_gs(S1, S1, disp(mask));
@@ -610,6 +621,15 @@ fn normalize(ins: &mut Instruction) {
         Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
         Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
         Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        // 82 is the same as 80, but not in 64-bit mode.
+        Code::Add_rm8_imm8_82 => Code::Add_rm8_imm8,
+        Code::Or_rm8_imm8_82 => Code::Or_rm8_imm8,
+        Code::Adc_rm8_imm8_82 => Code::Adc_rm8_imm8,
+        Code::Sbb_rm8_imm8_82 => Code::Sbb_rm8_imm8,
+        Code::And_rm8_imm8_82 => Code::And_rm8_imm8,
+        Code::Sub_rm8_imm8_82 => Code::Sub_rm8_imm8,
+        Code::Xor_rm8_imm8_82 => Code::Xor_rm8_imm8,
+        Code::Cmp_rm8_imm8_82 => Code::Cmp_rm8_imm8,
         c => c,
     };
     ins.set_code(code);

@@ -25,6 +25,8 @@ mod branch;
 pub(crate) mod decode;
 pub(crate) mod regs;
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
@@ -58,6 +60,8 @@ pub struct Mode {
     pub avx: bool,
     /// One instruction per block, then back to the dispatcher.
     pub single: bool,
+    /// Alignment is checked (CR0.AM, EFLAGS.AC, CPL 3): every access takes the slow path.
+    pub aligned: bool,
 }
 
 impl Mode {
@@ -71,6 +75,7 @@ impl Mode {
             | u32::from(self.sse) << 11
             | u32::from(self.avx) << 12
             | u32::from(self.single) << 13
+            | u32::from(self.aligned) << 14
     }
 }
 
@@ -118,6 +123,8 @@ pub struct Translation {
     align: u8,
     /// The current instruction belongs to x87 or MMX.
     x87: bool,
+    /// The current instruction belongs to MMX.
+    mmx: bool,
     /// What the current branch took from RSP.
     rsp_taken: i32,
     /// Link jumps to be bound to their stubs: (jump, cold number).
@@ -142,6 +149,7 @@ impl Translation {
             rip_off: 0,
             align: 1,
             x87: false,
+            mmx: false,
             rsp_taken: 0,
             near: Vec::new(),
         };
@@ -176,7 +184,8 @@ impl Translation {
             }
             Class::HelperEnds => {
                 self.helper(ins);
-                // The helper of such an instruction never comes back.
+                // Most of these never come back; VMCALL and WAIT do.
+                self.exit_at(ins.next_ip(), ExitCode::Interrupt);
                 true
             }
         }
@@ -296,16 +305,33 @@ impl Translation {
 
     /// Encodes an instruction that has only host registers left.
     fn encode(&mut self, ins: &Instruction) {
+        let start = self.asm.pos();
         self.encoder.set_buffer(std::mem::take(&mut self.asm.buf));
         let result = self.encoder.encode(ins, 0);
         self.asm.buf = self.encoder.take_buffer();
         if let Err(e) = result {
-            panic!("the classifier lets through only what can be encoded: {ins}: {e}");
+            // UD2, here and in a copy for the bounce buffer: the guest sees #UD.
+            self.asm.buf.truncate(start);
+            self.asm.bytes(&[0x0f, 0x0b]);
+            let rip = self.block.key.rip.wrapping_add(u64::from(self.rip_off));
+            report_unencodable(ins, rip, &e.to_string());
         }
     }
 
     fn site(&mut self, site: Site) -> usize {
         self.block.sites.push(site);
         self.block.sites.len() - 1
+    }
+}
+
+/// Says, a few times per process, that an instruction was let through that cannot be emitted.
+fn report_unencodable(ins: &Instruction, rip: u64, why: &str) {
+    /// Messages at most.
+    const LIMIT: u32 = 8;
+    static SAID: AtomicU32 = AtomicU32::new(0);
+    if SAID.fetch_add(1, Ordering::Relaxed) < LIMIT {
+        eprintln!(
+            "berth: the translator cannot emit `{ins}` at {rip:#x}: {why}; the guest gets #UD"
+        );
     }
 }

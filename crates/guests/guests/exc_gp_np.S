@@ -141,7 +141,7 @@ main:
     mov esi, 3
     call set_ist
     ARM 1f
-    mov rax, NONCANON
+    mov rax, NONCANON + 0x1000          // what is below has to be non-canonical, too
     mov rsp, rax
 2:  push rax
 1:  CHECK_EXC "push non-canonical", SS_, 0, 2b
@@ -266,7 +266,7 @@ u11: nop
     mov edi, SS_
     mov esi, 3
     call set_ist
-    mov rax, NONCANON
+    mov rax, NONCANON + 0x1000
     mov [tss + 4], rax
     USER_SECTION
 uud: ud2

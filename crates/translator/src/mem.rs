@@ -64,6 +64,7 @@ impl Lin {
         stack: bool,
     ) -> Result<Pieces, Exception> {
         check_canonical(cpu, va, stack)?;
+        check_canonical(cpu, va.wrapping_add(len.max(1) as u64 - 1), stack)?;
         let room = (PAGE - (va & (PAGE - 1))) as usize;
         let w = paging::walk(&self.shared.ram, cpu, va, rights)?;
         let first = Piece { gpa: w.gpa, len: len.min(room) };
@@ -74,7 +75,6 @@ impl Lin {
         if !cpu.long_mode() {
             next &= 0xffff_ffff;
         }
-        check_canonical(cpu, next, stack)?;
         let w2 = paging::walk(&self.shared.ram, cpu, next, rights)?;
         Ok(Pieces { first, second: Piece { gpa: w2.gpa, len: len - room } })
     }

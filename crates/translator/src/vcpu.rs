@@ -64,6 +64,8 @@ struct FetchEntry {
 }
 
 const FETCH_ENTRIES: usize = 512;
+/// Bytes of the longest instruction.
+pub const LONGEST: usize = 15;
 
 /// Everything of a translated vCPU; at a fixed address, because generated code knows it.
 pub struct Inner {
@@ -105,6 +107,8 @@ pub struct Inner {
     pub(crate) state_changed: bool,
     /// An event whose delivery suppresses the single-step trap of the instruction that caused it.
     pub(crate) no_step_trap: bool,
+    /// The instruction that ran traps although TF was clear before it.
+    pub(crate) step_trap: bool,
     pub(crate) stats: Stats,
 }
 
@@ -209,6 +213,7 @@ impl Inner {
             trial: None,
             state_changed: true,
             no_step_trap: false,
+            step_trap: false,
             stats: Stats::default(),
         });
         let owner = &raw mut *inner as u64;
@@ -314,6 +319,8 @@ impl Inner {
         // Whoever woke us may not have poked the mailbox.
         self.irq_maybe = true;
         self.gs_base = 0;
+        // Whoever woke a halted vCPU need not have said why.
+        self.irq_maybe = true;
         fpu::load(&mut self.area);
         let exit = loop {
             if let Some(exit) = self.dispatch() {
@@ -467,6 +474,7 @@ impl Inner {
         if self.pending.is_none() && self.stack_shadow() {
             return None;
         }
+        let tf = std::mem::take(&mut self.step_trap) || tf;
         if self.pending.is_none() && (tf || self.lin.watch_hits != 0) {
             let step = if tf && !self.no_step_trap { 1 << 14 } else { 0 };
             let dr6 = std::mem::take(&mut self.lin.watch_hits) | step;
@@ -695,7 +703,7 @@ impl Inner {
             let mut ins = d.decode();
             if ins.is_invalid()
                 && d.last_error() == DecoderError::NoMoreBytes
-                && avail - at < 15
+                && avail - at < LONGEST
                 && second_page.is_none()
             {
                 if count > 0 {
@@ -717,9 +725,10 @@ impl Inner {
                 ins = d.decode();
             }
             if ins.is_invalid() {
-                // The helper raises #UD at this address.
+                // The helper raises #UD at this address, or #GP for more than 15 bytes.
+                let long = too_long(&bytes[at..avail], mode.bits);
                 let mut bad = Instruction::default();
-                bad.set_len(1);
+                bad.set_len(if long { LONGEST } else { 1 });
                 bad.set_ip(end_rip);
                 ins = bad;
             }
@@ -1034,7 +1043,7 @@ impl Inner {
                 let due = self.irq_maybe
                     && self.area.state.rflags & flags::IF != 0
                     && self.lin.platform.interrupt_pending();
-                if stop || due || self.in_single || self.mode_of_state() != self.mode {
+                if stop || due || self.in_single || self.lin.watch_hits != 0 || self.mode_of_state() != self.mode {
                     return Then::Exit;
                 }
                 self.update_view();
@@ -1095,6 +1104,28 @@ pub fn wrap(rip: u64, bits: u8) -> u64 {
         32 => rip & 0xffff_ffff,
         _ => rip & 0xffff,
     }
+}
+
+/// Whether bytes that cannot be decoded are an instruction of more than 15 bytes: one that could be
+/// with fewer of its prefixes.
+fn too_long(bytes: &[u8], bits: u8) -> bool {
+    for k in 1..=LONGEST {
+        let prefix = bytes.get(k - 1).is_some_and(|b| {
+            matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+        });
+        if !prefix {
+            return false;
+        }
+        let mut d =
+            Decoder::new(u32::from(bits), bytes.get(k..).unwrap_or(&[]), DecoderOptions::NONE);
+        let ins = d.decode();
+        if ins.is_invalid() && d.last_error() == DecoderError::NoMoreBytes
+            || !ins.is_invalid() && k + ins.len() > LONGEST
+        {
+            return true;
+        }
+    }
+    true
 }
 
 /// An error of the translator itself: the state of the machine cannot be trusted any more.

@@ -16,7 +16,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use crate::fpu;
 use crate::translate::{Unit, access_size, sreg_index, unit};
-use crate::vcpu::Inner;
+use crate::vcpu::{Inner, LONGEST};
 
 /// What comes after an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,9 @@ type Done = Result<Flow, Exception>;
 #[allow(clippy::too_many_lines, reason = "one match over the mnemonics")]
 pub fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
     use Mnemonic as M;
+    if ins.is_invalid() && ins.len() == LONGEST {
+        return Err(Exception::gp(0));
+    }
     if ins.is_invalid() || !v.allowed.instruction(ins) {
         return Err(Exception::ud());
     }

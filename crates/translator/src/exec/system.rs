@@ -10,6 +10,9 @@ use super::{Done, Flow};
 use crate::translate::sreg_index;
 use crate::vcpu::Inner;
 
+/// EBX of CPUID leaf 0 of the vendor whose processors know no SYSCALL in compatibility mode.
+const INTEL: u32 = u32::from_le_bytes(*b"Genu");
+
 /// The host's time-stamp counter.
 pub fn host_tsc() -> u64 {
     // SAFETY: every x86-64 processor has RDTSC; the host allows it in user mode.
@@ -22,6 +25,10 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
     match ins.mnemonic() {
         M::Mov => return mov_system(v, ins, next),
         M::Syscall => {
+            let s = &v.area.state;
+            if s.code_size() != CodeSize::Bits64 && v.cpuid.query(s, 0, 0)[1] == INTEL {
+                return Err(Exception::ud());
+            }
             syscall::syscall(&mut v.area.state, next)?;
             v.no_step_trap = v.area.state.rflags & flags::TF == 0;
             return Ok(Flow::Jump);
@@ -29,6 +36,8 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         M::Sysret | M::Sysretq => {
             let wide = ins.mnemonic() == M::Sysretq || ins.code() == iced_x86::Code::Sysretq;
             syscall::sysret(&mut v.area.state, wide)?;
+            // A TF it loads traps at once, not after the next instruction.
+            v.step_trap = v.area.state.rflags & flags::TF != 0;
             return Ok(Flow::Jump);
         }
         M::Sysenter => {
@@ -53,7 +62,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         }
         M::Stac | M::Clac => {
             let s = &mut v.area.state;
-            if s.cr4 & cr4::SMAP == 0 || s.cpl() != 0 {
+            if s.cpl() != 0 {
                 return Err(Exception::ud());
             }
             if ins.mnemonic() == M::Stac {

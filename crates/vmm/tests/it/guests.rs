@@ -8,7 +8,7 @@ use berth_vmm::console::SerialConfig;
 use berth_vmm::machine::{Machine, MachineConfig};
 use berth_vmm::outcome::Outcome;
 
-use crate::run::{Folder, Format, assemble, check, processors, run};
+use crate::run::{Folder, Format, assemble, check, processors};
 
 /// A Multiboot header, a stack, `print` (zero-ended text at ESI) and `putc` (AL) over COM1.
 const MULTIBOOT: &str = r"
@@ -532,5 +532,39 @@ fn a_guest_that_is_too_big_is_an_error_of_the_start() {
     assert!(error.contains("--memory"), "{error}");
     config.cpus = 17;
     assert!(Machine::start(&config).is_err());
-    let _ = run;
+}
+
+#[test]
+fn a_jump_to_the_bios_resets_the_machine() {
+    // As Linux does: back to real mode through a 16-bit segment, then to the BIOS.
+    let text = format!(
+        "{MULTIBOOT}
+        mov dword ptr [0x7000], 0
+        mov dword ptr [0x7004], 0
+        mov dword ptr [0x7008], 0x0000ffff
+        mov dword ptr [0x700c], 0x00009b00
+        mov dword ptr [0x7010], 0x0000ffff
+        mov dword ptr [0x7014], 0x00009300
+        mov word ptr [0x7020], 0x17
+        mov dword ptr [0x7022], 0x7000
+        lgdt [0x7020]
+        mov esi, offset real
+        mov edi, 0x6000
+        mov ecx, offset real_end - real
+        rep movsb
+        jmp 8:0x6000
+        .code16
+    real:
+        mov ax, 16
+        mov ds, ax
+        mov ss, ax
+        mov eax, cr0
+        and al, 0xfe
+        mov cr0, eax
+        .byte 0xea
+        .word 0xfff0, 0xf000
+    real_end:
+        .code32"
+    );
+    check(&text, Format::Elf32, nothing, (Outcome::Reset, ""));
 }

@@ -1,2 +1,56 @@
-//! Project chores.
-fn main() {}
+//! Project chores: `cargo xtask agent | tidy | bench boot [RUNS]`.
+
+mod agent;
+mod bench;
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+
+const USAGE: &str = "\
+cargo xtask agent              build the guest's agent, statically linked
+cargo xtask tidy               check the rules no compiler checks
+cargo xtask bench boot [RUNS]  boot the same files in berth and in QEMU, in turn";
+
+fn main() -> Result<ExitCode> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["agent"] => {
+            let path = agent::build()?;
+            println!("{}", path.display());
+        }
+        ["tidy"] => {
+            let faults = tidy::check(&workspace())?;
+            for fault in &faults {
+                eprintln!("{fault}");
+            }
+            if !faults.is_empty() {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        ["bench", "boot"] => bench::boot(bench::RUNS_DEFAULT)?,
+        ["bench", "boot", runs] => bench::boot(runs.parse().context("RUNS is a number")?)?,
+        _ => {
+            eprintln!("{USAGE}");
+            return Ok(ExitCode::from(2));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The repository's root.
+fn workspace() -> PathBuf {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask).to_owned()
+}
+
+/// Where cargo puts what it builds.
+fn target() -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(directory) => workspace().join(directory),
+        None => workspace().join("target"),
+    }
+}

@@ -1,2 +1,100 @@
 //! The init and agent inside a virtual machine.
-fn main() {}
+//!
+//! Started by the kernel as `/init` of the initramfs it brings the guest up (`boot`), moves into the
+//! root disk, and then either runs a shell on the console (`shell`), or steps aside for the image's
+//! own init, or waits; in each case it serves the host over vsock (`server`, `session`). Linked
+//! statically, since it runs before any file system with libraries is mounted.
+
+mod boot;
+mod cmdline;
+mod dhcp;
+mod network;
+mod power;
+mod reaper;
+mod server;
+mod session;
+mod shell;
+mod spawn;
+mod sys;
+mod users;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use crate::cmdline::CommandLine;
+use crate::power::Power;
+use crate::reaper::Reaper;
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    match (arguments.next(), arguments.next()) {
+        // For tests on the host: the same protocol on a unix socket, and no power to switch off.
+        (Some(mode), Some(path)) if mode == "--serve-unix" => {
+            let reaper = Reaper::start();
+            match server::serve_unix(path.as_ref(), &reaper) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("berth-agent: cannot serve {}: {error}", path.display());
+                    ExitCode::FAILURE
+                }
+            }
+        }
+        _ if std::process::id() == 1 => init(),
+        _ => {
+            eprintln!("berth-agent is the init of a virtual machine; it does nothing elsewhere");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The life of process 1. Whatever fails on the way is said on the console and ends the machine:
+/// with a reset, which the host reports as a failure.
+fn init() -> ! {
+    power::reset_on_panic();
+    let error = match bring_up() {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    boot::say(&format!("cannot start the guest: {text}"));
+    power::reset()
+}
+
+fn bring_up() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
+    boot::mount_kernel_interfaces()?;
+    boot::say("init");
+    let line = CommandLine::read()?;
+    boot::load_modules()?;
+    if let Some(device) = &line.root {
+        boot::enter_root(device, line.writable)?;
+    }
+    boot::finish_mounts(line.root.is_some() && line.writable);
+    if let Some(name) = &line.hostname {
+        boot::set_hostname(name);
+    }
+    if let Some(program) = &line.init {
+        power::hand_over(program)?;
+    }
+    let reaper = Reaper::start();
+    let power = Arc::new(Power::new(Arc::clone(&reaper)));
+    if line.init.is_none() {
+        network::bring_up();
+    }
+    let serving = server::serve_vsock(line.port, &reaper, &power);
+    if line.shell {
+        if let Err(error) = serving {
+            boot::say(&format!("no agent on vsock port {}: {error}", line.port));
+        }
+        shell::run(&line, &reaper)?;
+        power.off();
+    }
+    serving?;
+    loop {
+        std::thread::park();
+    }
+}

@@ -1,1 +1,5 @@
-//! Wire types and routes.
+//! Wire types and routes shared by the Berth programs. Domain types do not live here: a type in this
+//! crate is a promise to the other side of a socket.
+#![forbid(unsafe_code)]
+
+pub mod agent;

@@ -143,8 +143,9 @@ pub enum Outcome {
     Timeout,
     /// It made a system call, which has no counterpart in the guest.
     SystemCall,
-    /// The processor reset (a triple fault), or stopped in another way that no sequence may cause.
-    Broken(&'static str),
+    /// The processor reset (a triple fault), the backend panicked, or it stopped in another way that
+    /// no sequence may cause.
+    Broken(String),
 }
 
 /// Something that runs cases.

@@ -17,5 +17,6 @@ pub mod rng;
 pub mod run;
 pub mod shrink;
 pub mod translated;
+pub mod traps;
 pub mod values;
 pub mod wrong;

@@ -16,6 +16,7 @@ Run generated instruction sequences on the host processor and on the translator,
 
 difftest [--cases N] [--seed N] [--jobs N] [--against translated|native|wrong]
 difftest --seed N --case K          run one case, print it, shrink it if it differs
+difftest --traps                        run the table of cases with known answers
 
   --cases N       number of cases (default 100000)
   --from N        number of the first case (default 0)
@@ -23,7 +24,7 @@ difftest --seed N --case K          run one case, print it, shrink it if it diff
   --case K        run only case K
   --jobs N        worker processes (default: one per processor)
   --against B     what to compare the host processor with (default translated)
-  --failures N    stop a worker after so many differences (default 5)
+  --failures N    stop a worker after so many distinct differences (default 5)
   --compat N      percent of cases in 32-bit compatibility mode (default 12)
   --faults N      percent of cases made to fault (default 25)
   --length N      most instructions in a sequence (default 12)
@@ -49,6 +50,7 @@ struct Arguments {
     coverage: bool,
     worker: bool,
     isolate: bool,
+    traps: bool,
 }
 
 fn parse() -> anyhow::Result<Arguments> {
@@ -66,6 +68,7 @@ fn parse() -> anyhow::Result<Arguments> {
         coverage: false,
         worker: false,
         isolate: false,
+        traps: false,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -88,6 +91,7 @@ fn parse() -> anyhow::Result<Arguments> {
             "--no-shrink" => parsed.shrink = false,
             "--coverage" => parsed.coverage = true,
             "--worker" => parsed.worker = true,
+            "--traps" => parsed.traps = true,
             "--isolate" => parsed.isolate = true,
             "--help" | "-h" => {
                 print!("{HELP}");
@@ -103,6 +107,8 @@ fn main() -> ExitCode {
     let result = parse().and_then(|arguments| {
         if arguments.worker {
             worker::main(&arguments)
+        } else if arguments.traps {
+            worker::known(&arguments)
         } else if let Some(case) = arguments.case {
             worker::single(&arguments, case)
         } else {

@@ -1,6 +1,7 @@
 //! Runs a range of cases against a backend.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use iced_x86::Code;
 
@@ -100,14 +101,49 @@ pub fn run(
     stats
 }
 
-/// Makes a finding smaller; returns the small case and its differences.
+/// Shrinking one case ends after this time.
+const SHRINK_TIME: Duration = Duration::from_secs(20);
+
+/// What makes a difference the same as another: what differs and the instructions left.
+#[must_use]
+pub fn signature(case: &Case, differences: &[Difference]) -> String {
+    let mut text = differences.first().map(|d| kind(d).0).unwrap_or_default();
+    for (span, ins) in case.spans.iter().zip(decode(case)) {
+        let start = usize::from(span.start);
+        let bytes = case.code.get(start..start + usize::from(span.len)).unwrap_or_default();
+        if bytes.iter().any(|b| *b != 0x90) {
+            text.push_str(&format!(" {:?}", ins.mnemonic()));
+        }
+    }
+    text
+}
+
+/// Makes a finding smaller; returns the small case and its differences. What differed first goes
+/// on to differ, so that the small case shows the same fault and not another.
 pub fn minimize(
     case: &Case,
     native: &mut dyn Backend,
     other: &mut dyn Backend,
 ) -> (Case, Vec<Difference>) {
     let mut differ = |c: &Case| compare(c, &native.run(c), &other.run(c));
-    let small = shrink(case, |c| !differ(c).is_empty());
+    let first = differ(case).first().map(kind);
+    // Cases that never end cost seconds each.
+    let deadline = Instant::now() + SHRINK_TIME;
+    let small = shrink(case, |c| {
+        if Instant::now() > deadline {
+            return false;
+        }
+        let now = differ(c).first().map(kind);
+        now.is_some() && now == first
+    });
     let differences = differ(&small);
     (small, differences)
+}
+
+/// What differs: the thing, and for the exception which instead of which.
+fn kind(difference: &Difference) -> (String, Option<(String, String)>) {
+    let what = difference.what.split(' ').next().unwrap_or_default().to_owned();
+    let exception = what == "exception";
+    let values = exception.then(|| (difference.native.clone(), difference.other.clone()));
+    (what, values)
 }

@@ -6,14 +6,14 @@
 use std::io::Write;
 
 use anyhow::{Context, bail};
-use berth_difftest::case::{Backend, Case};
+use berth_difftest::case::{Backend, Case, Outcome};
 use berth_difftest::compare::compare;
 use berth_difftest::generate::Generator;
 use berth_difftest::native::NativeBackend;
 use berth_difftest::report;
-use berth_difftest::run::{Stats, minimize, run};
+use berth_difftest::run::{Stats, minimize, run, signature};
 use berth_difftest::shrink::shrink;
-use berth_difftest::translated::TranslatedBackend;
+use berth_difftest::translated::GuardedBackend;
 use berth_difftest::wrong::{Mistake, WrongBackend};
 
 use crate::Arguments;
@@ -21,7 +21,7 @@ use crate::Arguments;
 /// Makes the backend to be tested.
 fn backend(name: &str) -> anyhow::Result<Box<dyn Backend>> {
     Ok(match name {
-        "translated" => Box::new(TranslatedBackend::new().context("setting up the translator")?),
+        "translated" => Box::new(GuardedBackend::new().context("setting up the translator")?),
         "native" => Box::new(NativeBackend::new()?),
         "wrong" => {
             Box::new(WrongBackend { native: NativeBackend::new()?, mistake: Mistake::Carry })
@@ -42,23 +42,26 @@ pub fn main(arguments: &Arguments) -> anyhow::Result<bool> {
         return isolated(arguments, &generator, &mut native);
     }
     let mut other = backend(&arguments.against)?;
+    // A panic is a finding; its message is in the report.
+    std::panic::set_hook(Box::new(|_| {}));
     let end = arguments.from + arguments.cases;
     let mut total = Stats::default();
     let mut start = arguments.from;
-    while start < end && total.different < arguments.failures {
+    let mut seen = std::collections::BTreeSet::new();
+    while start < end && (seen.len() as u64) < arguments.failures {
         println!("at {start}");
         let range = start..end.min(start + BATCH);
-        let already = total.different;
-        let mut count = 0;
         let stats = run(&generator, range, &mut native, &mut *other, |finding, native, other| {
-            count += 1;
             let (case, differences) = if arguments.shrink {
                 minimize(&finding.case, native, other)
             } else {
                 (finding.case, finding.differences)
             };
-            print!("{}", report::report(arguments.seed, finding.number, &case, &differences));
-            already + count < arguments.failures
+            // The same again is only counted.
+            if seen.insert(signature(&case, &differences)) {
+                print!("{}", report::report(arguments.seed, finding.number, &case, &differences));
+            }
+            (seen.len() as u64) < arguments.failures
         });
         total.add(&stats);
         start += BATCH;
@@ -75,6 +78,23 @@ pub fn main(arguments: &Arguments) -> anyhow::Result<bool> {
     println!("codes {}", codes.join(" "));
     println!("end");
     Ok(total.different == 0)
+}
+
+/// Runs the table of known traps; whether the backend gives every answer.
+pub fn known(arguments: &Arguments) -> anyhow::Result<bool> {
+    let mut backend = backend(&arguments.against)?;
+    let mut good = true;
+    for trap in berth_difftest::traps::all().context("assembling the table")? {
+        let wrong = match backend.run(&trap.case) {
+            Outcome::Stopped(end) => trap.check(&end),
+            other => vec![format!("{}: {}", trap.name, report::outcome(&other).trim_end())],
+        };
+        good &= wrong.is_empty();
+        for line in wrong {
+            println!("{line}");
+        }
+    }
+    Ok(good)
 }
 
 /// Runs one case and shows everything.

@@ -70,6 +70,12 @@ pub struct Site {
     pub rip_off: u16,
     /// Bytes accessed.
     pub size: u16,
+    /// Alignment that the instruction demands, 1 for none.
+    pub align: u8,
+    /// An x87 or MMX instruction: pending exceptions come first.
+    pub x87: bool,
+    /// An MMX instruction.
+    pub mmx: bool,
     /// Segment register (for faults and, when `segmented`, base and limit).
     pub seg: u8,
     /// The operand is written.
@@ -355,10 +361,5 @@ impl CodeCache {
             }
         }
         true
-    }
-
-    /// Blocks made since the last flush, and bytes used.
-    pub fn usage(&self) -> (usize, usize) {
-        (self.blocks.len(), self.used)
     }
 }

@@ -47,6 +47,23 @@ pub fn load_x87(image: &[u8; 160]) {
     }
 }
 
+/// Loads what [`store_x87`] returned.
+pub fn reload_x87(fx: &Fx) {
+    load_x87(&bytes(&fx.0, 0));
+}
+
+/// Whether the control word unmasks an exception that suppresses stores.
+pub fn unmasked() -> bool {
+    control() & 0x1f != 0x1f
+}
+
+fn control() -> u16 {
+    let mut control = 0u16;
+    // SAFETY: stores the control word in the variable; does not wait.
+    unsafe { std::arch::asm!("fnstcw [{}]", in(reg) &raw mut control, options(nostack)) };
+    control
+}
+
 /// The x87 part after FNINIT.
 pub fn initial_x87() -> [u8; 160] {
     let mut i = [0; 160];
@@ -96,6 +113,8 @@ pub fn save(area: &mut Area) {
     }
     x.0[512] = 7;
     area.state.xsave = x;
+    // What pends for the guest must not hit the host's code.
+    load_x87(&initial_x87());
 }
 
 /// FNSTENV: the 28-byte environment; masks all exceptions, as the instruction does.
@@ -126,4 +145,31 @@ pub fn save_all() -> [u8; 108] {
 pub fn restore_all(image: &[u8; 108]) {
     // SAFETY: reads 108 bytes; any value is accepted by the instruction.
     unsafe { std::arch::asm!("frstor [{}]", in(reg) image.as_ptr(), options(nostack)) };
+}
+
+/// What every MMX instruction does, also one whose store faults: all registers valid, top of stack
+/// 0. Waits, so nothing may be [`pending`].
+pub fn enter_mmx() {
+    let mut unused = 0u64;
+    // SAFETY: writes 8 bytes to the variable; changes only tags and TOP of the x87 state, which is
+    // the guest's.
+    unsafe { std::arch::asm!("movq [{}], mm0", in(reg) &raw mut unused, options(nostack)) };
+}
+
+/// Whether an unmasked exception of the last x87 instruction kept it from storing its result: any
+/// but "inexact".
+pub fn suppressed() -> bool {
+    status() & !control() & 0x1f != 0
+}
+
+fn status() -> u16 {
+    let status: u16;
+    // SAFETY: reads the status word; does not wait.
+    unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack)) };
+    status
+}
+
+/// Whether an unmasked x87 exception waits to be raised by the next waiting instruction.
+pub fn pending() -> bool {
+    status() & 0x80 != 0
 }

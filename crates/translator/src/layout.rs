@@ -24,7 +24,6 @@ pub mod host {
     pub const RBP: u8 = 5;
     pub const RSI: u8 = 6;
     pub const RDI: u8 = 7;
-    pub const R8: u8 = 8;
     pub const R12: u8 = 12;
     pub const R13: u8 = 13;
     pub const R14: u8 = 14;
@@ -71,7 +70,8 @@ pub const BOUNCE_SIZE: usize = 2048;
 pub enum ExitCode {
     /// A direct jump that is not linked yet; [`Area::exit_arg`] is the host address of its slot.
     Link = 1,
-    /// An indirect jump missed the jump cache; the target is in [`Area::exit_rip`].
+    /// An indirect jump missed the jump cache; the target is in [`Area::exit_rip`], its own address
+    /// in [`Area::branch_rip`], what it took from RSP in [`Area::exit_arg`].
     Indirect = 2,
     /// [`Area::run`] was found zero at a block boundary; RIP is in [`Area::exit_rip`].
     Interrupt = 3,
@@ -127,6 +127,8 @@ pub struct Area {
     pub bit_mask: [u64; 4],
     /// A value that has to survive a second access of the same instruction.
     pub tmp: u64,
+    /// Address of the indirect branch that missed the jump cache.
+    pub branch_rip: u64,
     /// Where to enter generated code.
     pub enter_pc: u64,
     /// RFLAGS as the host has them: arithmetic flags and DF of the guest.

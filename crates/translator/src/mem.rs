@@ -258,3 +258,16 @@ pub fn linear(
 pub fn alignment_checked(cpu: &CpuState) -> bool {
     cpu.cr0 & berth_x86::state::cr0::AM != 0 && cpu.rflags & flags::AC != 0 && cpu.cpl() == 3
 }
+
+/// Alignment that an access of `size` bytes needs when alignment is checked (SDM vol. 3, table 6-7);
+/// 1 for what is never checked.
+pub fn natural_alignment(size: usize) -> u64 {
+    match size {
+        2 | 4 | 8 => size as u64,
+        10 => 8,
+        // Images of the x87 environment and state.
+        14 | 94 => 2,
+        28 | 108 => 4,
+        _ => 1,
+    }
+}

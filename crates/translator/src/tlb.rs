@@ -48,6 +48,21 @@ pub enum View {
     Kernel,
 }
 
+/// What is entered for a page.
+#[derive(Clone, Copy, Debug)]
+pub struct Page {
+    /// Host address minus guest address.
+    pub addend: u64,
+    /// CPL 3 may access it.
+    pub user: bool,
+    /// SMAP is on: supervisor code reaches user pages only through [`View::KernelUser`].
+    pub smap: bool,
+    /// Kept when the address space changes.
+    pub global: bool,
+    /// Size of the guest's mapping.
+    pub bytes: u64,
+}
+
 /// One half table and what was entered into it.
 struct Half {
     /// Offset in the file.
@@ -203,20 +218,9 @@ impl Tlb {
         self.current as u8
     }
 
-    /// Enters a translation.
-    ///
-    /// `user`: the page is accessible to CPL 3. `smap`: SMAP is on, so supervisor code reaches user
-    /// pages only through `KernelUser`. `bytes`: size of the guest's page.
-    pub fn fill(
-        &mut self,
-        view: View,
-        va: u64,
-        addend: u64,
-        user: bool,
-        smap: bool,
-        global: bool,
-        bytes: u64,
-    ) {
+    /// Enters a translation for the page of `va`.
+    pub fn fill(&mut self, view: View, va: u64, page: Page) {
+        let Page { addend, user, smap, global, bytes } = page;
         let index = (va >> 12) & (HALF / 8 - 1);
         let upper = va >> 47 & 1 != 0;
         if !self.touch(view, va) {

@@ -31,7 +31,7 @@ use crate::mem::{self, Lin, Pieces};
 use crate::ram::PAGE;
 use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
 use crate::thunks::{Then, Thunks};
-use crate::tlb::{Tlb, View};
+use crate::tlb::{Page, Tlb, View};
 use crate::translate::{MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify};
 use crate::{Exit, SetupError, Stats, signal};
 
@@ -96,6 +96,11 @@ pub struct Inner {
     pub(crate) exit: Option<Exit>,
     /// Bounced store to be committed.
     bounced: Pieces,
+    /// The bounced store is x87's: an unmasked exception suppresses it.
+    bounced_x87: bool,
+    /// An x87 store that is tried on the bounce buffer to see whether its own exception suppresses
+    /// it; if not, it raises this at this RIP, with the registers as they were.
+    trial: Option<Box<(Exception, u64, fpu::Fx)>>,
     /// Set by whoever changed the state from outside.
     pub(crate) state_changed: bool,
     /// An event whose delivery suppresses the single-step trap of the instruction that caused it.
@@ -126,12 +131,12 @@ extern "C" fn instr_helper(owner: u64, ret: u64, _ea: u64) -> Then {
 pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32, _trap: u64) -> u64 {
     // SAFETY: by the caller; generated code was running, so no reference is live.
     let inner = unsafe { &*(owner as *const Inner) };
-    if sig == libc::SIGSEGV || sig == libc::SIGBUS {
-        if let Some(b) = inner.code.block_at(pc) {
-            let off = (pc - b.host) as u32;
-            if let Some(s) = b.sites.iter().find(|s| off >= s.op && off < s.op_end) {
-                return b.host + u64::from(s.cold);
-            }
+    if (sig == libc::SIGSEGV || sig == libc::SIGBUS)
+        && let Some(b) = inner.code.block_at(pc)
+    {
+        let off = (pc - b.host) as u32;
+        if let Some(s) = b.sites.iter().find(|s| off >= s.op && off < s.op_end) {
+            return b.host + u64::from(s.cold);
         }
     }
     inner.thunks.exit(ExitCode::Fault)
@@ -191,6 +196,7 @@ impl Inner {
                 sse: false,
                 avx: false,
                 single: false,
+                aligned: false,
             },
             pending: None,
             once: false,
@@ -199,6 +205,8 @@ impl Inner {
             irq_maybe: true,
             exit: None,
             bounced: Pieces::default(),
+            bounced_x87: false,
+            trial: None,
             state_changed: true,
             no_step_trap: false,
             stats: Stats::default(),
@@ -286,6 +294,7 @@ impl Inner {
             sse,
             avx: avx && s.protected(),
             single: s.rflags & flags::TF != 0 || mem::breaking(s),
+            aligned: mem::alignment_checked(s),
         }
     }
 
@@ -302,6 +311,8 @@ impl Inner {
             let pcid = self.current_pcid();
             self.tlb.switch(pcid, false);
         }
+        // Whoever woke us may not have poked the mailbox.
+        self.irq_maybe = true;
         self.gs_base = 0;
         fpu::load(&mut self.area);
         let exit = loop {
@@ -452,6 +463,10 @@ impl Inner {
         self.area.state.rflags &= !flags::RF;
         self.no_step_trap = false;
         self.enter(host);
+        // MOV SS and POP SS hold off traps until after the next instruction (SDM vol. 3, 6.8.3).
+        if self.pending.is_none() && self.stack_shadow() {
+            return None;
+        }
         if self.pending.is_none() && (tf || self.lin.watch_hits != 0) {
             let step = if tf && !self.no_step_trap { 1 << 14 } else { 0 };
             let dr6 = std::mem::take(&mut self.lin.watch_hits) | step;
@@ -465,10 +480,15 @@ impl Inner {
         None
     }
 
+    /// Whether the last instruction loaded SS.
+    fn stack_shadow(&self) -> bool {
+        self.area.state.interrupt_shadow & 2 != 0 && self.area.state.rip == self.shadow_rip
+    }
+
     /// Raises #DB when an instruction breakpoint is set at RIP and RF does not suppress it.
     fn breakpoint(&mut self) -> bool {
         let s = &self.area.state;
-        if s.rflags & flags::RF != 0 || !mem::breaking(s) {
+        if s.rflags & flags::RF != 0 || !mem::breaking(s) || self.stack_shadow() {
             return false;
         }
         let at = if s.code_size() == CodeSize::Bits64 {
@@ -502,7 +522,10 @@ impl Inner {
                 let f: extern "C" fn() = std::mem::transmute(enter);
                 f();
             }
-            self.sync_in();
+            // A helper that asked to leave has brought the flags up to date itself.
+            if self.area.exit_code != ExitCode::Helper as u64 {
+                self.sync_in();
+            }
             match self.next_block() {
                 Some(next) => host = next,
                 None => return,
@@ -527,6 +550,17 @@ impl Inner {
             None => self.area.exit_rip,
         };
         self.area.state.rip = rip;
+        if code == ExitCode::Indirect as u64
+            && mem::check_canonical(&self.area.state, rip, false).is_err()
+        {
+            // The branch itself faults: undo what it did to the stack pointer.
+            self.area.state.rip = self.area.branch_rip;
+            let undo = self.area.exit_arg;
+            let sp = &mut self.area.state.gpr[berth_x86::state::reg::RSP];
+            *sp = sp.wrapping_add(undo);
+            self.raise(Exception::gp(0));
+            return None;
+        }
         if code == ExitCode::Interrupt as u64 || self.area.run == 0 || self.mode.single {
             return None;
         }
@@ -685,8 +719,8 @@ impl Inner {
             if ins.is_invalid() {
                 // The helper raises #UD at this address.
                 let mut bad = Instruction::default();
-                bad.set_ip(end_rip);
                 bad.set_len(1);
+                bad.set_ip(end_rip);
                 ins = bad;
             }
             let class = classify(&ins, mode, self.allowed.instruction(&ins));
@@ -793,6 +827,7 @@ impl Inner {
             }
             Ok(Outcome::Bounce) => {
                 self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
+                self.bounced_x87 = site.x87;
                 if site.write { Then::Bounce } else { Then::Go }
             }
             Ok(Outcome::Alone) => {
@@ -801,9 +836,26 @@ impl Inner {
                 self.area.exit_code = ExitCode::Helper as u64;
                 Then::Exit
             }
+            Err(e)
+                if site.x87
+                    && site.write
+                    && !site.mmx
+                    && e.vector == vector::PF
+                    && fpu::unmasked()
+                    && !fpu::pending() =>
+            {
+                self.trial = Some(Box::new((e, rip, fpu::store_x87())));
+                self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
+                Then::Bounce
+            }
             Err(e) => {
                 self.area.state.rip = rip;
-                self.raise(e);
+                // A pending x87 exception comes before any fault of the operand.
+                let waits = site.x87 && fpu::pending();
+                if site.mmx && site.write && !waits {
+                    fpu::enter_mmx();
+                }
+                self.raise(if waits { Exception::mf() } else { e });
                 self.area.exit_code = ExitCode::Helper as u64;
                 Then::Exit
             }
@@ -818,22 +870,21 @@ impl Inner {
         } else {
             ea
         };
+        if site.align > 1 && va & (u64::from(site.align) - 1) != 0 {
+            return Err(Exception::gp(0));
+        }
         mem::check_canonical(&self.area.state, va, stack)?;
         if trap == 13 && !(self.mode.user && va >> 47 != 0) {
             // Canonical, and yet the host's processor objects: the operand's alignment.
             return Err(Exception::gp(0));
         }
-        if mem::alignment_checked(&self.area.state)
-            && size.is_power_of_two()
-            && size <= 8
-            && va & (size as u64 - 1) != 0
-        {
+        let checked = self.mode.aligned;
+        if checked && va & (mem::natural_alignment(size) - 1) != 0 {
             return Err(Exception::ac());
         }
         let kind = if site.write { Kind::Write } else { Kind::Read };
         let rights = Rights::explicit(&self.area.state, kind);
         let watching = mem::watching(&self.area.state);
-        let checked = mem::alignment_checked(&self.area.state);
         let off = va & (PAGE - 1);
         if off + size as u64 <= PAGE {
             let w = self.lin.walk(&self.area.state, va, rights)?;
@@ -841,10 +892,11 @@ impl Inner {
                 if watching && let Some(o) = self.watched(va, size, site.write) {
                     return Ok(o);
                 }
-                if site.write && self.lin.shared.has_code(w.gpa >> 12) {
-                    if self.store_to_code(w.gpa >> 12) {
-                        return Ok(Outcome::Alone);
-                    }
+                if site.write
+                    && self.lin.shared.has_code(w.gpa >> 12)
+                    && self.store_to_code(w.gpa >> 12)
+                {
+                    return Ok(Outcome::Alone);
                 }
                 if site.segmented
                     || watching
@@ -921,21 +973,34 @@ impl Inner {
         let s = &self.area.state;
         let smap = s.paging() && s.cr4 & cr4::SMAP != 0;
         let bytes = if s.paging() { w.page_bytes } else { PAGE };
-        self.tlb.fill(
-            self.view,
-            va,
-            host.wrapping_sub(page),
-            w.readable_user,
+        let page_entry = Page {
+            addend: host.wrapping_sub(page),
+            user: w.readable_user,
             smap,
-            w.global,
+            global: w.global,
             bytes,
-        );
+        };
+        self.tlb.fill(self.view, va, page_entry);
         host + (va & (PAGE - 1))
     }
 
     /// Writes what a store left in the bounce buffer.
     fn commit(&mut self) -> Then {
         self.sync_in();
+        if let Some(trial) = self.trial.take() {
+            let (e, rip, x87) = *trial;
+            if fpu::suppressed() {
+                return Then::Go;
+            }
+            fpu::reload_x87(&x87);
+            self.area.state.rip = rip;
+            self.raise(e);
+            self.area.exit_code = ExitCode::Helper as u64;
+            return Then::Exit;
+        }
+        if self.bounced_x87 && fpu::suppressed() {
+            return Then::Go;
+        }
         let p = self.bounced;
         let len = p.first.len + p.second.len;
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];

@@ -88,26 +88,23 @@ fn encode(bitness: u32, at: u64, item: &Item, labels: &[u64]) -> Option<Vec<u8>>
         let address = labels[l].wrapping_add(delta as u64);
         ins.set_memory_displacement64(address);
     }
-    let mut bytes = Vec::with_capacity(15);
-    let mut extra = item.prefixes.len() as u64;
-    for _ in 0..2 {
-        let mut encoder = Encoder::new(bitness);
-        encoder.encode(&ins, at + extra).ok()?;
-        bytes = encoder.take_buffer();
-        let opcode = bytes.iter().position(|b| !is_prefix(*b)).unwrap_or(0);
-        let bare =
-            bitness == 64 && !matches!(bytes.get(opcode), Some(0x40..=0x4f | 0xc4 | 0xc5) | None);
-        if !(item.rex && bare) {
-            break;
-        }
-        if extra as usize > item.prefixes.len() {
-            bytes.insert(opcode, 0x40);
-            break;
-        }
+    let at = at + item.prefixes.len() as u64;
+    let mut bytes = bytes_of(bitness, &ins, at)?;
+    let opcode = bytes.iter().position(|b| !is_prefix(*b)).unwrap_or(0);
+    let bare =
+        bitness == 64 && !matches!(bytes.get(opcode), Some(0x40..=0x4f | 0xc4 | 0xc5) | None);
+    if item.rex && bare {
         // Once more, one byte later, so that relative operands count the REX prefix.
-        extra += 1;
+        bytes = bytes_of(bitness, &ins, at + 1)?;
+        bytes.insert(opcode, 0x40);
     }
     let mut whole = item.prefixes.clone();
     whole.extend(bytes);
     (whole.len() <= 15).then_some(whole)
+}
+
+fn bytes_of(bitness: u32, ins: &Instruction, at: u64) -> Option<Vec<u8>> {
+    let mut encoder = Encoder::new(bitness);
+    encoder.encode(ins, at).ok()?;
+    Some(encoder.take_buffer())
 }

@@ -111,6 +111,27 @@ fn excluded(mnemonic: Mnemonic) -> bool {
     )
 }
 
+/// A push of a segment register in 32-bit code writes two bytes or four (Intel SDM, PUSH); a pop
+/// likewise reads two bytes or all.
+fn by_processor(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Pushd_ES
+            | Code::Pushd_CS
+            | Code::Pushd_SS
+            | Code::Pushd_DS
+            | Code::Pushd_FS
+            | Code::Pushd_GS
+            | Code::Popq_FS
+            | Code::Popq_GS
+            | Code::Popd_ES
+            | Code::Popd_SS
+            | Code::Popd_DS
+            | Code::Popd_FS
+            | Code::Popd_GS
+    )
+}
+
 impl Catalog {
     /// The instructions for a mode.
     #[must_use]
@@ -164,6 +185,7 @@ fn classify(code: Code, mode: Mode) -> Option<(usize, Kind)> {
         || (mode == Mode::Bits64 && !info.intel_decoder64())
         || (mode == Mode::Compat32 && !info.intel_decoder32())
         || info.is_reserved_nop()
+        || by_processor(code)
     {
         return None;
     }
@@ -183,7 +205,8 @@ fn classify(code: Code, mode: Mode) -> Option<(usize, Kind)> {
     }
     match code.flow_control() {
         FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception => {}
-        _ if info.operand_size() == 16 && mode == Mode::Bits64 => return None,
+        // In compatibility mode they cut EIP to 16 bits.
+        _ if info.operand_size() == 16 => return None,
         _ => return Some((5, Kind::Branch)),
     }
     let group = match features[0] {

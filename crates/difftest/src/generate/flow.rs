@@ -191,14 +191,16 @@ impl Builder<'_> {
             1 => self.rng.below(400),
             _ => self.rng.below(20),
         };
+        // With a count of zero, whether the upper halves are cleared differs by processor.
+        let dirty = narrow && self.mode == Mode::Bits64 && !(repeated && count == 0);
         for i in 0..info.op_count() {
             let kind = match info.op_kind(i) {
                 OpCodeOperandKind::seg_rSI => {
-                    self.load_pointer(RSI, element, narrow)?;
+                    self.load_pointer(RSI, element, dirty)?;
                     if narrow { OpKind::MemorySegESI } else { OpKind::MemorySegRSI }
                 }
                 OpCodeOperandKind::es_rDI => {
-                    self.load_pointer(RDI, element, narrow)?;
+                    self.load_pointer(RDI, element, dirty)?;
                     if narrow { OpKind::MemoryESEDI } else { OpKind::MemoryESRDI }
                 }
                 OpCodeOperandKind::al => self.fixed(&mut ins, i, Register::AL),
@@ -211,7 +213,7 @@ impl Builder<'_> {
         }
         if repeated {
             let mut value = u64::from(count);
-            if narrow && self.mode == Mode::Bits64 && self.rng.percent(50) {
+            if dirty && self.rng.percent(50) {
                 value |= self.rng.next_u64() << 32;
             }
             self.load(RCX, value)?;
@@ -229,10 +231,10 @@ impl Builder<'_> {
         OpKind::Register
     }
 
-    /// Points RSI or RDI into the data.
-    fn load_pointer(&mut self, reg: usize, element: u32, narrow: bool) -> Option<()> {
+    /// Points RSI or RDI into the data; `dirty`: the upper half does not matter.
+    fn load_pointer(&mut self, reg: usize, element: u32, dirty: bool) -> Option<()> {
         let mut target = self.target(Need { size: element, aligned: false });
-        if narrow && self.mode == Mode::Bits64 && self.rng.percent(50) {
+        if dirty && self.rng.percent(50) {
             target = (target & 0xffff_ffff) | (self.rng.next_u64() << 32);
         }
         self.load(reg, target)

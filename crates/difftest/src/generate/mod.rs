@@ -320,7 +320,8 @@ impl<'a> Builder<'a> {
         let ins = item.ins;
         // Must be encodable; relative targets do not matter for that.
         let mut probe = item.clone();
-        probe.branch = probe.branch.map(|_| Label(0));
+        let near = matches!(ins.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
+        probe.branch = near.then_some(Label(0));
         probe.immediate = probe.immediate.map(|_| Label(0));
         probe.memory = probe.memory.map(|(_, d)| (Label(0), d));
         let bitness = if self.mode == Mode::Bits64 { 64 } else { 32 };

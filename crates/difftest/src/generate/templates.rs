@@ -39,6 +39,11 @@ impl Builder<'_> {
         if self.regs.protected != 0 {
             return None;
         }
+        // A jump into the body would come without the count: earlier branches end here.
+        let here = self.items.len();
+        for (label, _) in std::mem::take(&mut self.pending) {
+            self.labels[label.0] = here;
+        }
         let times = u64::from(1 + self.rng.below(4));
         self.load(RCX, times)?;
         self.settle_flags();

@@ -108,6 +108,9 @@ std::arch::global_asm!(
     "ret",
     ".globl berth_difftest_signal",
     "berth_difftest_signal:",
+    // The kernel clears DF and TF but not AC, which would make our own accesses fault.
+    "push 0x202",
+    "popfq",
     "rdfsbase rax",
     "mov [rip + {left}], rax",
     "rdgsbase rax",

@@ -184,7 +184,8 @@ impl NativeBackend {
             // SAFETY: the child is idle, so the slots are ours; `i` is below SLOTS.
             let input = unsafe { &mut (*self.exchange).slots[i].input };
             if input.load(case).is_err() {
-                outcomes[i] = Some(Outcome::Broken("too many patches for the native backend"));
+                outcomes[i] =
+                    Some(Outcome::Broken("too many patches for the native backend".to_owned()));
                 input.patch_count = 0;
             }
         }
@@ -207,7 +208,7 @@ impl NativeBackend {
             outcomes[reached as usize] = Some(match waited {
                 Wait::Ended(_) => {
                     self.child = None;
-                    Outcome::Broken("the native child died")
+                    Outcome::Broken("the native child died".to_owned())
                 }
                 _ => Outcome::Timeout,
             });
@@ -217,7 +218,7 @@ impl NativeBackend {
             }
             first = reached + 1;
         }
-        let missing = || Outcome::Broken("the native child could not be restarted");
+        let missing = || Outcome::Broken("the native child could not be restarted".to_owned());
         outcomes.into_iter().map(|o| o.unwrap_or_else(missing)).collect()
     }
 }

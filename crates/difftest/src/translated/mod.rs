@@ -7,7 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use berth_translator::{Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu};
+use berth_translator::{
+    Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu, host_cpuid,
+};
+use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::{reg, sreg, vector};
 use berth_x86::{CpuState, Platform};
 
@@ -157,7 +160,9 @@ impl TranslatedBackend {
             masked: Vec::new(),
         };
         let state = machine::initial_state(&idle);
-        let vcpu = TranslatedVcpu::new(Arc::clone(&shared), state, Box::new(Bare))?;
+        let topology = Topology { index: 0, count: 1 };
+        let cpuid = CpuidTable::new(&host_cpuid(), topology, 1_000_000);
+        let vcpu = TranslatedVcpu::new(Arc::clone(&shared), state, cpuid, Box::new(Bare))?;
         let progress = Arc::new(AtomicU64::new(0));
         watch(vcpu.kicker(), &progress);
         Ok(Self { vcpu, shared, ram, base, progress })
@@ -199,7 +204,7 @@ impl TranslatedBackend {
     fn outcome(&mut self, exit: Exit, case: &Case, expected: &[u8]) -> Outcome {
         match exit {
             Exit::Kicked => return Outcome::Timeout,
-            Exit::Shutdown => return Outcome::Broken("triple fault"),
+            Exit::Shutdown => return Outcome::Broken("triple fault".to_owned()),
             Exit::Halted => {}
         }
         let memory = self.collect(case, expected);
@@ -207,7 +212,7 @@ impl TranslatedBackend {
         // SAFETY: as in `Ram::bytes`; a second view for reading while the state is borrowed.
         let ram = unsafe { std::slice::from_raw_parts(self.ram.at, RAM) };
         let Some(Frame([vector, error, rip, cs, rflags, rsp, ss])) = Frame::read(ram, state) else {
-            return Outcome::Broken("halted elsewhere than in an exception stub");
+            return Outcome::Broken("halted elsewhere than in an exception stub".to_owned());
         };
         let mut gpr = state.gpr;
         gpr[reg::RSP] = rsp;
@@ -250,6 +255,48 @@ impl Backend for TranslatedBackend {
         let outcome = self.outcome(exit, case, &expected);
         self.restore(case.world);
         outcome
+    }
+}
+
+/// The translator, made anew after a panic, which becomes the case's outcome.
+pub struct GuardedBackend {
+    inner: Option<TranslatedBackend>,
+}
+
+impl GuardedBackend {
+    /// As [`TranslatedBackend::new`].
+    ///
+    /// # Errors
+    /// As [`TranslatedBackend::new`].
+    pub fn new() -> Result<Self, TranslatedError> {
+        Ok(Self { inner: Some(TranslatedBackend::new()?) })
+    }
+}
+
+impl Backend for GuardedBackend {
+    fn run(&mut self, case: &Case) -> Outcome {
+        let mut inner = match self.inner.take().map_or_else(TranslatedBackend::new, Ok) {
+            Ok(inner) => inner,
+            Err(error) => return Outcome::Broken(format!("no translator: {error}")),
+        };
+        // After a panic the backend is dropped, so that no half-changed state is seen.
+        let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
+            let outcome = inner.run(case);
+            (inner, outcome)
+        }));
+        match ran {
+            Ok((inner, outcome)) => {
+                self.inner = Some(inner);
+                outcome
+            }
+            Err(payload) => {
+                let text = payload
+                    .downcast_ref::<String>()
+                    .map(String::as_str)
+                    .or_else(|| payload.downcast_ref::<&str>().copied());
+                Outcome::Broken(format!("panic: {}", text.unwrap_or("without a message")))
+            }
+        }
     }
 }
 

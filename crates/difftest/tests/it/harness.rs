@@ -20,6 +20,16 @@ fn the_processor_agrees_with_itself() {
 }
 
 #[test]
+fn the_translator_agrees_with_the_processor() {
+    let output = Command::new(env!("CARGO_BIN_EXE_difftest"))
+        .args(["--cases", "100000", "--failures", "20"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn mistakes_are_found_and_made_small() {
     let generator = Generator::new(7, Options::default());
     for mistake in Mistake::ALL {

@@ -1,3 +1,4 @@
 //! The differential test with `cargo test`.
 
 mod harness;
+mod traps;

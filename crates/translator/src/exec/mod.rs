@@ -14,6 +14,7 @@ use berth_x86::{Exception, far};
 use berth_x86::{OpSize, event};
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
+use crate::fpu;
 use crate::translate::{Unit, access_size, sreg_index, unit};
 use crate::vcpu::Inner;
 
@@ -83,6 +84,7 @@ pub fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         }
         M::Bound => bound(v, ins),
         M::Aaa | M::Aas | M::Aad | M::Aam | M::Daa | M::Das | M::Salc => decimal(v, ins),
+        M::Wait if fpu::pending() => Err(Exception::mf()),
         M::Wait => Ok(Flow::Next),
         M::Clflush | M::Clflushopt | M::Clwb => {
             let (seg, off) = v.address(ins);
@@ -114,6 +116,13 @@ pub fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         | M::Vmaskmovpd
         | M::Vpmaskmovd
         | M::Vpmaskmovq => simd::masked_move(v, ins),
+        M::Vzeroall | M::Vzeroupper => {
+            let from = if m == M::Vzeroall { 0 } else { 16 };
+            for y in &mut v.area.ymm[..8] {
+                y[from..].fill(0);
+            }
+            Ok(Flow::Next)
+        }
         M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss => load_far_pointer(v, ins, next),
         _ if ins.is_vsib() => simd::gather(v, ins),
         _ => system::execute(v, ins, next),
@@ -262,7 +271,7 @@ fn decimal(v: &mut Inner, ins: &Instruction) -> Done {
     if result {
         put(flags::ZF, al == 0);
         put(flags::SF, al & 0x80 != 0);
-        put(flags::PF, al.count_ones() % 2 == 0);
+        put(flags::PF, al.count_ones().is_multiple_of(2));
     }
     s.rflags = f;
     s.gpr[0] = s.gpr[0] & !0xffff | u64::from(u16::from_le_bytes([al, ah]));

@@ -6,7 +6,7 @@ use berth_x86::{Exception, Segment};
 use iced_x86::{Instruction, OpKind, Register};
 
 use crate::mem;
-use crate::translate::{GuestReg, access_size, sreg_index};
+use crate::translate::{GuestReg, access_size, segment_of, sreg_index};
 use crate::vcpu::Inner;
 
 /// All ones in the low `bytes` bytes.
@@ -37,7 +37,8 @@ impl Inner {
 
     /// Segment and offset of the memory operand.
     pub(super) fn address(&self, ins: &Instruction) -> (u8, u64) {
-        let seg = sreg_index(ins.memory_segment());
+        let bits = if self.area.state.code_size() == CodeSize::Bits64 { 64 } else { 32 };
+        let seg = segment_of(ins, bits);
         let base = ins.memory_base();
         if base == Register::RIP || base == Register::EIP {
             return (seg, ins.memory_displacement64());
@@ -84,6 +85,21 @@ impl Inner {
     ) -> Result<(), Exception> {
         let va = self.linear(seg, offset, buf.len(), false)?;
         self.check_alignment(va, buf.len())?;
+        self.read_linear(seg, va, buf)
+    }
+
+    /// As [`Inner::read_mem`], for accesses whose alignment is never checked.
+    pub(super) fn read_unaligned(
+        &mut self,
+        seg: u8,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<(), Exception> {
+        let va = self.linear(seg, offset, buf.len(), false)?;
+        self.read_linear(seg, va, buf)
+    }
+
+    fn read_linear(&mut self, seg: u8, va: u64, buf: &mut [u8]) -> Result<(), Exception> {
         let s = &self.area.state;
         let rights = Rights::explicit(s, Kind::Read);
         let p = self.lin.resolve(s, va, buf.len(), rights, usize::from(seg) == sreg::SS)?;
@@ -96,6 +112,21 @@ impl Inner {
     pub(super) fn write_mem(&mut self, seg: u8, offset: u64, data: &[u8]) -> Result<(), Exception> {
         let va = self.linear(seg, offset, data.len(), true)?;
         self.check_alignment(va, data.len())?;
+        self.write_linear(seg, va, data)
+    }
+
+    /// As [`Inner::write_mem`], for accesses whose alignment is never checked.
+    pub(super) fn write_unaligned(
+        &mut self,
+        seg: u8,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Exception> {
+        let va = self.linear(seg, offset, data.len(), true)?;
+        self.write_linear(seg, va, data)
+    }
+
+    fn write_linear(&mut self, seg: u8, va: u64, data: &[u8]) -> Result<(), Exception> {
         let s = &self.area.state;
         let rights = Rights::explicit(s, Kind::Write);
         let p = self.lin.resolve(s, va, data.len(), rights, usize::from(seg) == sreg::SS)?;
@@ -104,8 +135,8 @@ impl Inner {
         Ok(())
     }
 
-    fn check_alignment(&self, va: u64, len: usize) -> Result<(), Exception> {
-        let aligned = !matches!(len, 2 | 4 | 8) || va & (len as u64 - 1) == 0;
+    pub(super) fn check_alignment(&self, va: u64, len: usize) -> Result<(), Exception> {
+        let aligned = va & (mem::natural_alignment(len) - 1) == 0;
         if !aligned && mem::alignment_checked(&self.area.state) {
             return Err(Exception::ac());
         }
@@ -133,18 +164,6 @@ impl Inner {
         value: u64,
     ) -> Result<(), Exception> {
         self.write_mem(seg, offset, &value.to_le_bytes()[..size.min(8)])
-    }
-
-    /// Bytes of operand `i`.
-    pub(super) fn operand_size(&self, ins: &Instruction, i: u32) -> usize {
-        match ins.op_kind(i) {
-            OpKind::Register => ins.op_register(i).size(),
-            OpKind::Memory => access_size(ins),
-            OpKind::Immediate8 => 1,
-            OpKind::Immediate16 | OpKind::Immediate8to16 => 2,
-            OpKind::Immediate32 | OpKind::Immediate8to32 => 4,
-            _ => 8,
-        }
     }
 
     /// Reads operand `i` (register, memory up to 8 bytes, immediate).

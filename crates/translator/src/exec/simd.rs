@@ -213,6 +213,10 @@ fn xrstor(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
 /// FNSTENV, FLDENV, FNSAVE, FRSTOR; the 14- and 94-byte forms are made from the others.
 fn x87_image(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
     use Mnemonic as M;
+    let waits = matches!(ins.mnemonic(), Mnemonic::Fldenv | Mnemonic::Frstor);
+    if waits && fpu::pending() {
+        return Err(Exception::mf());
+    }
     let (seg, off) = v.address(ins);
     let short = matches!(crate::translate::access_size(ins), 14 | 94);
     let m = ins.mnemonic();
@@ -223,6 +227,7 @@ fn x87_image(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
     if store {
         // Nothing may change if the store faults.
         let va = v.linear(seg, off, size, true)?;
+        v.check_alignment(va, size)?;
         let s = &v.area.state;
         let rights = berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
         v.lin.resolve(s, va, size, rights, usize::from(seg) == 2)?;
@@ -284,6 +289,10 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
     let m = ins.mnemonic();
     if matches!(m, M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu) {
         let (data, mask, n) = if m == M::Maskmovq {
+            if fpu::pending() {
+                return Err(Exception::mf());
+            }
+            fpu::enter_mmx();
             let number = |r: Register| (r as usize).wrapping_sub(Register::MM0 as usize) & 7;
             let mut d = [0u8; 16];
             let mut k = [0u8; 16];
@@ -304,7 +313,17 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
         };
         let am = super::operand::mask(size);
         let base = v.area.state.gpr[reg::RDI] & am;
-        let seg = crate::translate::sreg_index(ins.memory_segment());
+        let wide = v.area.state.code_size() == berth_x86::state::CodeSize::Bits64;
+        let seg = match ins.memory_segment() {
+            r @ (Register::FS | Register::GS) => crate::translate::sreg_index(r),
+            _ if wide => 3,
+            r => crate::translate::sreg_index(r),
+        };
+        // All bytes are checked, as the processors do, even those that are not selected.
+        let va = v.linear(seg, base, n, true)?;
+        let s = &v.area.state;
+        let rights = berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
+        v.lin.resolve(s, va, n, rights, false)?;
         for i in 0..n {
             if mask[i] & 0x80 != 0 {
                 v.write_mem(seg, base.wrapping_add(i as u64) & am, &data[i..=i])?;
@@ -321,7 +340,7 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
         for i in 0..n {
             if mask[i * width + width - 1] & 0x80 != 0 {
                 let at = off.wrapping_add((i * width) as u64);
-                v.write_mem(seg, at, &data[i * width..(i + 1) * width])?;
+                v.write_unaligned(seg, at, &data[i * width..(i + 1) * width])?;
             }
         }
     } else {
@@ -330,7 +349,7 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
         for i in 0..n {
             if mask[i * width + width - 1] & 0x80 != 0 {
                 let at = off.wrapping_add((i * width) as u64);
-                v.read_mem(seg, at, &mut out[i * width..(i + 1) * width])?;
+                v.read_unaligned(seg, at, &mut out[i * width..(i + 1) * width])?;
             }
         }
         v.area.ymm[vector(ins.op0_register())] = out;
@@ -355,7 +374,7 @@ pub(super) fn gather(v: &mut Inner, ins: &Instruction) -> Done {
     }
     let wide = ins.op0_register().is_ymm() || ins.memory_index().is_ymm();
     let lanes = if wide { 32 } else { 16 } / index_width.max(width);
-    let seg = crate::translate::sreg_index(ins.memory_segment());
+    let (seg, _) = v.address(ins);
     let base_reg = ins.memory_base();
     let base = GuestReg::of(base_reg).map_or(0, |_| v.reg(base_reg));
     let am = super::operand::mask(if base_reg.is_gpr() { base_reg.size() } else { 8 });
@@ -379,7 +398,7 @@ pub(super) fn gather(v: &mut Inner, ins: &Instruction) -> Done {
             base.wrapping_add(ix.wrapping_mul(scale)).wrapping_add(ins.memory_displacement64())
                 & am;
         let mut e = [0u8; 8];
-        v.read_mem(seg, at, &mut e[..width])?;
+        v.read_unaligned(seg, at, &mut e[..width])?;
         v.area.ymm[d][i * width..(i + 1) * width].copy_from_slice(&e[..width]);
         v.area.ymm[m][i * width..(i + 1) * width].fill(0);
     }

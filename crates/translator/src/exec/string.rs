@@ -108,17 +108,29 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction) -> Done {
         return Ok(Flow::Next);
     }
     let mut steps = 0;
+    if p.op == Op::Stos && p.mask == u64::from(u32::MAX) {
+        // What the processors do, even when nothing is stored.
+        let di = v.area.state.gpr[reg::RDI];
+        put(v, reg::RDI, p.mask, di);
+    }
+    let before = v.area.state.rflags;
     loop {
         let count = v.area.state.gpr[reg::RCX] & p.mask;
+        // With 32-bit addresses the upper half is cleared even when the first iteration faults.
+        put(v, reg::RCX, p.mask, count);
         if count == 0 {
             return Ok(Flow::Next);
         }
         let done = match p.op {
-            Op::Movs | Op::Stos => bulk(v, &p, count)?,
+            Op::Movs | Op::Stos => bulk(v, &p, count),
             _ => 0,
         };
         let done = if done == 0 {
-            one(v, &p)?;
+            if let Err(e) = one(v, &p) {
+                // SDM vol. 2, REP: a fault restores EFLAGS to what they were before CMPS or SCAS.
+                v.area.state.rflags = before;
+                return Err(e);
+            }
             1
         } else {
             done
@@ -228,57 +240,67 @@ fn compare(v: &mut Inner, a: u64, b: u64, size: usize) {
     put(flags::SF, r & top != 0);
     put(flags::OF, (a ^ b) & (a ^ r) & top != 0);
     put(flags::AF, (a ^ b ^ r) & 0x10 != 0);
-    put(flags::PF, (r as u8).count_ones() % 2 == 0);
+    put(flags::PF, (r as u8).count_ones().is_multiple_of(2));
     v.area.state.rflags = f;
 }
 
 /// As many forward iterations of MOVS or STOS as lie in one page of source and destination RAM;
 /// 0 when they have to be done one by one.
-fn bulk(v: &mut Inner, p: &Plan, count: u64) -> Result<u64, Exception> {
+fn bulk(v: &mut Inner, p: &Plan, count: u64) -> u64 {
     let s = &v.area.state;
     if s.rflags & (flags::DF | flags::TF) != 0
         || crate::mem::watching(s)
         || crate::mem::alignment_checked(s)
     {
-        return Ok(0);
+        return 0;
     }
     let size = p.size as u64;
     let di = s.gpr[reg::RDI] & p.mask;
     let si = s.gpr[reg::RSI] & p.mask;
     let es = sreg::ES as u8;
-    let to = v.linear(es, di, p.size, true)?;
-    let from = v.linear(p.seg, si, p.size, false)?;
+    // Faults are raised by single iterations, in the right order.
+    let Ok(to) = v.linear(es, di, p.size, true) else { return 0 };
+    let from = if p.op == Op::Movs {
+        let Ok(from) = v.linear(p.seg, si, p.size, false) else { return 0 };
+        from
+    } else {
+        0
+    };
     let room = |a: u64| (PAGE - (a & (PAGE - 1))) / size;
     let mut n = count.min(room(to)).min((p.mask - di) / size);
     if p.op == Op::Movs {
         n = n.min(room(from)).min((p.mask - si) / size);
     }
     if n < 2 {
-        return Ok(0);
+        return 0;
     }
     let len = (n * size) as usize;
     // Segment limits are checked for the whole run.
     if v.linear(es, di, len, true).is_err()
         || (p.op == Op::Movs && v.linear(p.seg, si, len, false).is_err())
     {
-        return Ok(0);
+        return 0;
     }
     let s = &v.area.state;
     let src = if p.op == Op::Movs {
         let rights = Rights::explicit(s, Kind::Read);
-        Some(v.lin.resolve(s, from, len, rights, usize::from(p.seg) == sreg::SS)?.first.gpa)
+        let Ok(r) = v.lin.resolve(s, from, len, rights, usize::from(p.seg) == sreg::SS) else {
+            return 0;
+        };
+        Some(r.first.gpa)
     } else {
         None
     };
     let rights = Rights::explicit(s, Kind::Write);
-    let dst = v.lin.resolve(s, to, len, rights, false)?.first.gpa;
+    let Ok(dst) = v.lin.resolve(s, to, len, rights, false) else { return 0 };
+    let dst = dst.first.gpa;
     let len = len as u64;
     let ram = &v.lin.shared.ram;
     if !ram.contains(dst, len) || src.is_some_and(|a| !ram.contains(a, len)) {
-        return Ok(0);
+        return 0;
     }
     match src {
-        Some(a) if dst > a && dst < a + len => return Ok(0),
+        Some(a) if dst > a && dst < a + len => return 0,
         Some(a) => ram.copy(a, dst, len),
         None => {
             let x = s.gpr[reg::RAX].to_le_bytes();
@@ -290,7 +312,7 @@ fn bulk(v: &mut Inner, p: &Plan, count: u64) -> Result<u64, Exception> {
     if p.op == Op::Movs {
         put(v, reg::RSI, p.mask, si.wrapping_add(len));
     }
-    Ok(n)
+    n
 }
 
 impl Inner {

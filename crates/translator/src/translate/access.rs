@@ -5,6 +5,7 @@ use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpAccess, OpKind, Regist
 use berth_x86::CpuState;
 use berth_x86::state::sreg;
 
+use super::decode::{Unit, unit};
 use super::regs::{GuestReg, host_reg};
 use super::{Cold, Translation};
 use crate::asm::Mem;
@@ -31,6 +32,57 @@ pub struct Want {
     pub read: bool,
     /// They are written.
     pub write: bool,
+}
+
+/// Alignment an instruction demands of its memory operand (SDM vol. 2, 2.4): legacy SSE with 16
+/// bytes but for the unaligned moves and string comparisons; of VEX only the aligned moves.
+fn alignment(ins: &Instruction) -> u8 {
+    use Mnemonic as M;
+    let m = ins.mnemonic();
+    if m == M::Cmpxchg16b {
+        return 16;
+    }
+    let size = access_size(ins);
+    if matches!(unit(ins), Unit::Avx) {
+        let aligned = matches!(
+            m,
+            M::Vmovaps
+                | M::Vmovapd
+                | M::Vmovdqa
+                | M::Vmovntps
+                | M::Vmovntpd
+                | M::Vmovntdq
+                | M::Vmovntdqa
+        );
+        return if aligned { size as u8 } else { 1 };
+    }
+    let sse = (0..ins.op_count())
+        .any(|i| ins.op_kind(i) == OpKind::Register && ins.op_register(i).is_xmm())
+        || matches!(m, M::Cvtpd2pi | M::Cvttpd2pi);
+    let free = matches!(
+        m,
+        M::Movups
+            | M::Movupd
+            | M::Movdqu
+            | M::Lddqu
+            | M::Pcmpestri
+            | M::Pcmpestri64
+            | M::Pcmpestrm
+            | M::Pcmpestrm64
+            | M::Pcmpistri
+            | M::Pcmpistrm
+    );
+    if sse && size == 16 && !free { 16 } else { 1 }
+}
+
+/// Segment register of the memory operand. In 64-bit mode the old segment overrides mean nothing.
+pub fn segment_of(ins: &Instruction, bits: u8) -> u8 {
+    let seg = ins.memory_segment();
+    if bits != 64 || matches!(seg, Register::FS | Register::GS) {
+        return sreg_index(seg);
+    }
+    let stack = matches!(ins.memory_base().full_register(), Register::RSP | Register::RBP);
+    if stack { 2 } else { 3 }
 }
 
 /// Number of a segment register, as in [`sreg`].
@@ -125,7 +177,7 @@ impl Translation {
     pub(super) fn operand(&mut self, ins: &Instruction, want: Want) -> Access {
         self.reserve(40);
         let start = self.asm.pos();
-        let seg = sreg_index(ins.memory_segment());
+        let seg = segment_of(ins, self.mode.bits);
         let segmented = self.segmented(seg);
         let mut ea = self.offset_of(ins, true);
         if self.mode.bits == 64 && usize::from(seg) >= sreg::FS {
@@ -159,7 +211,7 @@ impl Translation {
         self.reserve(48);
         let cold = self.cold.len();
         let shift = want.size.next_power_of_two().trailing_zeros() as usize;
-        if segmented || shift > MAX_ACCESS_SHIFT {
+        if segmented || self.mode.aligned || shift > MAX_ACCESS_SHIFT {
             let jump = self.asm.jmp();
             self.near.push((jump, cold));
         } else {
@@ -184,6 +236,9 @@ impl Translation {
             commit_ret: 0,
             rip_off: self.rip_off,
             size: want.size as u16,
+            align: self.align,
+            x87: self.x87,
+            mmx: self.mmx,
             seg,
             write: want.write,
             read: want.read,
@@ -215,7 +270,14 @@ impl Translation {
         }
         let mut ins = *ins;
         normalize(&mut ins);
+        self.align = alignment(&ins);
+        self.x87 = matches!(unit(&ins), Unit::X87 | Unit::Mmx)
+            && !matches!(ins.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
+        self.mmx = unit(&ins) == Unit::Mmx;
         self.renamed(&ins);
+        self.align = 1;
+        self.x87 = false;
+        self.mmx = false;
     }
 
     /// Re-encodes an instruction with its registers renamed and its memory operand looked up.
@@ -229,7 +291,12 @@ impl Translation {
         let rcx_pair = matches!(ins.mnemonic(), Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b);
         let writes_ecx = matches!(
             ins.mnemonic(),
-            Mnemonic::Pcmpestri | Mnemonic::Pcmpistri | Mnemonic::Vpcmpestri | Mnemonic::Vpcmpistri
+            Mnemonic::Pcmpestri
+                | Mnemonic::Pcmpestri64
+                | Mnemonic::Pcmpistri
+                | Mnemonic::Vpcmpestri
+                | Mnemonic::Vpcmpestri64
+                | Mnemonic::Vpcmpistri
         );
         let mut plan = Plan::default();
         plan.free(S1);
@@ -380,18 +447,16 @@ impl Translation {
         self.reserve(70);
         let Some(index) = GuestReg::of(ins.op1_register()) else { return };
         let size = index.size;
-        let seg = sreg_index(ins.memory_segment());
+        let seg = segment_of(ins, self.mode.bits);
         let segmented = self.segmented(seg);
         let start = self.asm.pos();
-        let addr32 = ins.memory_base().size() == 4 || ins.memory_index().size() == 4;
+        let wide = |r: Register| if r == Register::None { 0 } else { r.size() };
+        let addr = match wide(ins.memory_base()).max(wide(ins.memory_index())) {
+            0 => ins.memory_displ_size() as usize,
+            n => n,
+        };
         let ea = self.offset_of(ins, false);
         debug_assert_eq!(ea, S0);
-        if self.mode.bits == 64 && usize::from(seg) >= sreg::FS {
-            let base = std::mem::offset_of!(CpuState, seg)
-                + usize::from(seg) * size_of::<berth_x86::Segment>();
-            self.asm.load(S1, &Mem::gs(state_disp(base)));
-            self.asm.lea(S0, &Mem::base_index(S0, S1, 0, 0));
-        }
         self.load_guest(S1, index.n);
         match size {
             4 => self.asm.movsxd(S1, S1),
@@ -402,8 +467,17 @@ impl Translation {
         self.asm.mov_imm(SC, u64::from(shift) + 3);
         self.asm.sarx(SC, S1, SC);
         self.asm.lea(S0, &Mem::base_index(S0, SC, shift, 0));
-        if addr32 || self.mode.bits != 64 {
-            self.asm.mov32(S0, S0);
+        match addr {
+            2 => self.asm.movzx16(S0, S0),
+            8 if self.mode.bits == 64 => {}
+            _ => self.asm.mov32(S0, S0),
+        }
+        if self.mode.bits == 64 && usize::from(seg) >= sreg::FS {
+            let base = std::mem::offset_of!(CpuState, seg)
+                + usize::from(seg) * size_of::<berth_x86::Segment>()
+                + std::mem::offset_of!(berth_x86::Segment, base);
+            self.asm.load(SC, &Mem::gs(state_disp(base)));
+            self.asm.lea(S0, &Mem::base_index(S0, SC, 0, 0));
         }
         let mask = std::mem::offset_of!(Area, bit_mask) + usize::from(shift) * 8;
         self.asm.pext_gs(S1, S1, disp(mask));
@@ -547,6 +621,15 @@ fn normalize(ins: &mut Instruction) {
         Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
         Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
         Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        // 82 is the same as 80, but not in 64-bit mode.
+        Code::Add_rm8_imm8_82 => Code::Add_rm8_imm8,
+        Code::Or_rm8_imm8_82 => Code::Or_rm8_imm8,
+        Code::Adc_rm8_imm8_82 => Code::Adc_rm8_imm8,
+        Code::Sbb_rm8_imm8_82 => Code::Sbb_rm8_imm8,
+        Code::And_rm8_imm8_82 => Code::And_rm8_imm8,
+        Code::Sub_rm8_imm8_82 => Code::Sub_rm8_imm8,
+        Code::Xor_rm8_imm8_82 => Code::Xor_rm8_imm8,
+        Code::Cmp_rm8_imm8_82 => Code::Cmp_rm8_imm8,
         c => c,
     };
     ins.set_code(code);

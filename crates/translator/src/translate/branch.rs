@@ -12,11 +12,11 @@ use crate::layout::{
 };
 
 const TMP: i32 = disp(std::mem::offset_of!(Area, tmp));
-const EXIT_RIP: i32 = disp(std::mem::offset_of!(Area, exit_rip));
 
 impl Translation {
     pub(super) fn branch(&mut self, ins: &Instruction) {
         let next = ins.next_ip();
+        self.rsp_taken = 0;
         if ins.is_jmp_short_or_near() {
             let target = self.direct_target(ins);
             self.jump_to(target);
@@ -40,6 +40,7 @@ impl Translation {
             self.asm.store(&Mem::gs(TMP), S0);
             self.push_return(next);
             self.asm.load(S0, &Mem::gs(TMP));
+            self.rsp_taken = 8;
             self.indirect();
         } else {
             self.near_return(ins);
@@ -184,6 +185,7 @@ impl Translation {
         self.asm.load(S0, &Mem::base_index(GUEST_RSP, SC, 0, 0));
         self.asm.add_guest_rsp(8 + i32::from(extra));
         self.end_access(a);
+        self.rsp_taken = -(8 + i32::from(extra));
         self.indirect();
     }
 
@@ -191,8 +193,10 @@ impl Translation {
     pub(super) fn indirect(&mut self) {
         self.reserve(70);
         if self.mode.single {
-            self.asm.store(&Mem::gs(EXIT_RIP), S0);
-            self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Interrupt), self.at);
+            let miss = self.asm.jmp();
+            self.near.push((miss, self.cold.len()));
+            let rip = self.block.key.rip.wrapping_add(u64::from(self.rip_off));
+            self.cold.push(Cold::Miss { rip, taken: self.rsp_taken });
             return;
         }
         self.asm.pext_gs(SC, S0, disp(std::mem::offset_of!(Area, jc_mask)));
@@ -200,8 +204,10 @@ impl Translation {
         self.asm.load(SC, &Mem::gs_index8(S1, JC_TAGS));
         self.asm.lea(SC, &Mem::base_index(SC, S0, 0, 0));
         let hit = self.asm.jrcxz();
-        self.asm.store(&Mem::gs(EXIT_RIP), S0);
-        self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Indirect), self.at);
+        let miss = self.asm.jmp();
+        self.near.push((miss, self.cold.len()));
+        let rip = self.block.key.rip.wrapping_add(u64::from(self.rip_off));
+        self.cold.push(Cold::Miss { rip, taken: self.rsp_taken });
         let ok = self.asm.bind_short(hit);
         debug_assert!(ok);
         self.asm.jmp_mem(&Mem::gs_index8(S1, JC_TARGETS));

@@ -25,14 +25,16 @@ mod branch;
 pub(crate) mod decode;
 pub(crate) mod regs;
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
 use crate::code::{Block, BlockKey, CodeCache, HelperSite, Link, Site};
-use crate::layout::{Area, ExitCode, S0, SC, disp};
+use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::Thunks;
 
-pub use access::{access_size, sreg_index};
+pub use access::{access_size, segment_of, sreg_index};
 pub use decode::{Class, Unit, classify, unit};
 pub use regs::GuestReg;
 
@@ -58,6 +60,8 @@ pub struct Mode {
     pub avx: bool,
     /// One instruction per block, then back to the dispatcher.
     pub single: bool,
+    /// Alignment is checked (CR0.AM, EFLAGS.AC, CPL 3): every access takes the slow path.
+    pub aligned: bool,
 }
 
 impl Mode {
@@ -71,6 +75,7 @@ impl Mode {
             | u32::from(self.sse) << 11
             | u32::from(self.avx) << 12
             | u32::from(self.single) << 13
+            | u32::from(self.aligned) << 14
     }
 }
 
@@ -87,6 +92,8 @@ enum Cold {
     Interrupt { rip: u64 },
     /// Unlinked direct jump.
     Link { link: usize },
+    /// Indirect jump that missed the jump cache; the target is in [`S0`].
+    Miss { rip: u64, taken: i32 },
     /// Direct jump to another page, whose mapping may change: by the jump cache.
     Far { target: u64 },
 }
@@ -112,6 +119,14 @@ pub struct Translation {
     pending: Vec<(Short, usize)>,
     /// Offset of the current guest instruction from the block's RIP.
     rip_off: u16,
+    /// Alignment the current instruction demands of its operand.
+    align: u8,
+    /// The current instruction belongs to x87 or MMX.
+    x87: bool,
+    /// The current instruction belongs to MMX.
+    mmx: bool,
+    /// What the current branch took from RSP.
+    rsp_taken: i32,
     /// Link jumps to be bound to their stubs: (jump, cold number).
     near: Vec<(Near, usize)>,
 }
@@ -132,6 +147,10 @@ impl Translation {
             cold: Vec::new(),
             pending: Vec::new(),
             rip_off: 0,
+            align: 1,
+            x87: false,
+            mmx: false,
+            rsp_taken: 0,
             near: Vec::new(),
         };
         if !mode.single {
@@ -165,7 +184,8 @@ impl Translation {
             }
             Class::HelperEnds => {
                 self.helper(ins);
-                // The helper of such an instruction never comes back.
+                // Most of these never come back; VMCALL and WAIT do.
+                self.exit_at(ins.next_ip(), ExitCode::Interrupt);
                 true
             }
         }
@@ -214,6 +234,14 @@ impl Translation {
                     i32::try_from(number).unwrap_or(i32::MAX),
                 );
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Link), self.at);
+            }
+            Cold::Miss { rip, taken } => {
+                let (rip, taken) = (*rip, *taken);
+                self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, exit_rip))), S0);
+                self.asm.mov_imm(S1, rip);
+                self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, branch_rip))), S1);
+                self.asm.store_imm(&Mem::gs(disp(std::mem::offset_of!(Area, exit_arg))), taken);
+                self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Indirect), self.at);
             }
             Cold::Far { target } => {
                 self.asm.mov_imm(S0, *target);
@@ -277,16 +305,33 @@ impl Translation {
 
     /// Encodes an instruction that has only host registers left.
     fn encode(&mut self, ins: &Instruction) {
+        let start = self.asm.pos();
         self.encoder.set_buffer(std::mem::take(&mut self.asm.buf));
         let result = self.encoder.encode(ins, 0);
         self.asm.buf = self.encoder.take_buffer();
         if let Err(e) = result {
-            panic!("the classifier lets through only what can be encoded: {ins}: {e}");
+            // UD2, here and in a copy for the bounce buffer: the guest sees #UD.
+            self.asm.buf.truncate(start);
+            self.asm.bytes(&[0x0f, 0x0b]);
+            let rip = self.block.key.rip.wrapping_add(u64::from(self.rip_off));
+            report_unencodable(ins, rip, &e.to_string());
         }
     }
 
     fn site(&mut self, site: Site) -> usize {
         self.block.sites.push(site);
         self.block.sites.len() - 1
+    }
+}
+
+/// Says, a few times per process, that an instruction was let through that cannot be emitted.
+fn report_unencodable(ins: &Instruction, rip: u64, why: &str) {
+    /// Messages at most.
+    const LIMIT: u32 = 8;
+    static SAID: AtomicU32 = AtomicU32::new(0);
+    if SAID.fetch_add(1, Ordering::Relaxed) < LIMIT {
+        eprintln!(
+            "berth: the translator cannot emit `{ins}` at {rip:#x}: {why}; the guest gets #UD"
+        );
     }
 }

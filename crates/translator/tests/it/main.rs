@@ -1,5 +1,7 @@
 //! Small guests in 64-bit mode with identity page tables.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use berth_translator::{Config, Exit, RamSlot, Shared, TranslatedVcpu, host_cpuid};

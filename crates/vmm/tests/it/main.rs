@@ -1,6 +1,6 @@
 //! Small guests on whole machines, under every processor that this host has.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod guests;
 mod run;

@@ -1,0 +1,122 @@
+//! What the host asks of the guest on the kernel command line, as words `berth.KEY=VALUE`.
+
+use std::{fs, io};
+
+use berth_api::agent::limits::AGENT_PORT;
+use berth_api::agent::message::TerminalSize;
+
+/// The parsed words; all others belong to the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommandLine {
+    /// `berth.root=/dev/vda`: the device of the root file system; the initramfs when absent.
+    pub root: Option<String>,
+    /// `berth.rw=1`: the root file system is mounted for writing.
+    pub writable: bool,
+    /// `berth.hostname=`.
+    pub hostname: Option<String>,
+    /// `berth.shell=1`: a login shell on the console, and power off when it ends.
+    pub shell: bool,
+    /// `berth.init=/sbin/init`: the image's own init becomes process 1.
+    pub init: Option<String>,
+    /// `berth.agent=vsock:PORT`.
+    pub port: u32,
+    /// `berth.term=xterm`: the kind of terminal behind the console.
+    pub term: Option<String>,
+    /// `berth.size=ROWSxCOLS`: its size.
+    pub size: Option<TerminalSize>,
+}
+
+impl CommandLine {
+    /// Reads `/proc/cmdline`.
+    pub fn read() -> Result<Self, CommandLineError> {
+        let text = fs::read("/proc/cmdline").map_err(CommandLineError::Read)?;
+        Self::parse(&String::from_utf8_lossy(&text))
+    }
+
+    fn parse(text: &str) -> Result<Self, CommandLineError> {
+        let mut line = Self {
+            root: None,
+            writable: false,
+            hostname: None,
+            shell: false,
+            init: None,
+            port: AGENT_PORT,
+            term: None,
+            size: None,
+        };
+        for word in text.split_ascii_whitespace() {
+            let Some((key, value)) = word.strip_prefix("berth.").and_then(|w| w.split_once('='))
+            else {
+                continue;
+            };
+            let wrong = || CommandLineError::Word(word.to_owned());
+            match key {
+                "root" => line.root = Some(value.to_owned()),
+                "rw" => line.writable = flag(value).ok_or_else(wrong)?,
+                "hostname" => line.hostname = Some(value.to_owned()),
+                "shell" => line.shell = flag(value).ok_or_else(wrong)?,
+                "init" => line.init = Some(value.to_owned()),
+                "term" => line.term = Some(value.to_owned()),
+                "agent" => {
+                    let port = value.strip_prefix("vsock:").and_then(|port| port.parse().ok());
+                    line.port = port.ok_or_else(wrong)?;
+                }
+                "size" => {
+                    let size = value.split_once('x').and_then(|(rows, cols)| {
+                        Some(TerminalSize { rows: rows.parse().ok()?, cols: cols.parse().ok()? })
+                    });
+                    line.size = Some(size.ok_or_else(wrong)?);
+                }
+                _ => return Err(wrong()),
+            }
+        }
+        Ok(line)
+    }
+}
+
+fn flag(value: &str) -> Option<bool> {
+    match value {
+        "0" => Some(false),
+        "1" => Some(true),
+        _ => None,
+    }
+}
+
+/// Why the command line gives no orders.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandLineError {
+    /// It cannot be read.
+    #[error("reading /proc/cmdline failed")]
+    Read(#[source] io::Error),
+    /// A word of ours that this agent does not know.
+    #[error("the kernel command line has `{0}`, which this agent does not understand")]
+    Word(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_found_among_the_kernels_own() {
+        let line = CommandLine::parse(
+            "console=ttyS0 quiet berth.root=/dev/vda berth.rw=1 berth.shell=1 root=/dev/sda \
+             berth.hostname=box berth.size=50x120 berth.agent=vsock:7\n",
+        )
+        .unwrap();
+        assert_eq!(line.root.as_deref(), Some("/dev/vda"));
+        assert!(line.writable && line.shell);
+        assert_eq!(line.hostname.as_deref(), Some("box"));
+        assert_eq!(line.size, Some(TerminalSize { rows: 50, cols: 120 }));
+        assert_eq!(line.port, 7);
+        assert_eq!(line.init, None);
+    }
+
+    #[test]
+    fn a_word_that_is_not_understood_is_named() {
+        for word in ["berth.rw=yes", "berth.sparkle=1", "berth.agent=tcp:1", "berth.size=80"] {
+            let error = CommandLine::parse(&format!("quiet {word} x")).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Brings up the loopback and asks for an address on the first network card.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::mount::mount_bind;
+
+use crate::boot::say;
+use crate::dhcp::{self, Lease};
+use crate::sys;
+
+const CARD: &str = "eth0";
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// The waits between requests; the last answer is the network's silence.
+const RETRIES: [Duration; 5] = [
+    Duration::from_millis(300),
+    Duration::from_millis(700),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+    Duration::from_secs(8),
+];
+
+/// Starts bringing up the network; the address may come after this returns.
+pub fn bring_up() {
+    if let Err(error) = sys::link_up("lo") {
+        say(&format!("the loopback stays down: {error}"));
+    }
+    if !Path::new("/sys/class/net").join(CARD).exists() {
+        return;
+    }
+    let started = std::thread::Builder::new().spawn(|| {
+        if let Err(error) = configure() {
+            say(&format!("{CARD} has no address: {error}"));
+        }
+    });
+    if let Err(error) = started {
+        say(&format!("{CARD} stays down: {error}"));
+    }
+}
+
+fn configure() -> io::Result<()> {
+    sys::link_up(CARD)?;
+    let directory = Path::new("/sys/class/net").join(CARD);
+    let mac = fs::read_to_string(directory.join("address"))?;
+    let mac = dhcp::parse_mac(mac.trim()).ok_or(io::ErrorKind::InvalidData)?;
+    let index = fs::read_to_string(directory.join("ifindex"))?;
+    let index = index.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?;
+    let lease = dhcp::request(index, mac, &RETRIES)?;
+    sys::set_address(CARD, lease.address, lease.netmask)?;
+    if let Some(mtu) = lease.mtu {
+        sys::set_mtu(CARD, mtu)?;
+    }
+    if let Some(router) = lease.router {
+        sys::set_default_route(router)?;
+    }
+    write_resolv_conf(&lease);
+    Ok(())
+}
+
+fn write_resolv_conf(lease: &Lease) {
+    let mut text = String::new();
+    if let Some(domain) = &lease.domain {
+        text.push_str(&format!("search {domain}\n"));
+    }
+    for server in &lease.servers {
+        text.push_str(&format!("nameserver {server}\n"));
+    }
+    if text.is_empty() {
+        return;
+    }
+    // Over a link into a service that does not run here.
+    if fs::symlink_metadata(RESOLV_CONF).is_ok_and(|meta| meta.is_symlink()) {
+        let _ = fs::remove_file(RESOLV_CONF);
+    }
+    if fs::write(RESOLV_CONF, &text).is_ok() {
+        return;
+    }
+    let aside = "/run/resolv.conf";
+    let laid_over = fs::write(aside, &text).is_ok() && mount_bind(aside, RESOLV_CONF).is_ok();
+    if !laid_over {
+        say("the name servers could not be written to /etc/resolv.conf");
+    }
+}

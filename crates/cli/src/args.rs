@@ -1,0 +1,264 @@
+//! The words of the command line. Help, completions and checks all come from here.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use crate::size::Size;
+
+const EXAMPLES: &str = "\
+Examples:
+  berth image bootstrap debian bookworm     make a Debian image, once
+  berth vm run debian                       a shell in a new machine
+  berth vm run debian -- uname -a           one command, its output and status
+  berth vm run --cpus 4 --memory 2G debian  a larger one
+  berth vm run --kernel bzImage --initrd initrd --append 'console=ttyS0'
+  berth doctor                              what this host can do";
+
+const RUN_EXAMPLES: &str = "\
+Exit status: 0 when the guest powers off; 1 when it resets or fails; the value written when the
+--debug-exit port is used; with -- CMD the status of that command.
+
+Examples:
+  berth vm run debian
+  berth vm run debian -- cat /etc/os-release
+  berth vm run --disk data.raw --disk tools.raw,ro debian
+  berth vm run --net none --kernel vmlinux --append 'console=ttyS0 quiet'";
+
+/// Virtual machines and containers, with or without hardware virtualization
+#[derive(Debug, Parser)]
+#[command(name = "berth", version, after_help = EXAMPLES, max_term_width = 100)]
+pub struct Args {
+    /// Where images and machines are kept [default: /var/lib/berth for root, else
+    /// $XDG_DATA_HOME/berth]
+    #[arg(long, global = true, env = "BERTH_ROOT", value_name = "DIR", hide_env_values = true)]
+    pub root: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The program's commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Virtual machines
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Images machines are started from
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// What this host can do, and what Berth will use
+    Doctor(Listing),
+    /// Print a completion script
+    Completions {
+        /// The shell it is for
+        shell: Shell,
+    },
+}
+
+/// Commands for machines.
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Start a machine and stay with it until it ends
+    Run(Box<RunArgs>),
+}
+
+/// Commands for images.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Make an image from the Debian mirror this host uses
+    Bootstrap(BootstrapArgs),
+    /// List the images
+    #[command(visible_alias = "list")]
+    Ls(Listing),
+    /// Remove images
+    Rm(RemoveArgs),
+}
+
+/// `berth vm run`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = RUN_EXAMPLES)]
+pub struct RunArgs {
+    /// The machine's name, also its host name [default: the image's]
+    #[arg(long, value_name = "N")]
+    pub name: Option<String>,
+    /// Virtual processors, 1 to 16
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub cpus: u8,
+    /// Memory: bytes, or with K, M or G
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub memory: Size,
+    /// What runs the guest's instructions
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]
+    pub accel: Accel,
+    /// A kernel: bzImage, PVH ELF or Multiboot, told apart by looking [default: the image's]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// An initial RAM disk, or the first Multiboot module
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Words added to the kernel command line
+    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
+    pub append: String,
+    /// A raw disk; with `,ro` it is not written. May be repeated
+    #[arg(long = "disk", value_name = "FILE[,ro]")]
+    pub disks: Vec<DiskArg>,
+    /// `user` (through passt), `tap=INTERFACE` or `none` [default: user with an image, else none]
+    #[arg(long, value_name = "NET")]
+    pub net: Option<NetArg>,
+    /// Gives the guest port 0xf4: writing V ends the machine with status V*2+1
+    #[arg(long)]
+    pub debug_exit: bool,
+    /// The image to start, for example `debian` or `debian:bookworm`
+    #[arg(required_unless_present = "kernel")]
+    pub image: Option<String>,
+    /// A command to run in the guest instead of a shell
+    #[arg(last = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// `berth image bootstrap`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BootstrapArgs {
+    /// The distribution; `debian` is known
+    pub distribution: String,
+    /// Its suite, for example `bookworm`
+    pub suite: String,
+    /// The root disk's size as the guest sees it
+    #[arg(long, value_name = "SIZE", default_value = "4G")]
+    pub size: Size,
+    /// Make it again even if it is there
+    #[arg(long)]
+    pub again: bool,
+}
+
+/// `berth image rm`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RemoveArgs {
+    /// The images' names
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+/// Commands that list something.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Listing {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// The fastest that really works here
+    Auto,
+    /// Berth's own translator; works everywhere
+    Translate,
+    /// The kernel's KVM
+    Kvm,
+}
+
+/// `FILE[,ro]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskArg {
+    /// The file.
+    pub path: PathBuf,
+    /// Not to be written.
+    pub read_only: bool,
+}
+
+impl std::str::FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (path, read_only) = match text.strip_suffix(",ro") {
+            Some(path) => (path, true),
+            None => (text, false),
+        };
+        if path.is_empty() {
+            return Err("a disk needs a file: FILE or FILE,ro".into());
+        }
+        Ok(Self { path: path.into(), read_only })
+    }
+}
+
+/// The machine's network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetArg {
+    /// Through passt, without privileges.
+    User,
+    /// On this tap interface.
+    Tap(String),
+    /// No network card.
+    None,
+}
+
+impl std::str::FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // IFNAMSIZ less its zero byte.
+        const INTERFACE_BYTES_MAX: usize = 15;
+        match text.split_once('=') {
+            None if text == "user" => Ok(Self::User),
+            None if text == "none" => Ok(Self::None),
+            Some(("tap", name)) if !name.is_empty() && name.len() <= INTERFACE_BYTES_MAX => {
+                Ok(Self::Tap(name.to_owned()))
+            }
+            _ => Err("expected `user`, `tap=INTERFACE` or `none`".into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_description_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn the_commands_scripts_rely_on_parse() {
+        let line = "berth vm run --name n --cpus 4 --memory 1G --accel translate --kernel k \
+                    --initrd i --append -x --disk a,ro --disk b --net tap=t0 --debug-exit \
+                    img -- uname -a";
+        let args = Args::try_parse_from(line.split_whitespace()).unwrap();
+        let Command::Vm(VmCommand::Run(run)) = args.command else { panic!() };
+        assert_eq!((run.cpus, run.memory.bytes(), run.accel), (4, 1 << 30, Accel::Translate));
+        assert_eq!(run.disks[0], DiskArg { path: "a".into(), read_only: true });
+        assert_eq!(run.disks[1], DiskArg { path: "b".into(), read_only: false });
+        assert_eq!(run.net, Some(NetArg::Tap("t0".into())));
+        assert_eq!((run.image.as_deref(), run.command.len()), (Some("img"), 2));
+        for good in [
+            "berth vm run --kernel k",
+            "berth vm run debian",
+            "berth image ls --json",
+            "berth image bootstrap debian bookworm",
+            "berth image rm a b",
+            "berth doctor --json",
+            "berth completions bash",
+            "berth --root /x image ls",
+        ] {
+            assert!(Args::try_parse_from(good.split_whitespace()).is_ok(), "{good}");
+        }
+        for bad in [
+            "berth vm run",
+            "berth vm run --cpus 0 x",
+            "berth vm run --cpus 17 x",
+            "berth vm run --memory 5Q x",
+            "berth vm run --net wifi x",
+            "berth vm run --net tap= x",
+            "berth vm run --initrd i x",
+            "berth vm run --disk ,ro x",
+            "berth image rm",
+        ] {
+            assert!(Args::try_parse_from(bad.split_whitespace()).is_err(), "{bad}");
+        }
+    }
+}

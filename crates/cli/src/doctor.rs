@@ -1,0 +1,169 @@
+//! `berth doctor`: what was found on this host, what it means, and what Berth will use.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use berth_image::agent;
+use berth_image::store::Store;
+use serde::Serialize;
+
+use crate::exit::{CliError, ExitCode};
+use crate::plan::has_program;
+use crate::table;
+
+/// How a finding is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Grade {
+    Good,
+    /// Works without, with less.
+    Notice,
+    /// Something Berth needs is not there.
+    Missing,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Finding {
+    about: &'static str,
+    grade: Grade,
+    found: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    advice: Option<String>,
+}
+
+/// Looks and prints.
+///
+/// # Errors
+/// [`CliError::Output`] when it cannot be printed.
+pub fn run(root: &Path, json: bool) -> Result<ExitCode, CliError> {
+    let findings = vec![
+        processor(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
+        kvm(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
+        program("passt", "passt", "network for guests without privileges"),
+        program("mmdebstrap", "mmdebstrap", "making images"),
+        program("mke2fs", "e2fsprogs", "making images"),
+        agent_program(),
+        images(root),
+    ];
+    let text = match json {
+        true => serde_json::to_string_pretty(&findings).map_err(CliError::Json)?,
+        false => as_table(&findings),
+    };
+    writeln!(io::stdout(), "{text}").map_err(CliError::Output)?;
+    let missing = findings.iter().any(|finding| finding.grade == Grade::Missing);
+    Ok(if missing { ExitCode::Failure } else { ExitCode::Success })
+}
+
+fn as_table(findings: &[Finding]) -> String {
+    let row = |finding: &Finding| {
+        let mark = match finding.grade {
+            Grade::Good => "ok",
+            Grade::Notice => "note",
+            Grade::Missing => "missing",
+        };
+        let advice = finding.advice.iter().map(|advice| format!("; {advice}"));
+        let text = std::iter::once(finding.found.clone()).chain(advice).collect();
+        vec![mark.to_owned(), finding.about.to_owned(), text]
+    };
+    table::plain(&[], findings.iter().map(row).collect())
+}
+
+fn flags(cpuinfo: &str) -> impl Iterator<Item = &str> {
+    let line = cpuinfo.lines().find(|line| line.starts_with("flags"));
+    line.and_then(|line| line.split_once(':')).map_or("", |(_, flags)| flags).split_whitespace()
+}
+
+fn processor(cpuinfo: &str) -> Finding {
+    let model = cpuinfo.lines().find(|line| line.starts_with("model name"));
+    let model = model.and_then(|line| line.split_once(':')).map_or("unknown", |(_, name)| name);
+    let count = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
+    let v2 = ["cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"];
+    let lacks: Vec<_> = v2.iter().filter(|flag| !flags(cpuinfo).any(|f| f == **flag)).collect();
+    let found = format!("{} x{count}", model.trim());
+    if lacks.is_empty() {
+        return Finding { about: "processor", grade: Grade::Good, found, advice: None };
+    }
+    let advice = Some(format!("guests need x86-64-v2, and this lacks {lacks:?}"));
+    Finding { about: "processor", grade: Grade::Missing, found, advice }
+}
+
+fn kvm(cpuinfo: &str) -> Finding {
+    let virtualizes = flags(cpuinfo).any(|flag| flag == "vmx" || flag == "svm");
+    let opened = File::options().read(true).write(true).open("/dev/kvm");
+    let (grade, found, advice) = match (opened, virtualizes) {
+        (Ok(_), true) => (Grade::Good, "/dev/kvm opens and the processor has vmx or svm".to_owned(), None),
+        (Ok(_), false) => (
+            Grade::Notice,
+            "/dev/kvm opens, but the processor shows neither vmx nor svm: guest kernel code would be \
+             emulated in software"
+                .to_owned(),
+            Some("the translator is used".to_owned()),
+        ),
+        (Err(error), _) => {
+            (Grade::Notice, format!("/dev/kvm: {error}"), Some("the translator is used".to_owned()))
+        }
+    };
+    Finding { about: "kvm", grade, found, advice }
+}
+
+fn program(name: &'static str, package: &str, purpose: &str) -> Finding {
+    if has_program(name) {
+        let found = format!("installed, for {purpose}");
+        return Finding { about: name, grade: Grade::Good, found, advice: None };
+    }
+    let found = format!("not installed; needed for {purpose}");
+    let advice = Some(format!("try `apt-get install {package}`"));
+    Finding { about: name, grade: Grade::Notice, found, advice }
+}
+
+fn agent_program() -> Finding {
+    match agent::find() {
+        Ok(agent) => Finding {
+            about: "agent",
+            grade: Grade::Good,
+            found: agent.path.display().to_string(),
+            advice: None,
+        },
+        Err(error) => Finding {
+            about: "agent",
+            grade: Grade::Missing,
+            found: error.to_string(),
+            advice: None,
+        },
+    }
+}
+
+fn images(root: &Path) -> Finding {
+    let about = "images";
+    if !root.exists() {
+        let found = format!("none; {} does not exist yet", root.display());
+        let advice = Some("try `berth image bootstrap debian bookworm`".to_owned());
+        return Finding { about, grade: Grade::Notice, found, advice };
+    }
+    match Store::open(root).and_then(|store| store.images()) {
+        Ok(images) => {
+            let found = format!("{} in {}", images.len(), root.display());
+            Finding { about, grade: Grade::Good, found, advice: None }
+        }
+        Err(error) => {
+            Finding { about, grade: Grade::Missing, found: error.to_string(), advice: None }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_processor_is_judged_by_its_flags() {
+        let good =
+            "processor : 0\nmodel name : X\nflags : cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3\n";
+        let finding = processor(good);
+        assert_eq!((finding.grade, finding.found.as_str()), (Grade::Good, "X x1"));
+        let poor = processor(&good.replace("popcnt", ""));
+        assert_eq!(poor.grade, Grade::Missing);
+        assert!(poor.advice.unwrap().contains("popcnt"));
+    }
+}

@@ -1,0 +1,113 @@
+//! How the program ends: the error of each part, and the status scripts see.
+
+use std::error::Error;
+use std::io;
+
+use berth_image::agent::NoAgent;
+use berth_image::bootstrap::BootstrapError;
+use berth_image::initramfs::InitramfsError;
+use berth_image::store::StoreError;
+
+use crate::command::CommandError;
+use crate::machine::MachineError;
+use crate::plan::PlanError;
+
+/// The program's exit statuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitCode {
+    /// 0: done; the guest powered off.
+    Success,
+    /// 1: it failed; the guest reset, panicked or could not be started.
+    Failure,
+    /// 2: the command line is wrong.
+    Usage,
+    /// 126: the guest's command exists and cannot be run.
+    NotExecutable,
+    /// 127: the guest has no such command.
+    NotFound,
+    /// The guest's own: its command's status, or what it wrote to the debug port.
+    Guest(u8),
+}
+
+impl From<ExitCode> for std::process::ExitCode {
+    fn from(code: ExitCode) -> Self {
+        Self::from(match code {
+            ExitCode::Success => 0,
+            ExitCode::Failure => 1,
+            ExitCode::Usage => 2,
+            ExitCode::NotExecutable => 126,
+            ExitCode::NotFound => 127,
+            ExitCode::Guest(status) => status,
+        })
+    }
+}
+
+/// Everything that can go wrong, by part.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// What was asked for does not fit together or is not there.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The guest's command.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The making of an image.
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
+    /// The initramfs.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// The agent's program.
+    #[error(transparent)]
+    NoAgent(#[from] NoAgent),
+    /// No place for state.
+    #[error("there is no place for images: neither HOME nor XDG_DATA_HOME is set; try --root DIR")]
+    NoHome,
+    /// Writing the result.
+    #[error("writing the output failed")]
+    Output(#[source] io::Error),
+    /// Making JSON of it.
+    #[error("writing the output as JSON failed")]
+    Json(#[source] serde_json::Error),
+}
+
+impl CliError {
+    /// The message with all its causes, each once.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = self.source();
+        while let Some(error) = source {
+            let cause = error.to_string();
+            if !text.ends_with(&cause) {
+                text.push_str(": ");
+                text.push_str(&cause);
+            }
+            source = error.source();
+        }
+        text
+    }
+
+    /// Whether whoever read the output has had enough.
+    #[must_use]
+    pub fn is_broken_pipe(&self) -> bool {
+        matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+
+    /// The status for this error.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Command(error) => error.exit_code(),
+            Self::Machine(error) => error.exit_code(),
+            Self::Plan(PlanError::Usage(_)) => ExitCode::Usage,
+            _ => ExitCode::Failure,
+        }
+    }
+}

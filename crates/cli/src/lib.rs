@@ -1,0 +1,60 @@
+//! The `berth` program: parse, check, call, print. What is done lives in the crates below; here are
+//! the words of the command line (`args`), what they amount to (`plan`), the one place where a
+//! machine is started (`machine`), and the printing.
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod command;
+pub mod doctor;
+pub mod exit;
+pub mod images;
+pub mod machine;
+pub mod plan;
+pub mod size;
+pub mod state;
+pub mod table;
+pub mod terminal;
+
+use std::io::{self, Write};
+
+use clap::{CommandFactory, Parser};
+
+use crate::args::{Args, Command, ImageCommand, VmCommand};
+use crate::exit::{CliError, ExitCode};
+
+/// Runs the program on its real arguments.
+#[must_use]
+pub fn main() -> std::process::ExitCode {
+    let args = Args::parse();
+    match run(args) {
+        Ok(code) => code.into(),
+        Err(error) if error.is_broken_pipe() => ExitCode::Success.into(),
+        Err(error) => {
+            // Nothing is left to do when even this cannot be written.
+            let _ = writeln!(io::stderr(), "berth: {}", error.chain());
+            error.exit_code().into()
+        }
+    }
+}
+
+fn run(args: Args) -> Result<ExitCode, CliError> {
+    let root = || state::directory(args.root.as_deref());
+    match args.command {
+        Command::Vm(VmCommand::Run(run)) => {
+            let plan = plan::RunPlan::new(&run, &root()?)?;
+            Ok(machine::run_machine(&plan)?)
+        }
+        Command::Image(ImageCommand::Bootstrap(bootstrap)) => {
+            images::bootstrap(&root()?, &bootstrap)
+        }
+        Command::Image(ImageCommand::Ls(list)) => images::list(&root()?, list.json),
+        Command::Image(ImageCommand::Rm(remove)) => images::remove(&root()?, &remove.images),
+        Command::Doctor(doctor) => doctor::run(&root()?, doctor.json),
+        Command::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "berth", &mut text);
+            io::stdout().write_all(&text).map_err(CliError::Output)?;
+            Ok(ExitCode::Success)
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! The one place where a machine is started. Everything above it decides what to run
+//! ([`RunPlan`]); everything below is the machine's own business.
+
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use berth_vmm::boot::Module;
+use berth_vmm::console::{SerialConfig, SignalWatch};
+use berth_vmm::devices::{Devices, DiskFile, NetConfig, VsockSlot};
+use berth_vmm::machine::{Machine, MachineConfig, RunningMachine};
+use berth_vmm::outcome::{Ending, Outcome};
+use berth_vmm::vcpu::probe::AccelChoice;
+
+use crate::args::Accel;
+use crate::command::{self, CommandError, Dial};
+use crate::exit::ExitCode;
+use crate::plan::{Console, NetPlan, RunPlan};
+
+/// The guest's vsock address; each machine is its own network of two.
+const GUEST_CID: u32 = 3;
+/// The port the agent listens on.
+const AGENT_PORT: u32 = 1024;
+/// How long a guest may take to power off once it was asked.
+const POWER_OFF_WAIT: Duration = Duration::from_secs(30);
+/// How much of a captured console is shown when the guest failed.
+const CONSOLE_TAIL_BYTES: u64 = 4096;
+
+/// Why a machine did not run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// It could not be started.
+    #[error("cannot start {name}")]
+    Start {
+        /// The machine's name.
+        name: String,
+        /// Why.
+        source: berth_vmm::error::MachineError,
+    },
+    /// Signals cannot be watched.
+    #[error("waiting for signals failed")]
+    Signals(#[source] io::Error),
+    /// It ended in a way that is no success.
+    #[error("{name}: {outcome}{console}")]
+    Ended {
+        /// The machine's name.
+        name: String,
+        /// How.
+        outcome: Outcome,
+        /// The end of its console, when nobody saw it.
+        console: String,
+    },
+    /// The guest's command.
+    #[error("{source}{console}")]
+    Command {
+        /// Why it did not run.
+        source: CommandError,
+        /// The end of the console.
+        console: String,
+    },
+}
+
+impl MachineError {
+    /// The status to exit with.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Command { source, .. } => source.exit_code(),
+            _ => ExitCode::Failure,
+        }
+    }
+}
+
+struct Guest {
+    vsock: VsockSlot,
+    ending: Arc<Ending>,
+}
+
+impl Dial for Guest {
+    fn dial(&mut self) -> io::Result<UnixStream> {
+        let Some(vsock) = self.vsock.get() else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        vsock.connect(AGENT_PORT, Duration::from_millis(100)).map_err(io::Error::other)
+    }
+
+    fn is_alive(&mut self) -> bool {
+        self.ending.outcome().is_none()
+    }
+}
+
+fn config(plan: &RunPlan) -> MachineConfig {
+    let mut c = MachineConfig::new(&plan.kernel);
+    c.cpus = u32::from(plan.cpus);
+    c.memory_bytes = plan.memory_bytes;
+    c.accel = match plan.accel {
+        Accel::Auto => AccelChoice::Auto,
+        Accel::Translate => AccelChoice::Translate,
+        Accel::Kvm => AccelChoice::Kvm,
+    };
+    if let Some(initrd) = &plan.initrd {
+        c.modules = Module::parse_list(&initrd.to_string_lossy());
+    }
+    c.cmdline.clone_from(&plan.command_line);
+    c.debug_exit = plan.debug_exit;
+    c.serial = match &plan.console {
+        Console::Stdio => SerialConfig::Stdio,
+        Console::Capture(file) => {
+            SerialConfig::File(PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())))
+        }
+    };
+    c
+}
+
+fn devices(plan: &RunPlan) -> Devices {
+    Devices {
+        disks: plan
+            .disks
+            .iter()
+            .map(|d| DiskFile { path: d.path.clone(), read_only: d.read_only })
+            .collect(),
+        net: match &plan.net {
+            NetPlan::Absent => NetConfig::None,
+            NetPlan::User => NetConfig::User,
+            NetPlan::Tap(name) => NetConfig::Tap(name.clone()),
+        },
+        vsock_cid: Some(GUEST_CID),
+    }
+}
+
+/// Starts the machine and stays with it until it ends.
+///
+/// # Errors
+/// [`MachineError`] when it cannot be started or ends other than in order.
+pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
+    // Before any thread exists, so that all of them leave the signals to the watcher. A command in
+    // the guest gets them itself.
+    let over: Arc<std::sync::OnceLock<Arc<Ending>>> = Arc::default();
+    if plan.command.is_none() {
+        let over = Arc::clone(&over);
+        SignalWatch::start(move |_| {
+            if let Some(ending) = over.get() {
+                ending.end(Outcome::Stopped);
+            }
+        })
+        .map_err(MachineError::Signals)?;
+    }
+    let vsock = VsockSlot::default();
+    let attach = devices(plan).into_attach(&vsock);
+    let machine = Machine::start_with(&config(plan), Some(attach))
+        .map_err(|source| MachineError::Start { name: plan.name.clone(), source })?;
+    let ending = machine.ending();
+    // Set once; the watcher had nothing to end before.
+    let _ = over.set(Arc::clone(&ending));
+    match &plan.command {
+        None => ended(plan, machine.wait()),
+        Some(exec) => {
+            let mut guest = Guest { vsock, ending };
+            let result = command::run(&mut guest, exec);
+            let status = result
+                .map_err(|source| MachineError::Command { source, console: console_tail(plan) });
+            power_off(&mut guest, machine);
+            status
+        }
+    }
+}
+
+/// Lets the guest write what it has to, within a limit.
+fn power_off(guest: &mut Guest, machine: RunningMachine) {
+    if guest.is_alive() && command::shut_down(guest).is_ok() {
+        let began = Instant::now();
+        while guest.is_alive() && began.elapsed() < POWER_OFF_WAIT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    machine.stop();
+    // How it ended does not matter any more.
+    let _ = machine.wait();
+}
+
+fn ended(plan: &RunPlan, outcome: Outcome) -> Result<ExitCode, MachineError> {
+    match outcome {
+        Outcome::PoweredOff => Ok(ExitCode::Success),
+        Outcome::DebugExit(_) => Ok(ExitCode::Guest(outcome.exit_status())),
+        outcome => Err(MachineError::Ended {
+            name: plan.name.clone(),
+            outcome,
+            console: console_tail(plan),
+        }),
+    }
+}
+
+/// The end of a console nobody has seen.
+fn console_tail(plan: &RunPlan) -> String {
+    let Console::Capture(file) = &plan.console else { return String::new() };
+    let mut text = Vec::new();
+    let read = (|| -> io::Result<()> {
+        let mut file = file.try_clone()?;
+        let end = file.seek(SeekFrom::End(0))?;
+        file.seek(SeekFrom::Start(end.saturating_sub(CONSOLE_TAIL_BYTES)))?;
+        file.read_to_end(&mut text).map(|_| ())
+    })();
+    if read.is_err() || text.is_empty() {
+        return String::new();
+    }
+    format!("; the end of its console:\n{}", String::from_utf8_lossy(&text).trim_end())
+}

@@ -1,0 +1,449 @@
+//! From the words of `berth vm run` to everything a machine needs, checked: files are there, sizes
+//! are possible, the image's throwaway disk and initramfs are made.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use berth_api::agent::message::Exec;
+use berth_image::agent::{self, NoAgent};
+use berth_image::disk::ThrowawayDisk;
+use berth_image::initramfs::{self, InitramfsError};
+use berth_image::store::{Image, ImageName, Store, StoreError};
+
+use crate::args::{Accel, NetArg, RunArgs};
+use crate::size::Size;
+use crate::terminal;
+
+const MEMORY_BYTES_MIN: u64 = 1 << 20;
+const PAGE_BYTES: u64 = 4096;
+const SECTOR_BYTES: u64 = 512;
+/// A Linux host name.
+const NAME_BYTES_MAX: usize = 63;
+/// What Linux takes as its command line on x86.
+const COMMAND_LINE_BYTES_MAX: usize = 2047;
+
+/// Everything a machine needs to run.
+#[derive(Debug)]
+pub struct RunPlan {
+    /// For messages and as host name.
+    pub name: String,
+    /// Virtual processors, 1 to 16.
+    pub cpus: u8,
+    /// Memory; whole pages.
+    pub memory_bytes: u64,
+    /// What runs the guest's instructions.
+    pub accel: Accel,
+    /// The kernel file, of any kind the machine boots.
+    pub kernel: PathBuf,
+    /// The initial RAM disk or first Multiboot module.
+    pub initrd: Option<PathBuf>,
+    /// The whole kernel command line.
+    pub command_line: String,
+    /// The disks in the order the guest sees them.
+    pub disks: Vec<DiskPlan>,
+    /// The network card.
+    pub net: NetPlan,
+    /// Whether port 0xf4 ends the machine.
+    pub debug_exit: bool,
+    /// Where the serial console goes.
+    pub console: Console,
+    /// A command to run through the agent; the machine is shut down when it ends.
+    pub command: Option<Exec>,
+    /// Keeps the copy of the image's root disk, which is among `disks`, alive.
+    pub throwaway: Option<ThrowawayDisk>,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskPlan {
+    /// A raw file; its length is a multiple of 512.
+    pub path: PathBuf,
+    /// The guest may not write.
+    pub read_only: bool,
+}
+
+/// The network card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetPlan {
+    /// None.
+    Absent,
+    /// Connected to a passt process of its own.
+    User,
+    /// On a tap interface.
+    Tap(String),
+}
+
+/// Where the serial console goes.
+#[derive(Debug)]
+pub enum Console {
+    /// To standard input and output; raw when they are a terminal.
+    Stdio,
+    /// Into this file without a name; its end is shown when the guest fails. No input.
+    Capture(File),
+}
+
+/// Why a machine cannot be run as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The words contradict each other.
+    #[error("{0}")]
+    Usage(String),
+    /// A file cannot be used.
+    #[error("cannot use {path} as {role}")]
+    File {
+        /// What for.
+        role: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("cannot use {path} as {role}: {reason}")]
+    Unfit {
+        /// What for.
+        role: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The memory is impossible.
+    #[error("cannot give the guest {asked} of memory: {reason}")]
+    Memory {
+        /// What was asked for.
+        asked: Size,
+        /// Why not.
+        reason: String,
+    },
+    /// A tap interface is missing.
+    #[error("there is no network interface {0}; make it with `ip tuntap add {0} mode tap`")]
+    NoInterface(String),
+    /// passt is missing.
+    #[error("the user-mode network needs passt; try `apt-get install passt`, or --net none")]
+    NoPasst,
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The image is not there yet, and the way to make it is known.
+    #[error("there is no image {0}; make it with `berth image bootstrap debian bookworm`")]
+    NoImage(String),
+    /// The initramfs.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// The agent.
+    #[error(transparent)]
+    NoAgent(#[from] NoAgent),
+}
+
+impl RunPlan {
+    /// Checks what was asked for and makes what it needs.
+    ///
+    /// # Errors
+    /// [`PlanError`]; nothing is left behind.
+    pub fn new(args: &RunArgs, state: &Path) -> Result<Self, PlanError> {
+        let name = machine_name(args)?;
+        check_memory(args.memory, host_memory_bytes())?;
+        check_combination(args)?;
+        let mut disks = user_disks(args)?;
+        let net = network(args)?;
+        let files = match &args.image {
+            None => Boot { kernel: given_kernel(args)?, initrd: given_initrd(args)?, image: None },
+            Some(image) => image_boot(args, image, state)?,
+        };
+        let throwaway = match &files.image {
+            Some((image, store)) => {
+                let disk = ThrowawayDisk::copy_of(&image.root_disk(), store)?;
+                disks.insert(0, DiskPlan { path: disk.path(), read_only: false });
+                Some(disk)
+            }
+            None => None,
+        };
+        let command = command(args);
+        let console = match (&command, &files.image) {
+            (Some(_), Some((_, store))) => Console::Capture(unnamed_file(store)?),
+            _ => Console::Stdio,
+        };
+        Ok(Self {
+            command_line: command_line(args, &name)?,
+            name,
+            cpus: args.cpus,
+            memory_bytes: args.memory.bytes(),
+            accel: args.accel,
+            kernel: files.kernel,
+            initrd: files.initrd,
+            disks,
+            net,
+            debug_exit: args.debug_exit,
+            console,
+            command,
+            throwaway,
+        })
+    }
+}
+
+struct Boot {
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    image: Option<(Image, Store)>,
+}
+
+fn image_boot(args: &RunArgs, name: &str, state: &Path) -> Result<Boot, PlanError> {
+    let name = ImageName::parse(name)?;
+    let store = Store::open(state)?;
+    let image = store.find(&name).map_err(|error| match (error, name.as_str()) {
+        (StoreError::NoImage { .. }, "debian" | "debian:bookworm") => {
+            PlanError::NoImage(name.as_str().to_owned())
+        }
+        (error, _) => error.into(),
+    })?;
+    let (kernel, initrd) = match &args.kernel {
+        Some(_) => (given_kernel(args)?, given_initrd(args)?),
+        None => (image.kernel(), Some(initramfs::for_image(&image, &agent::find()?)?)),
+    };
+    Ok(Boot { kernel, initrd, image: Some((image, store)) })
+}
+
+fn machine_name(args: &RunArgs) -> Result<String, PlanError> {
+    let Some(name) = &args.name else {
+        let image = args.image.as_deref().unwrap_or("berth");
+        return Ok(image.split(':').next().unwrap_or_default().replace(['.', '_'], "-"));
+    };
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(good) {
+        return Err(PlanError::Usage(format!(
+            "`{name}` is no machine name: 1 to {NAME_BYTES_MAX} letters, digits and `-`"
+        )));
+    }
+    Ok(name.clone())
+}
+
+fn check_combination(args: &RunArgs) -> Result<(), PlanError> {
+    let usage = |text: &str| Err(PlanError::Usage(text.to_owned()));
+    if args.image.is_none() && !args.command.is_empty() {
+        return usage("a command needs an image, whose agent runs it; `-- CMD` goes after IMAGE");
+    }
+    if args.image.is_some() && args.kernel.is_some() && args.initrd.is_none() {
+        return usage(
+            "--kernel with an image needs --initrd too: the image's modules fit its own kernel only",
+        );
+    }
+    Ok(())
+}
+
+fn check_memory(asked: Size, host_bytes: Option<u64>) -> Result<(), PlanError> {
+    let refuse = |reason: String| Err(PlanError::Memory { asked, reason });
+    if asked.bytes() < MEMORY_BYTES_MIN {
+        return refuse(format!("the least is {}", Size::from(MEMORY_BYTES_MIN)));
+    }
+    if !asked.bytes().is_multiple_of(PAGE_BYTES) {
+        return refuse(format!("it must be a multiple of {PAGE_BYTES} bytes"));
+    }
+    match host_bytes {
+        Some(host) if asked.bytes() > host => refuse(format!("this host has {}", Size::from(host))),
+        _ => Ok(()),
+    }
+}
+
+fn host_memory_bytes() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+fn given_kernel(args: &RunArgs) -> Result<PathBuf, PlanError> {
+    let Some(path) = &args.kernel else {
+        return Err(PlanError::Usage("an image or --kernel is needed".into()));
+    };
+    check_file(path, "a kernel", false).map(|_| path.clone())
+}
+
+fn given_initrd(args: &RunArgs) -> Result<Option<PathBuf>, PlanError> {
+    let Some(path) = &args.initrd else { return Ok(None) };
+    check_file(path, "an initrd", false).map(|_| Some(path.clone()))
+}
+
+/// Opens a file the way the machine will, to say now what would fail then. Returns its length.
+fn check_file(path: &Path, role: &'static str, writable: bool) -> Result<u64, PlanError> {
+    let failed = |source| PlanError::File { role, path: path.to_owned(), source };
+    // Looked at first: opening a pipe would wait.
+    let meta = fs::metadata(path).map_err(failed)?;
+    if !meta.is_file() {
+        let reason = "it is not a regular file".to_owned();
+        return Err(PlanError::Unfit { role, path: path.to_owned(), reason });
+    }
+    File::options().read(true).write(writable).open(path).map_err(failed)?;
+    if meta.len() == 0 {
+        let reason = "it is empty".to_owned();
+        return Err(PlanError::Unfit { role, path: path.to_owned(), reason });
+    }
+    Ok(meta.len())
+}
+
+fn user_disks(args: &RunArgs) -> Result<Vec<DiskPlan>, PlanError> {
+    let role = "a disk";
+    let mut disks: Vec<DiskPlan> = Vec::new();
+    let mut writable: Vec<PathBuf> = Vec::new();
+    for disk in &args.disks {
+        let unfit = |reason: &str| PlanError::Unfit {
+            role,
+            path: disk.path.clone(),
+            reason: reason.to_owned(),
+        };
+        let len = check_file(&disk.path, role, !disk.read_only)?;
+        if !len.is_multiple_of(SECTOR_BYTES) {
+            return Err(unfit(&format!("its length, {len}, is not a multiple of {SECTOR_BYTES}")));
+        }
+        let real = fs::canonicalize(&disk.path).map_err(|source| PlanError::File {
+            role,
+            path: disk.path.clone(),
+            source,
+        })?;
+        if !disk.read_only && writable.contains(&real) {
+            return Err(unfit("it is given twice for writing"));
+        }
+        writable.push(real);
+        disks.push(DiskPlan { path: disk.path.clone(), read_only: disk.read_only });
+    }
+    Ok(disks)
+}
+
+fn network(args: &RunArgs) -> Result<NetPlan, PlanError> {
+    match &args.net {
+        Some(NetArg::None) => Ok(NetPlan::Absent),
+        Some(NetArg::Tap(name)) if Path::new("/sys/class/net").join(name).exists() => {
+            Ok(NetPlan::Tap(name.clone()))
+        }
+        Some(NetArg::Tap(name)) => Err(PlanError::NoInterface(name.clone())),
+        Some(NetArg::User) if has_program("passt") => Ok(NetPlan::User),
+        Some(NetArg::User) => Err(PlanError::NoPasst),
+        None if args.image.is_none() => Ok(NetPlan::Absent),
+        None if has_program("passt") => Ok(NetPlan::User),
+        None => {
+            eprintln!("berth: the guest has no network, since passt is not installed");
+            Ok(NetPlan::Absent)
+        }
+    }
+}
+
+/// Whether a program is in `PATH`.
+#[must_use]
+pub fn has_program(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let more = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(more).any(|directory| directory.join(name).is_file())
+}
+
+fn command(args: &RunArgs) -> Option<Exec> {
+    if args.command.is_empty() {
+        return None;
+    }
+    let mut exec = Exec { argv: args.command.clone(), ..Exec::default() };
+    if terminal::is_interactive() {
+        exec.tty = terminal::size();
+        if let Ok(term) = std::env::var("TERM") {
+            exec.env.push(("TERM".into(), term));
+        }
+    }
+    Some(exec)
+}
+
+fn command_line(args: &RunArgs, name: &str) -> Result<String, PlanError> {
+    let mut words = Vec::new();
+    if args.image.is_some() {
+        words.push("console=ttyS0 quiet panic=-1 berth.root=/dev/vda berth.rw=1".to_owned());
+        words.push(format!("berth.hostname={name}"));
+        if args.command.is_empty() {
+            words.push("berth.shell=1".to_owned());
+            words.extend(terminal_words());
+        }
+    }
+    if !args.append.is_empty() {
+        words.push(args.append.clone());
+    }
+    let line = words.join(" ");
+    if line.len() > COMMAND_LINE_BYTES_MAX || line.contains('\0') {
+        return Err(PlanError::Usage(format!(
+            "the kernel command line has {} bytes; Linux takes {COMMAND_LINE_BYTES_MAX}",
+            line.len()
+        )));
+    }
+    Ok(line)
+}
+
+fn terminal_words() -> Vec<String> {
+    let mut words = Vec::new();
+    if !terminal::is_interactive() {
+        return words;
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '+');
+    if let Ok(term) = std::env::var("TERM")
+        && !term.is_empty()
+        && term.chars().all(plain)
+    {
+        words.push(format!("berth.term={term}"));
+    }
+    if let Some(size) = terminal::size() {
+        words.push(format!("berth.size={}x{}", size.rows, size.cols));
+    }
+    words
+}
+
+fn unnamed_file(store: &Store) -> Result<File, PlanError> {
+    let path = store.temporary().join(format!("console-{}", std::process::id()));
+    let failed = |source| PlanError::File { role: "the console's log", path: path.clone(), source };
+    let options = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+    let file = options.map_err(failed)?;
+    fs::remove_file(&path).map_err(failed)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Args, Command, VmCommand};
+
+    fn run_args(line: &str) -> RunArgs {
+        let words = format!("berth vm run {line}");
+        let args = Args::try_parse_from(words.split_whitespace()).unwrap();
+        let Command::Vm(VmCommand::Run(run)) = args.command else { panic!() };
+        *run
+    }
+
+    #[test]
+    fn a_bare_kernel_needs_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let kernel = directory.path().join("kernel");
+        fs::write(&kernel, "k").unwrap();
+        let line = format!("--kernel {} --append console=ttyS0", kernel.display());
+        let state = directory.path().join("state");
+        let plan = RunPlan::new(&run_args(&line), &state).unwrap();
+        assert_eq!((plan.command_line.as_str(), plan.cpus), ("console=ttyS0", 1));
+        assert_eq!((plan.net, plan.disks.len(), plan.name.as_str()), (NetPlan::Absent, 0, "berth"));
+        assert!(!state.exists(), "nothing is stored for it");
+    }
+
+    #[test]
+    fn an_images_command_line_carries_what_the_agent_wants() {
+        let line = command_line(&run_args("--append extra=1 debian"), "box").unwrap();
+        assert!(line.contains("berth.hostname=box berth.shell=1"), "{line}");
+        assert!(line.ends_with(" extra=1"), "{line}");
+        let line = command_line(&run_args("debian -- true"), "box").unwrap();
+        assert!(!line.contains("berth.shell"), "{line}");
+        let long = "x".repeat(3000);
+        assert!(command_line(&run_args(&format!("--append {long} debian")), "box").is_err());
+    }
+
+    #[test]
+    fn memory_has_bounds() {
+        let check = |text: &str| check_memory(text.parse().unwrap(), Some(8 << 30));
+        assert!(check("512M").is_ok() && check("1M").is_ok() && check("8G").is_ok());
+        for bad in ["0", "512K", "1048577", "9G"] {
+            assert!(check(bad).is_err(), "{bad}");
+        }
+    }
+}

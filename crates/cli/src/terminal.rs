@@ -1,0 +1,58 @@
+//! The user's terminal while a command of the guest has it.
+
+use std::io;
+
+use berth_api::agent::message::TerminalSize;
+use rustix::stdio::{stdin, stdout};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+
+/// Whether a person sits at both ends.
+#[must_use]
+pub fn is_interactive() -> bool {
+    isatty(stdin()) && isatty(stdout())
+}
+
+/// The terminal's size, when it knows one.
+#[must_use]
+pub fn size() -> Option<TerminalSize> {
+    let size = tcgetwinsize(stdout()).ok()?;
+    (size.ws_row > 0 && size.ws_col > 0)
+        .then_some(TerminalSize { rows: size.ws_row, cols: size.ws_col })
+}
+
+/// A terminal that passes every key on. Restored when dropped.
+pub struct RawTerminal {
+    before: Termios,
+}
+
+impl RawTerminal {
+    /// Makes standard input raw.
+    ///
+    /// # Errors
+    /// The terminal's.
+    pub fn enter() -> io::Result<Self> {
+        let before = tcgetattr(stdin())?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
+        Ok(Self { before })
+    }
+
+    /// What the terminal was before; for a thread that has to end the program.
+    #[must_use]
+    pub fn before(&self) -> Termios {
+        self.before.clone()
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        restore(&self.before);
+    }
+}
+
+/// Puts the terminal back.
+pub fn restore(before: &Termios) {
+    // A terminal that is gone needs nothing put back.
+    let _ = tcsetattr(stdin(), OptionalActions::Now, before);
+}

@@ -1,0 +1,133 @@
+//! The `berth` program as scripts see it: status, standard output, standard error.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use assert_cmd::Command;
+
+fn berth(root: &Path) -> Command {
+    let mut command = Command::cargo_bin("berth").unwrap();
+    command.env("BERTH_ROOT", root).env("XDG_DATA_HOME", root.join("data"));
+    command
+}
+
+/// Runs `berth` with arguments that must fail: one line on standard error that holds all of `parts`.
+fn check_fails(root: &Path, line: &str, status: i32, parts: &[&str]) {
+    let assert = berth(root).args(line.split_whitespace()).assert().code(status);
+    let output = assert.get_output();
+    let text = String::from_utf8(output.stderr.clone()).unwrap();
+    assert!(output.stdout.is_empty(), "{line}: standard output is for data");
+    for part in parts {
+        assert!(text.contains(part), "{line}: no `{part}` in: {text}");
+    }
+    if status == 1 {
+        assert_eq!(text.lines().count(), 1, "{line}: {text}");
+    }
+    assert!(!text.contains("panicked"), "{text}");
+}
+
+#[test]
+fn help_has_examples_and_every_command() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = berth(directory.path()).arg("--help").assert().success();
+    let text = String::from_utf8(output.get_output().stdout.clone()).unwrap();
+    for part in ["berth vm run debian -- uname -a", "image", "doctor", "completions", "--root"] {
+        assert!(text.contains(part), "{part}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        let output = berth(directory.path()).args(["completions", shell]).assert().success();
+        assert!(output.get_output().stdout.len() > 1000);
+    }
+}
+
+#[test]
+fn wrong_words_are_usage_errors() {
+    let directory = tempfile::tempdir().unwrap();
+    let check = |line, parts: &[&str]| check_fails(directory.path(), line, 2, parts);
+    check("vm run", &["IMAGE"]);
+    check("vm run --cpus 17 debian", &["17", "--cpus"]);
+    check("vm run --memory lots debian", &["lots", "no size"]);
+    check("vm run --net wifi debian", &["wifi", "tap=INTERFACE"]);
+    check("vm run --accel hope debian", &["hope", "translate"]);
+    check("vm run --name a_b debian", &["a_b", "no machine name"]);
+    check("vm run --kernel k -- true", &["a command needs an image"]);
+    check("vm run --kernel k debian", &["--initrd"]);
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("state");
+    let check = |line: &str, parts: &[&str]| check_fails(&root, line, 1, parts);
+    let kernel = directory.path().join("kernel");
+    fs::write(&kernel, "k").unwrap();
+    let odd = directory.path().join("odd.raw");
+    fs::write(&odd, "123").unwrap();
+    let empty = directory.path().join("empty.raw");
+    fs::write(&empty, "").unwrap();
+    let disk = directory.path().join("disk.raw");
+    fs::write(&disk, [0; 512]).unwrap();
+    let alias = directory.path().join("alias.raw");
+    symlink(&disk, &alias).unwrap();
+    let with = |words: String| format!("vm run --kernel {} {words}", kernel.display());
+    check("vm run --kernel /no/kernel", &["/no/kernel", "a kernel", "No such file"]);
+    check("vm run --kernel /", &["not a regular file"]);
+    check(&with("--initrd /no/initrd".into()), &["/no/initrd", "an initrd"]);
+    check(&with("--disk /no/disk".into()), &["/no/disk", "a disk"]);
+    check(&with(format!("--disk {}", odd.display())), &["odd.raw", "multiple of 512"]);
+    check(&with(format!("--disk {}", empty.display())), &["empty.raw", "empty"]);
+    let twice = format!("--disk {} --disk {}", disk.display(), alias.display());
+    check(&with(twice), &["alias.raw", "twice"]);
+    check(&with("--net tap=nosuch0".into()), &["nosuch0", "ip tuntap"]);
+    check(&with("--memory 900T".into()), &["900T", "this host has"]);
+    check(&with("--memory 4K".into()), &["4K", "the least is 1M"]);
+    check("vm run debian", &["debian", "berth image bootstrap debian bookworm"]);
+    check("vm run other", &["other"]);
+    check("vm run ../../etc", &["../../etc", "no image name"]);
+    check("image rm debian", &["debian", "none"]);
+    check("image bootstrap fedora 41", &["fedora", "debian"]);
+    check("image bootstrap debian ../x", &["../x"]);
+}
+
+#[test]
+fn an_empty_store_lists_as_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("state");
+    let output = berth(&root).args(["image", "ls", "--json"]).assert().success();
+    let value: serde_json::Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    assert_eq!(value, serde_json::json!([]));
+    let output = berth(&root).args(["image", "ls"]).assert().success();
+    assert!(output.get_output().stdout.starts_with(b"IMAGE"));
+    assert!(!root.exists(), "looking makes nothing");
+}
+
+#[test]
+fn doctor_prints_json_that_programs_can_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = berth(directory.path()).args(["doctor", "--json"]).output().unwrap();
+    let findings: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let about: Vec<_> =
+        findings.as_array().unwrap().iter().map(|f| f["about"].as_str().unwrap()).collect();
+    assert!(about.contains(&"kvm") && about.contains(&"processor"), "{about:?}");
+}
+
+#[test]
+fn an_agent_that_cannot_run_in_the_guest_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let image = root.join("images/debian@bookworm");
+    fs::create_dir_all(image.join("kernel/modules")).unwrap();
+    fs::write(image.join("root.ext4"), [0; 512]).unwrap();
+    fs::write(image.join("kernel/vmlinuz"), "k").unwrap();
+    let info = r#"{"format":1,"name":"debian:bookworm","kernel_version":"6","created_unix_s":1,
+                   "disk_bytes":512,"sources":[]}"#;
+    fs::write(image.join("image.json"), info).unwrap();
+    let run = |agent: &str| {
+        let output = berth(root).env("BERTH_AGENT", agent).args(["vm", "run", "debian"]).output();
+        String::from_utf8(output.unwrap().stderr).unwrap()
+    };
+    assert!(run("/bin/sh").contains("shared libraries"));
+    assert!(run("/no/agent").contains("/no/agent"));
+}

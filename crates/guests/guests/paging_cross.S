@@ -1,0 +1,211 @@
+// Accesses and instructions that cross into a page that faults, and aliases of one physical page.
+// Intel SDM vol. 3, 4.7 and 6.5 (faults leave the state before the instruction); vol. 1, 4.1.1.
+#include "berth.inc"
+    .text
+    .globl main
+main:
+    lea rax, [t_pdpt + 7]
+    mov [pml4 + 8], rax
+    lea rax, [t_pd + 7]
+    mov [t_pdpt], rax
+    lea rax, [t_pt + 7]
+    mov [t_pd], rax
+    lea rax, [frames + 3]
+    mov [t_pt], rax                     // page 0 -> frame 0
+    lea rax, [frames + 0x1000 + 3]
+    mov [t_pt + 16], rax                // page 2 -> frame 1
+    lea rax, [frames + 0x1000 + 3]
+    mov [t_pt + 24], rax                // page 3 -> frame 1 as well
+    lea rax, [frames + 3]
+    mov [t_pt + 32], rax                // page 4 -> frame 0: 3,4 are 0,1 the other way round
+    lea rax, [frames + 1]
+    mov [t_pt + 40], rax                // page 5 -> frame 0, read only
+    mov rbx, 1 << 39
+    lea rsi, [rbx + 0xffc]
+    lea r15, [rbx + 0x1000]             // page 1 is not there
+
+    // CR2 is the first byte in the faulting page.
+    FAULT_PF "read crossing into a missing page", 0, r15, mov rax, [rsi]
+    mov rax, 0x1111111111111111
+    mov [frames + 0xff8], rax
+    not rax
+    FAULT_PF "write crossing into a missing page", 2, r15, mov [rsi], rax
+    mov rax, 0x1111111111111111
+    CHECK "no part of it was written", "qword ptr [frames + 0xff8]", rax
+    FAULT_PF "add m crossing", 2, r15, add [rsi], rax
+    CHECK "add m: nothing written", "qword ptr [frames + 0xff8]", rax
+    movq xmm0, rax
+    pcmpeqd xmm1, xmm1
+    FAULT_PF "movups store crossing", 2, r15, movups [rsi - 8], xmm1
+    CHECK "movups: nothing written", "qword ptr [frames + 0xff8]", rax
+    // First page missing, second there: CR2 is the address itself.
+    lea rdi, [rbx + 0x1ffc]
+    FAULT_PF "read crossing out of a missing page", 0, rdi, mov rax, [rdi]
+    // Second page read-only: error code of that page.
+    lea rdi, [rbx + 0x4ffc]
+    lea r14, [rbx + 0x5000]
+    FAULT_PF "write crossing into a read-only page", 3, r14, mov [rdi], rax
+    // PUSH that crosses: RSP unchanged.
+    mov rbp, rsp
+    ARM 1f
+    lea rsp, [rbx + 0x3004]
+    mov qword ptr [t_pt + 16], 0
+    invlpg [rbx + 0x2000]
+    push -1
+1:  CHECK "push crossing downwards: vector", "qword ptr [exc_vec]", 8
+    mov rsp, rbp
+    lea rax, [frames + 0x1000 + 3]
+    mov [t_pt + 16], rax
+
+    // A crossing access over two pages whose frames are not neighbours.
+    mov dword ptr [frames + 0x1ffc], 0x44332211
+    mov dword ptr [frames], 0x88776655
+    mov rax, [rbx + 0x3ffc]
+    mov rdx, 0x8877665544332211
+    CHECK "read over frames that are not neighbours", rax, rdx
+    mov rax, 0x0102030405060708
+    mov [rbx + 0x3ffc], rax
+    mov eax, [frames + 0x1ffc]
+    CHECK "write over frames: low part", rax, 0x05060708
+    mov eax, [frames]
+    CHECK "write over frames: high part", rax, 0x01020304
+    mov eax, 1
+    lock xadd [rbx + 0x3ffe], eax
+    mov eax, [frames]
+    CHECK "locked access over frames: carry goes over", rax, 0x01020304
+    mov ax, [frames + 0x1ffe]
+    movzx eax, ax
+    CHECK "locked access over frames: low part", rax, 0x0507
+    movups xmm0, [rbx + 0x3ff8]
+    movq rax, xmm0
+    movhlps xmm0, xmm0
+    movq rdx, xmm0
+    shr rax, 32
+    CHECK "movups over frames: low", rax, 0x05070708
+    mov eax, edx
+    CHECK "movups over frames: high", rax, 0x01020304
+
+    // REP MOVSB that faults in the middle: registers say how far it came.
+    mov rsi, offset frames
+    lea rdi, [rbx + 0xff0]
+    mov ecx, 0x20
+    FAULT_PF "rep movsb into a missing page", 2, r15, rep movsb
+    CHECK "rep movsb: rcx", rcx, 0x10
+    CHECK "rep movsb: rdi", rdi, r15
+    mov rsi, offset frames
+    lea rdi, [rbx + 0xff4]
+    mov ecx, 4
+    FAULT_PF "rep movsq, element crossing", 2, r15, rep movsq
+    CHECK "rep movsq: rcx", rcx, 3
+    lea rax, [rbx + 0xffc]
+    CHECK "rep movsq: rdi at the element", rdi, rax
+    std
+    lea rdi, [rbx + 0x2008]
+    mov ecx, 0x10
+    lea r13, [rbx + 0x1fff]
+    ARM 1f
+    rep stosb
+1:  CHECK "rep stosb downwards: cr2", "qword ptr [exc_cr2]", r13
+    CHECK "rep stosb downwards: rcx", rcx, 7
+    cld
+
+    // Fetch crossing into a missing page: CR2 is the page, RIP the instruction.
+    mov dword ptr [frames + 0xffc], 0x0000b890 // nop; mov eax, imm32 of which two bytes are there
+    lea rdx, [rbx + 0xffd]
+    ARM 1f
+    jmp rdx
+1:  CHECK "fetch crossing: vector", "qword ptr [exc_vec]", PF
+    CHECK "fetch crossing: error code", "qword ptr [exc_err]", 0x10
+    CHECK "fetch crossing: cr2", "qword ptr [exc_cr2]", r15
+    CHECK "fetch crossing: rip", "qword ptr [exc_rip]", rdx
+    // The same in straight-line code after an instruction that does something.
+    mov dword ptr [frames + 0xff8], 0xb8c0ff48 // inc rax; mov eax, imm32 ...
+    lea rdx, [rbx + 0xff8]
+    mov byte ptr [frames + 0xffd], 0x00
+    mov dword ptr [frames + 0xff8], 0x90c0ff48 // inc rax; nop
+    mov dword ptr [frames + 0xffc], 0xb8c0ff48 // inc rax; b8 at the last byte
+    xor eax, eax
+    ARM 1f
+    jmp rdx
+1:  CHECK "block before a crossing instruction was executed", rax, 2
+    lea rdx, [rbx + 0xfff]
+    CHECK "rip of the crossing instruction", "qword ptr [exc_rip]", rdx
+    // One page further mapped: it runs over the boundary of frames that are not neighbours.
+    mov byte ptr [frames + 0x1fff], 0xb8
+    mov dword ptr [frames], 0x12345678
+    mov byte ptr [frames + 4], 0xc3
+    lea rdx, [rbx + 0x3fff]
+    call rdx
+    CHECK "instruction over frames that are not neighbours", rax, 0x12345678
+    // Its second part changes: by the other mapping.
+    mov dword ptr [rbx], 0x76543210
+    call rdx
+    CHECK "second part changed through an alias", rax, 0x76543210
+    mov byte ptr [frames + 0x1fff], 0xba // mov edx
+    push rdx
+    call rdx
+    CHECK "first part changed through an alias", rdx, 0x76543210
+    pop rdx
+    // The mapping of the second page changes: same first page, other instruction end.
+    mov byte ptr [frames + 0x1fff], 0xb8
+    lea rax, [frames + 0x2000 + 3]
+    mov [t_pt + 32], rax
+    invlpg [rbx + 0x4000]
+    mov dword ptr [frames + 0x2000], 0x0badcafe
+    mov byte ptr [frames + 0x2004], 0xc3
+    call rdx
+    CHECK "second page mapped elsewhere", rax, 0x0badcafe
+
+    // Aliases: write through one, read and fetch through another.
+    lea rsi, [rbx + 0x2000]
+    lea rdi, [rbx + 0x3000]
+    mov qword ptr [rsi + 0x100], 0x1234
+    CHECK "data alias", "qword ptr [rdi + 0x100]", 0x1234
+    lock inc qword ptr [rdi + 0x100]
+    CHECK "data alias, locked", "qword ptr [rsi + 0x100]", 0x1235
+    mov byte ptr [rsi], 0xb8
+    mov dword ptr [rsi + 1], 1
+    mov byte ptr [rsi + 5], 0xc3
+    call rsi
+    CHECK "code by one mapping", rax, 1
+    mov dword ptr [rdi + 1], 2
+    call rsi
+    CHECK "code changed by the other mapping", rax, 2
+    call rdi
+    CHECK "code by the other mapping", rax, 2
+    // Code mapping that is read-only for stores; writes go through the alias in a loop.
+    and qword ptr [t_pt + 16], ~2
+    invlpg [rsi]
+    mov r12d, 100
+    xor r11d, r11d
+1:  mov [rdi + 1], r12d
+    call rsi
+    add r11d, eax
+    dec r12d
+    jnz 1b
+    CHECK "100 changes through the alias, sum", r11, 5050
+    // The virtual page is pointed at other code: the old block must not run.
+    mov dword ptr [rdi], 0x000007b8
+    mov word ptr [rdi + 4], 0xc300
+    mov dword ptr [frames + 0x2000], 0x000009b8
+    mov word ptr [frames + 0x2004], 0xc300
+    call rsi
+    CHECK "before remapping", rax, 7
+    lea rax, [frames + 0x2000 + 3]
+    mov [t_pt + 16], rax
+    invlpg [rsi]
+    call rsi
+    CHECK "after remapping", rax, 9
+    lea rax, [frames + 0x1000 + 3]
+    mov [t_pt + 16], rax
+    mov rax, cr3
+    mov cr3, rax
+    call rsi
+    CHECK "after mapping back", rax, 7
+    ret
+    .bss
+    .align 4096
+t_pdpt: .skip 4096
+t_pd: .skip 4096
+t_pt: .skip 4096
+frames: .skip 0x3000

@@ -1,0 +1,122 @@
+//! The PCI devices of a machine, made from their configuration.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use crate::machine::{AttachPci, DeviceContext};
+use crate::pci::root::PciRoot;
+use crate::virtio::block::device::Block;
+use crate::virtio::block::disk::{DiskConfig, DiskError};
+use crate::virtio::net::device::{Mac, Net};
+use crate::virtio::net::passt::{Passt, PasstConfig, PasstError};
+use crate::virtio::net::tap::{Tap, TapError};
+use crate::virtio::rng::device::Rng;
+use crate::virtio::transport_pci::{AttachError, attach};
+use crate::virtio::vsock::device::{VsockConfig, VsockDevice};
+use crate::virtio::vsock::host::{Vsock, VsockError};
+
+/// A disk of the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskFile {
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// The guest may not write.
+    pub read_only: bool,
+}
+
+/// What the network card is connected to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NetConfig {
+    /// No card.
+    #[default]
+    None,
+    /// The host's network through passt, without privileges.
+    User,
+    /// A tap interface of this name.
+    Tap(String),
+}
+
+/// The devices of a machine.
+#[derive(Clone, Debug, Default)]
+pub struct Devices {
+    /// In the order the guest numbers them.
+    pub disks: Vec<DiskFile>,
+    /// The network card.
+    pub net: NetConfig,
+    /// The guest's vsock address, at least 3; none: no vsock.
+    pub vsock_cid: Option<u32>,
+}
+
+/// Why a device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DevicesError {
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// passt.
+    #[error(transparent)]
+    Passt(#[from] PasstError),
+    /// A tap interface.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// vsock.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// The bus is full.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// No random numbers.
+    #[error("no random hardware address for the network card")]
+    Mac(#[source] std::io::Error),
+}
+
+/// The host's end of the vsock device, once the machine has been started.
+pub type VsockSlot = Arc<OnceLock<Vsock>>;
+
+impl Devices {
+    /// What [`crate::machine::Machine::start_with`] wants; the vsock appears in `vsock`.
+    #[must_use]
+    pub fn into_attach(self, vsock: &VsockSlot) -> AttachPci {
+        let slot = Arc::clone(vsock);
+        Box::new(move |context| {
+            let root = self.make(context, &slot)?;
+            Ok(Arc::new(Mutex::new(root)))
+        })
+    }
+
+    fn make(&self, context: &DeviceContext, slot: &VsockSlot) -> Result<PciRoot, DevicesError> {
+        let memory = Arc::new(context.memory.clone());
+        let mut root = PciRoot::new(Arc::clone(&context.mmio), Arc::clone(&context.interrupts));
+        for (i, disk) in self.disks.iter().enumerate() {
+            let config = DiskConfig {
+                path: disk.path.clone(),
+                read_only: disk.read_only,
+                serial: format!("disk{i}"),
+                no_io_uring: false,
+            };
+            attach(&mut root, Arc::clone(&memory), Box::new(Block::new(&config)?))?;
+        }
+        match &self.net {
+            NetConfig::None => {}
+            NetConfig::User => {
+                let card = Net::new(
+                    Passt::start(&PasstConfig::default())?,
+                    Mac::random().map_err(DevicesError::Mac)?,
+                );
+                attach(&mut root, Arc::clone(&memory), Box::new(card))?;
+            }
+            NetConfig::Tap(name) => {
+                let card = Net::new(Tap::open(name)?, Mac::random().map_err(DevicesError::Mac)?);
+                attach(&mut root, Arc::clone(&memory), Box::new(card))?;
+            }
+        }
+        attach(&mut root, Arc::clone(&memory), Box::new(Rng::new()))?;
+        if let Some(guest_cid) = self.vsock_cid {
+            let (device, host) = VsockDevice::new(&VsockConfig { guest_cid, path: None })?;
+            attach(&mut root, memory, Box::new(device))?;
+            // A machine is started once; a second attempt keeps the first handle.
+            let _ = slot.set(host);
+        }
+        Ok(root)
+    }
+}

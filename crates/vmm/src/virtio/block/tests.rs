@@ -1,0 +1,331 @@
+//! The disk as a guest uses it.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use crate::virtio::block::device::{Block, F_DISCARD, F_FLUSH, F_RO, F_WRITE_ZEROES};
+use crate::virtio::block::disk::{Disk, DiskConfig, DiskError};
+use crate::virtio::testing::{Guest, Part};
+
+const SECTORS: usize = 4096;
+
+struct TestDisk {
+    path: PathBuf,
+}
+
+impl TestDisk {
+    /// A file in which every sector holds its number.
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("berth-{}-{name}.img", std::process::id()));
+        let mut file = File::create(&path).unwrap();
+        for sector in 0..SECTORS as u32 {
+            file.write_all(&sector_data(sector)).unwrap();
+        }
+        Self { path }
+    }
+
+    fn config(&self) -> DiskConfig {
+        DiskConfig {
+            path: self.path.clone(),
+            serial: "disk-of-the-test-with-a-long-name".to_owned(),
+            ..DiskConfig::default()
+        }
+    }
+
+    fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut file = File::open(&self.path).unwrap();
+        file.seek(SeekFrom::Start(offset)).unwrap();
+        let mut data = vec![0; len];
+        file.read_exact(&mut data).unwrap();
+        data
+    }
+}
+
+impl Drop for TestDisk {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn sector_data(sector: u32) -> Vec<u8> {
+    sector.to_le_bytes().repeat(128)
+}
+
+fn header(kind: u32, sector: u64) -> Vec<u8> {
+    let mut raw = kind.to_le_bytes().to_vec();
+    raw.extend([0; 4]);
+    raw.extend(sector.to_le_bytes());
+    raw
+}
+
+fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+    let mut raw = sector.to_le_bytes().to_vec();
+    raw.extend(count.to_le_bytes());
+    raw.extend(flags.to_le_bytes());
+    raw
+}
+
+/// A request whose data goes to the disk; returns the status.
+fn send(guest: &mut Guest, kind: u32, sector: u64, data: &[u8]) -> u8 {
+    let header = header(kind, sector);
+    let parts = [Part::Out(&header), Part::Out(data), Part::In(1)];
+    let parts = if data.is_empty() { &[Part::Out(&header), Part::In(1)][..] } else { &parts[..] };
+    guest.request(0, parts, false).1[0]
+}
+
+/// A read; returns data and status.
+fn fetch(guest: &mut Guest, sector: u64, len: u32, indirect: bool) -> (u32, Vec<u8>, u8) {
+    let header = header(0, sector);
+    let parts = [Part::Out(&header), Part::In(len), Part::In(1)];
+    let (used, mut data) = guest.request(0, &parts, indirect);
+    let status = data.pop().unwrap();
+    (used, data, status)
+}
+
+/// Runs a test with io_uring (where it works) and with threads.
+fn with_both(name: &str, test: impl Fn(&TestDisk, &mut Guest)) {
+    for no_io_uring in [false, true] {
+        let disk = TestDisk::new(&format!("{name}-{no_io_uring}"));
+        let config = DiskConfig { no_io_uring, ..disk.config() };
+        let mut guest = Guest::new(Block::new(&config).unwrap());
+        guest.start(F_FLUSH | F_DISCARD | F_WRITE_ZEROES, 0);
+        test(&disk, &mut guest);
+    }
+}
+
+#[test]
+fn shows_its_configuration() {
+    with_both("config", |_, guest| {
+        assert_eq!(guest.device_config(0, 8), SECTORS as u64);
+        assert_eq!(guest.device_config(20, 4), 512);
+        assert_eq!(guest.device_features() & F_RO, 0);
+        let header = header(8, 0);
+        let (_, data) = guest.request(0, &[Part::Out(&header), Part::In(20), Part::In(1)], false);
+        assert_eq!(&data[..20], b"disk-of-the-test-wit");
+        assert_eq!(data[20], 0);
+    });
+}
+
+#[test]
+fn reads_and_marks_what_it_wrote_to_memory() {
+    with_both("read", |_, guest| {
+        let (used, data, status) = fetch(guest, 7, 8192, false);
+        assert_eq!((used, status), (8193, 0));
+        for (i, sector) in data.chunks(512).enumerate() {
+            assert_eq!(sector, sector_data(7 + i as u32));
+        }
+        let (_, data, status) = fetch(guest, 100, 512, true);
+        assert_eq!((data, status), (sector_data(100), 0));
+    });
+}
+
+#[test]
+fn marks_the_pages_it_reads_into() {
+    with_both("mark", |_, guest| {
+        let header = header(0, 1);
+        guest.add(0, &[Part::Out(&header), Part::In(16384), Part::In(1)], false);
+        let marked = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&marked);
+        let hook = Box::new(move |address, len| log.lock().unwrap().push((address, len)));
+        assert!(guest.ram.write_hook().set(hook).is_ok());
+        guest.kick(0);
+        guest.used(0);
+        let marked = marked.lock().unwrap();
+        // Buffers start at 4 MiB: the header, the data, the status. The data is marked before the
+        // used index (2 bytes after the used ring's start) makes it the driver's.
+        let data = marked.iter().position(|range| *range == (0x40_0040, 16384)).unwrap();
+        let index = marked.iter().position(|range| *range == (0x10_c002, 2)).unwrap();
+        assert!(data < index);
+        assert!(marked.contains(&(0x40_4040, 1)));
+    });
+}
+
+#[test]
+fn writes_are_there_and_partial_descriptors_work() {
+    with_both("write", |disk, guest| {
+        let data: Vec<u8> = (0..16384u32).map(|i| (i * 7) as u8).collect();
+        let header = header(1, 50);
+        // Header and data cut at odd places.
+        let parts = [
+            Part::Out(&header[..5]),
+            Part::Out(&header[5..]),
+            Part::Out(&data[..1]),
+            Part::Out(&data[1..9999]),
+            Part::Out(&data[9999..]),
+            Part::In(1),
+        ];
+        for indirect in [false, true] {
+            let (used, status) = guest.request(0, &parts, indirect);
+            assert_eq!((used, status[0]), (1, 0));
+        }
+        assert_eq!(disk.read(50 * 512, data.len()), data);
+        assert_eq!(send(guest, 4, 0, &[]), 0);
+    });
+}
+
+#[test]
+fn many_requests_at_once() {
+    with_both("many", |_, guest| {
+        let headers: Vec<_> = (0..200).map(|i| header(0, i * 3)).collect();
+        let mut expected = std::collections::HashMap::new();
+        for round in 0..20 {
+            for (i, header) in headers.iter().enumerate().take(80) {
+                let head = guest.add(0, &[Part::Out(header), Part::In(512), Part::In(1)], false);
+                expected.insert(head, i as u32 * 3);
+                if (i + round) % 7 == 0 {
+                    guest.kick(0);
+                }
+            }
+            guest.kick(0);
+            for _ in 0..80 {
+                let (head, len, data) = guest.used(0);
+                let sector = expected.remove(&head).unwrap();
+                assert_eq!((len, data[512]), (513, 0));
+                assert_eq!(data[..512], sector_data(sector));
+            }
+        }
+        let vectors = guest.sink.messages();
+        assert!(vectors.iter().all(|message| *message == (0xfee0_0000, 0x40)));
+    });
+}
+
+#[test]
+fn refuses_what_is_outside_or_unknown() {
+    with_both("range", |_, guest| {
+        let end = SECTORS as u64;
+        assert_eq!(fetch(guest, end - 1, 1024, false).2, 1);
+        assert_eq!(fetch(guest, end, 512, false).2, 1);
+        assert_eq!(fetch(guest, u64::MAX, 512, false).2, 1);
+        assert_eq!(fetch(guest, u64::MAX / 512, 512, false).2, 1);
+        assert_eq!(fetch(guest, 0, 100, false).2, 1);
+        assert_eq!(fetch(guest, end - 1, 512, false).2, 0);
+        assert_eq!(send(guest, 1, end, &[1; 512]), 1);
+        assert_eq!(send(guest, 77, 0, &[]), 2);
+        assert_eq!(send(guest, 11, 0, &segment(end, 8, 0)), 1);
+        assert_eq!(send(guest, 11, 0, &segment(0, u32::MAX, 0)), 1);
+        assert_eq!(send(guest, 11, 0, &segment(0, 8, 0xf0)), 2);
+        assert_eq!(send(guest, 13, 0, &[1; 15]), 1);
+        assert_eq!(guest.status(), 0xf);
+    });
+}
+
+#[test]
+fn discards_and_writes_zeroes() {
+    with_both("zero", |disk, guest| {
+        assert_eq!(send(guest, 13, 0, &segment(16, 16, 0)), 0);
+        assert_eq!(send(guest, 13, 0, &segment(64, 1000, 1)), 0);
+        assert_eq!(send(guest, 11, 0, &segment(2048, 64, 0)), 0);
+        assert_eq!(disk.read(16 * 512, 16 * 512), vec![0; 16 * 512]);
+        assert_eq!(disk.read(64 * 512, 1000 * 512), vec![0; 1000 * 512]);
+        assert_eq!(disk.read(15 * 512, 512), sector_data(15));
+        assert_eq!(disk.read(32 * 512, 512), sector_data(32));
+        assert_eq!(std::fs::metadata(&disk.path).unwrap().len(), SECTORS as u64 * 512);
+    });
+}
+
+#[test]
+fn read_only_disks_are_not_written() {
+    let disk = TestDisk::new("ro");
+    let config = DiskConfig { read_only: true, ..disk.config() };
+    let mut guest = Guest::new(Block::new(&config).unwrap());
+    assert_eq!(guest.device_features() & F_RO, F_RO);
+    guest.start(F_RO | F_FLUSH, 0);
+    assert_eq!(send(&mut guest, 1, 0, &[1; 512]), 1);
+    assert_eq!(fetch(&mut guest, 3, 512, false).1, sector_data(3));
+    assert_eq!(disk.read(0, 512), sector_data(0));
+    // Another reader may share it, a writer may not.
+    let shared = Block::new(&config).unwrap();
+    assert!(matches!(Block::new(&disk.config()), Err(DiskError::Locked { .. })));
+    drop(shared);
+}
+
+#[test]
+fn a_writable_disk_belongs_to_one() {
+    let disk = TestDisk::new("lock");
+    let first = Block::new(&disk.config()).unwrap();
+    assert!(matches!(Block::new(&disk.config()), Err(DiskError::Locked { .. })));
+    drop(first);
+    assert!(Block::new(&disk.config()).is_ok());
+}
+
+#[test]
+fn unusable_files_are_named() {
+    let missing = DiskConfig { path: "/nonexistent/disk".into(), ..DiskConfig::default() };
+    assert!(matches!(Block::new(&missing), Err(DiskError::Open { .. })));
+    let directory = DiskConfig { path: "/tmp".into(), read_only: true, ..DiskConfig::default() };
+    assert!(matches!(Block::new(&directory), Err(DiskError::Kind { .. })));
+}
+
+#[test]
+fn a_shrunk_file_is_an_error_to_the_guest() {
+    with_both("shrunk", |disk, guest| {
+        File::options().write(true).open(&disk.path).unwrap().set_len(1000 * 512).unwrap();
+        assert_eq!(fetch(guest, 999, 1024, false).2, 1);
+        assert_eq!(fetch(guest, 999, 512, false).2, 0);
+    });
+}
+
+#[test]
+fn broken_chains_stop_the_device_until_reset() {
+    with_both("broken", |_, guest| {
+        let at = Guest::descriptor_address(0, 0);
+        // A loop.
+        guest.write_descriptor(at, 0x40_0000, 16, 1, 0);
+        guest.offer(0, 0);
+        guest.kick(0);
+        guest.wait_needs_reset();
+        let bad: [(u64, u32, u16, u16); 6] = [
+            (0x40_0000, 16, 1, 9999),          // next outside the table
+            (0xffff_ffff_ffff_fff0, 64, 2, 0), // wraps
+            (0x7fff_0000_0000, 16, 0, 0),      // not memory
+            (0x40_0000, 17, 4, 0),             // odd indirect table
+            (0xdead_0000_0000, 32, 4, 0),      // indirect table outside memory
+            (0x40_0000, 16, 0, 0),             // no status byte
+        ];
+        for (address, len, flags, next) in bad {
+            guest.start(F_FLUSH, 0);
+            guest.write_descriptor(at, address, len, flags, next);
+            guest.offer(0, 0);
+            guest.kick(0);
+            guest.wait_needs_reset();
+        }
+        guest.start(F_FLUSH, 0);
+        guest.offer(0, 40_000);
+        guest.kick(0);
+        guest.wait_needs_reset();
+        // After a reset it works as before.
+        guest.start(F_FLUSH, 0);
+        assert_eq!(fetch(guest, 5, 512, false).1, sector_data(5));
+    });
+}
+
+#[test]
+fn reset_with_requests_under_way() {
+    with_both("reset", |_, guest| {
+        let header = header(0, 0);
+        for _ in 0..20 {
+            for _ in 0..60 {
+                guest.add(0, &[Part::Out(&header), Part::In(65536), Part::In(1)], true);
+            }
+            guest.kick(0);
+            guest.start(F_FLUSH, 0);
+        }
+        assert_eq!(fetch(guest, 5, 512, false).1, sector_data(5));
+    });
+}
+
+#[test]
+fn a_full_disk_is_an_error_to_the_guest() {
+    for no_io_uring in [false, true] {
+        let file = File::options().read(true).write(true).open("/dev/full").unwrap();
+        let serial = String::new();
+        let disk = Disk { file, sectors: SECTORS as u64, read_only: false, serial };
+        let mut guest = Guest::new(Block::with_disk(disk, no_io_uring));
+        guest.start(F_FLUSH, 0);
+        assert_eq!(send(&mut guest, 1, 0, &[1; 4096]), 1);
+        // Reading /dev/full gives zeroes: the device still works.
+        assert_eq!(fetch(&mut guest, 0, 512, false), (513, vec![0; 512], 0));
+    }
+}

@@ -1,0 +1,50 @@
+//! Named limits of the virtio devices.
+
+/// Descriptors in one chain, indirect ones included.
+pub const CHAIN_DESCRIPTORS_MAX: usize = 1024;
+/// Queues of one device.
+pub const QUEUES_MAX: usize = 8;
+/// Chains taken from one queue before the worker looks at its other events.
+pub const CHAINS_PER_EVENT: usize = 256;
+
+/// Warnings about broken drivers that a process logs; the guest could cause any number.
+pub const GUEST_WARNINGS_MAX: u32 = 32;
+
+/// Requests of one disk that are under way at the same time.
+pub const BLOCK_REQUESTS_MAX: usize = 256;
+/// Threads per disk where the kernel refuses io_uring.
+pub const BLOCK_THREADS: usize = 4;
+/// Sectors of one discard or write-zeroes request (16 MiB).
+pub const BLOCK_DISCARD_SECTORS_MAX: u32 = 32 * 1024;
+
+/// Largest Ethernet frame passed in either direction.
+pub const NET_FRAME_MAX: usize = 65_536;
+/// Bytes towards a stream backend that wait for its socket before the guest's queue is left alone.
+pub const NET_TRANSMIT_BACKLOG: usize = 512 * 1024;
+/// Bytes read from a stream backend at a time.
+pub const NET_RECEIVE_BUFFER: usize = 512 * 1024;
+
+/// Random bytes for one request.
+pub const RNG_REQUEST_MAX: u64 = 64 * 1024;
+
+/// Bytes of guest output that wait for the console's reader.
+pub const CONSOLE_BACKLOG: usize = 64 * 1024;
+
+/// Open vsock connections, pending ones included.
+pub const VSOCK_CONNECTIONS_MAX: usize = 1024;
+/// Bytes the guest may have under way on one vsock connection.
+pub const VSOCK_BUFFER: u32 = 256 * 1024;
+/// Payload of one vsock packet to the guest.
+pub const VSOCK_PACKET_MAX: u32 = 64 * 1024;
+/// Resets for unknown connections that wait for a buffer of the guest; more are dropped.
+pub const VSOCK_RESETS_MAX: usize = 256;
+/// Host connections that have not said `CONNECT <port>` yet.
+pub const VSOCK_HANDSHAKES_MAX: usize = 64;
+/// Bytes of the `CONNECT <port>` line.
+pub const VSOCK_HANDSHAKE_LINE: usize = 32;
+/// Calls of `connect` that wait for the device to take them.
+pub const VSOCK_CALLS_MAX: usize = 256;
+
+const _: () = assert!(VSOCK_PACKET_MAX <= VSOCK_BUFFER);
+const _: () = assert!(BLOCK_REQUESTS_MAX <= u16::MAX as usize);
+const _: () = assert!(NET_FRAME_MAX + 4 <= NET_RECEIVE_BUFFER);

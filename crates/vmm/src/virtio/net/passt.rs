@@ -1,0 +1,128 @@
+//! passt: a process that turns the guest's frames into ordinary sockets of the host, without any
+//! privilege.
+//!
+//! The guest gets the host's address by DHCP; what it sends to the gateway's address reaches the
+//! host's loopback. passt gets its socket as standard input and ends when that is closed, so it
+//! cannot outlive the VM however that ends.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use crate::virtio::net::stream::Stream;
+
+/// passt's own default, the largest that fits its frames.
+const MTU: u16 = 65_520;
+/// How long passt may take to end by itself.
+const END_TIMEOUT: Duration = Duration::from_millis(500);
+const LOG_LINE_MAX: u64 = 1024;
+
+/// Why there is no user-mode network.
+#[derive(Debug, Error)]
+pub enum PasstError {
+    /// No sockets left.
+    #[error("cannot create the sockets for passt")]
+    Socket(#[source] std::io::Error),
+    /// It cannot be started; most often it is not installed.
+    #[error("cannot start {program} for the network (Debian package passt)")]
+    Start {
+        /// What was to be run.
+        program: PathBuf,
+        /// The kernel's reason.
+        source: std::io::Error,
+    },
+}
+
+/// How passt is to be run.
+#[derive(Clone, Debug)]
+pub struct PasstConfig {
+    /// The program.
+    pub program: PathBuf,
+    /// TCP ports of the host that lead to the guest, in passt's notation (`8080:80,2222:22`).
+    pub tcp_ports: Option<String>,
+    /// UDP ports, likewise.
+    pub udp_ports: Option<String>,
+}
+
+impl Default for PasstConfig {
+    fn default() -> Self {
+        Self { program: PathBuf::from("passt"), tcp_ports: None, udp_ports: None }
+    }
+}
+
+/// The running process. Dropping it after its socket waits for its end.
+#[derive(Debug)]
+pub struct Passt {
+    child: Child,
+}
+
+impl Passt {
+    /// Starts passt; the backend for the network card, with which it ends.
+    ///
+    /// # Errors
+    /// It cannot be started. What it finds wrong later it says on standard error, which goes to the
+    /// log, and the guest's link goes down.
+    pub fn start(config: &PasstConfig) -> Result<Stream, PasstError> {
+        let (near, far) = UnixStream::pair().map_err(PasstError::Socket)?;
+        let stream = Stream::new(near, Some(MTU)).map_err(PasstError::Socket)?;
+        let mut command = Command::new(&config.program);
+        command.args(["--foreground", "--quiet", "--fd", "0"]);
+        command.arg("--mtu").arg(MTU.to_string());
+        if let Some(ports) = &config.tcp_ports {
+            command.arg("--tcp-ports").arg(ports);
+        }
+        if let Some(ports) = &config.udp_ports {
+            command.arg("--udp-ports").arg(ports);
+        }
+        command.stdin(OwnedFd::from(far)).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command
+            .spawn()
+            .map_err(|source| PasstError::Start { program: config.program.clone(), source })?;
+        if let Some(stderr) = child.stderr.take() {
+            // Without this thread passt could block on a full pipe. It ends with passt.
+            let logging = std::thread::Builder::new().name("passt-log".to_owned());
+            let spawned = logging.spawn(move || log_lines(stderr));
+            if let Err(error) = spawned {
+                tracing::warn!(%error, "passt's messages are not logged");
+            }
+        }
+        Ok(stream.with_process(Self { child }))
+    }
+}
+
+fn log_lines(stderr: impl Read) {
+    let mut reader = BufReader::new(stderr);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match reader.by_ref().take(LOG_LINE_MAX).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {
+                let text = String::from_utf8_lossy(&line);
+                // Hosts without a syslog daemon make it complain about each message.
+                if !text.contains("to syslog") && !text.trim().is_empty() {
+                    tracing::info!(message = text.trim_end(), "passt");
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Passt {
+    fn drop(&mut self) {
+        let end = Instant::now() + END_TIMEOUT;
+        while Instant::now() < end {
+            match self.child.try_wait() {
+                Ok(None) => std::thread::sleep(Duration::from_millis(5)),
+                Ok(Some(_)) | Err(_) => return,
+            }
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -18,7 +18,7 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::boot::{ACPI_TABLES, HIGH_START};
+use crate::boot::{ACPI_TABLES, BIOS_ENTRY};
 use crate::chips::{power, rtc, serial};
 use crate::memory::{GuestRam, IOAPIC_BASE, LAPIC_BASE, PCI_WINDOW_32};
 
@@ -50,10 +50,10 @@ pub struct AcpiError {
 /// Puts all tables into memory, the RSDP first, at [`ACPI_TABLES`].
 ///
 /// # Errors
-/// [`AcpiError`] when they do not fit below 1 MiB.
+/// [`AcpiError`] when they do not fit below the BIOS entry.
 pub fn install(ram: &GuestRam, machine: &Machine) -> Result<(), AcpiError> {
     let tables = build(machine);
-    let fits = ACPI_TABLES + tables.len() as u64 <= HIGH_START;
+    let fits = ACPI_TABLES + tables.len() as u64 <= BIOS_ENTRY;
     let written = fits && ram.memory().write_slice(&tables, GuestAddress(ACPI_TABLES)).is_ok();
     if written { Ok(()) } else { Err(AcpiError { len: tables.len() }) }
 }

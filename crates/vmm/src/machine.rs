@@ -167,6 +167,7 @@ impl Machine {
             cmdline: &config.cmdline,
         };
         let loaded = boot::load(&ram, &files)?;
+        boot::put_firmware(&ram)?;
         acpi::install(
             &ram,
             &acpi::Machine {

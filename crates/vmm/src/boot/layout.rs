@@ -9,6 +9,7 @@
 //! 0x90000  Multiboot information, memory map, module list, strings
 //! 0x9fc00  reserved: extended BIOS data area
 //! 0xe0000  reserved: ACPI tables, the RSDP first
+//! 0xffff0  reserved: the entry of a BIOS, which resets the machine
 //! ```
 
 use crate::memory::{GuestRam, HIGH_RAM_START};

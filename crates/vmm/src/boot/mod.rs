@@ -25,6 +25,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 pub use crate::boot::error::BootError;
 pub use crate::boot::layout::{ACPI_TABLES, HIGH_START, MapRange, RangeKind, memory_map};
+use crate::chips::power;
 use crate::limits::{CMDLINE_BYTES_MAX, KERNEL_BYTES_MAX};
 use crate::memory::GuestRam;
 
@@ -113,6 +114,22 @@ pub fn load(ram: &GuestRam, files: &BootFiles<'_>) -> Result<Loaded, BootError> 
         Some(entry) => pvh::load(&loader, &data, &elf, entry),
         None => linux::load_vmlinux(&loader, &data, &elf),
     }
+}
+
+/// Where processors of old start, and where a kernel jumps that wants the BIOS to start the machine
+/// anew. Linux does so by default when ACPI is hardware-reduced and there is no EFI.
+pub const BIOS_ENTRY: u64 = 0xf_fff0;
+
+/// Puts all the firmware there is into memory: code at [`BIOS_ENTRY`] that resets the machine.
+///
+/// # Errors
+/// [`BootError::Memory`].
+pub fn put_firmware(ram: &GuestRam) -> Result<(), BootError> {
+    let [low, high] = power::RESET.to_le_bytes();
+    // mov dx, RESET; mov al, RESET_VALUE; out dx, al; then hlt for good.
+    let code = [0xba, low, high, 0xb0, power::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd];
+    let written = ram.memory().write_slice(&code, GuestAddress(BIOS_ENTRY));
+    written.map_err(|_| BootError::Memory { at: BIOS_ENTRY })
 }
 
 /// Puts bytes of code into memory, for probes and tests.

@@ -8,7 +8,7 @@ use berth_vmm::console::SerialConfig;
 use berth_vmm::machine::{Machine, MachineConfig};
 use berth_vmm::outcome::Outcome;
 
-use crate::run::{Folder, Format, assemble, check, processors, run};
+use crate::run::{Folder, Format, assemble, check, processors};
 
 /// A Multiboot header, a stack, `print` (zero-ended text at ESI) and `putc` (AL) over COM1.
 const MULTIBOOT: &str = r"
@@ -51,13 +51,16 @@ const GATES: &str = r"
     shr eax, 16
     mov word ptr [0x8000 + \vector * 8 + 6], ax
 .endm
-# Returns from an interrupt, losing EAX, without IRET: KVM without hardware virtualization has it
-# only in real mode.
+# Returns from an interrupt with interrupts off (so that handlers do not nest), losing EAX, and
+# without IRET: KVM without hardware virtualization has it only in real mode.
 .macro finish
     pop eax
     add esp, 4
+    xchg eax, [esp]
+    and eax, 0xfffffdff
+    push eax
     popfd
-    jmp eax
+    ret
 .endm
 .macro load_table
     mov word ptr [0x7ff0], 0x7ff
@@ -207,7 +210,8 @@ fn the_pit_interrupts_through_the_8259_pair() {
         mov al, 0x04; out 0x40, al
         xor ebp, ebp
         sti
-    2:  hlt
+    2:  sti
+        hlt
         cmp ebp, 20
         jb 2b
         mov al, 20; out 0xf4, al
@@ -236,7 +240,8 @@ fn the_apic_timer_interrupts_in_all_its_modes() {
         mov dword ptr [ebx + 0x320], 0x20040
         mov dword ptr [ebx + 0x380], 1000000
         sti
-    2:  hlt
+    2:  sti
+        hlt
         cmp ebp, 10
         jb 2b
         # One-shot.
@@ -246,7 +251,8 @@ fn the_apic_timer_interrupts_in_all_its_modes() {
         xor ebp, ebp
         mov dword ptr [ebx + 0x380], 500000
         sti
-    3:  hlt
+    3:  sti
+        hlt
         cmp ebp, 1
         jb 3b
         cli
@@ -263,7 +269,8 @@ fn the_apic_timer_interrupts_in_all_its_modes() {
         mov ecx, 0x6e0
         wrmsr
         sti
-    4:  hlt
+    4:  sti
+        hlt
         cmp ebp, 1
         jb 4b
         rdtsc
@@ -303,7 +310,8 @@ fn other_processors_start_and_interrupt_the_first() {
         jb 2b
         mov dword ptr [0x6004], 1
         sti
-    3:  hlt
+    3:  sti
+        hlt
         cmp ebp, 1
         jb 3b
         mov al, 5; out 0xf4, al
@@ -364,7 +372,8 @@ fn echo() -> String {
         mov dx, 0x3fc; mov al, 0x0b; out dx, al
         mov dx, 0x3f9; mov al, 1; out dx, al
         sti
-    2:  hlt
+    2:  sti
+        hlt
         jmp 2b
     received:
         mov dx, 0x3fd
@@ -404,7 +413,9 @@ fn serial_input_is_neither_lost_nor_reordered() {
         let data = sent.clone();
         let sender = std::thread::spawn(move || writer.write_all(&data).unwrap());
         let mut got = vec![0; sent.len()];
-        stream.read_exact(&mut got).unwrap();
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+        let read = stream.read_exact(&mut got);
+        assert!(read.is_ok(), "{accel:?}: {read:?}, {:?}", machine.ending().outcome());
         sender.join().unwrap();
         assert!(got == sent, "{accel:?}: bytes differ");
         stream.write_all(b"q").unwrap();
@@ -521,5 +532,39 @@ fn a_guest_that_is_too_big_is_an_error_of_the_start() {
     assert!(error.contains("--memory"), "{error}");
     config.cpus = 17;
     assert!(Machine::start(&config).is_err());
-    let _ = run;
+}
+
+#[test]
+fn a_jump_to_the_bios_resets_the_machine() {
+    // As Linux does: back to real mode through a 16-bit segment, then to the BIOS.
+    let text = format!(
+        "{MULTIBOOT}
+        mov dword ptr [0x7000], 0
+        mov dword ptr [0x7004], 0
+        mov dword ptr [0x7008], 0x0000ffff
+        mov dword ptr [0x700c], 0x00009b00
+        mov dword ptr [0x7010], 0x0000ffff
+        mov dword ptr [0x7014], 0x00009300
+        mov word ptr [0x7020], 0x17
+        mov dword ptr [0x7022], 0x7000
+        lgdt [0x7020]
+        mov esi, offset real
+        mov edi, 0x6000
+        mov ecx, offset real_end - real
+        rep movsb
+        jmp 8:0x6000
+        .code16
+    real:
+        mov ax, 16
+        mov ds, ax
+        mov ss, ax
+        mov eax, cr0
+        and al, 0xfe
+        mov cr0, eax
+        .byte 0xea
+        .word 0xfff0, 0xf000
+    real_end:
+        .code32"
+    );
+    check(&text, Format::Elf32, nothing, (Outcome::Reset, ""));
 }

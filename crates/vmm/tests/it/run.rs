@@ -86,7 +86,7 @@ pub fn processors() -> Vec<AccelChoice> {
 }
 
 /// Runs a machine to its end; gives what it sent over the serial port.
-pub fn run(mut config: MachineConfig, folder: &Folder) -> (Outcome, String) {
+fn run(mut config: MachineConfig, folder: &Folder) -> (Outcome, String) {
     let log = folder.0.join("serial");
     let _ = std::fs::remove_file(&log);
     config.serial = SerialConfig::File(log.clone());

@@ -6,7 +6,7 @@ use berth_x86::cpuid::CpuidTable;
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
-    KvmIrqRouting, kvm_cpuid_entry2, kvm_irq_routing_entry, kvm_msi, kvm_pit_config,
+    KvmIrqRouting, kvm_cpuid_entry2, kvm_irq_routing_entry, kvm_irqchip, kvm_msi, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Error, Kvm, VmFd};
@@ -111,8 +111,20 @@ impl KvmVm {
         let routing = KvmIrqRouting::from_entries(&routes())
             .map_err(|_| KvmError::Lacks("room for the interrupt routes"))?;
         self.vm.set_gsi_routing(&routing).map_err(failed("KVM_SET_GSI_ROUTING"))?;
+        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+            self.mask_pic(chip_id)?;
+        }
         self.irqchip = true;
         Ok(Arc::new(KvmInterrupts { vm: Arc::clone(&self.vm) }))
+    }
+
+    /// Masks an 8259, as the emulated ones are until a guest sets them up: KVM's would interrupt with
+    /// vectors of exceptions.
+    fn mask_pic(&self, chip_id: u32) -> Result<(), KvmError> {
+        let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
+        self.vm.get_irqchip(&mut chip).map_err(failed("KVM_GET_IRQCHIP"))?;
+        chip.chip.pic.imr = 0xff;
+        self.vm.set_irqchip(&chip).map_err(failed("KVM_SET_IRQCHIP"))
     }
 
     /// Makes vCPU `index`, whose CPUID is this table as far as KVM has it.

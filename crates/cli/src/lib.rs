@@ -26,6 +26,7 @@ use crate::exit::{CliError, ExitCode};
 #[must_use]
 pub fn main() -> std::process::ExitCode {
     let args = Args::parse();
+    log_to_stderr();
     match run(args) {
         Ok(code) => code.into(),
         Err(error) if error.is_broken_pipe() => ExitCode::Success.into(),
@@ -35,6 +36,13 @@ pub fn main() -> std::process::ExitCode {
             error.exit_code().into()
         }
     }
+}
+
+/// Warnings of the machine go to standard error; `BERTH_LOG` chooses others (`BERTH_LOG=debug`).
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("BERTH_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
 }
 
 fn run(args: Args) -> Result<ExitCode, CliError> {

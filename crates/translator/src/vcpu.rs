@@ -1043,7 +1043,12 @@ impl Inner {
                 let due = self.irq_maybe
                     && self.area.state.rflags & flags::IF != 0
                     && self.lin.platform.interrupt_pending();
-                if stop || due || self.in_single || self.lin.watch_hits != 0 || self.mode_of_state() != self.mode {
+                if stop
+                    || due
+                    || self.in_single
+                    || self.lin.watch_hits != 0
+                    || self.mode_of_state() != self.mode
+                {
                     return Then::Exit;
                 }
                 self.update_view();

@@ -175,6 +175,17 @@ impl Aml for PciRoot<'_> {
             ResourceTemplate::new(vec![&buses, &registers, &ports_low, &ports_high, &low, &high]);
         let hid = if self.0.ecam.is_some() { "PNP0A08" } else { "PNP0A03" };
         scope(sink, "PCI0", hid, &ZERO, &resources);
+        // Pin A of each slot (ACPI 6.5, 6.2.13): address, pin, no link device, interrupt.
+        let rows: Vec<[u32; 4]> = (1..32u8)
+            .map(|slot| [u32::from(slot) << 16 | 0xffff, 0, 0, crate::pci::root::intx_gsi(slot)])
+            .collect();
+        let routes: Vec<Package<'_>> = rows
+            .iter()
+            .map(|row| Package::new(row.iter().map(|n| n as &dyn Aml).collect()))
+            .collect();
+        let table = Package::new(routes.iter().map(|route| route as &dyn Aml).collect());
+        let routing = Name::new("_PRT".into(), &table);
+        Scope::new(Path::new("\\_SB_.PCI0"), vec![&routing]).to_aml_bytes(sink);
     }
 }
 

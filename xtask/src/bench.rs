@@ -176,6 +176,22 @@ fn median(times: &mut [Duration]) -> Duration {
     times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
+/// Resident memory of a process without its guest's RAM, each page counted once: what is mapped
+/// twice (generated code) is counted by its proportional share.
+fn overhead_kib(pid: u32) -> Option<u64> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    let (mut total, mut guest) = (0, false);
+    for line in maps.lines() {
+        if let Some(rest) = line.strip_prefix("Pss:") {
+            let kib: u64 = rest.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+            total += if guest { 0 } else { kib };
+        } else if line.split_whitespace().next().is_some_and(|word| word.contains('-')) {
+            guest = line.contains("berth-ram");
+        }
+    }
+    Some(total)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,20 +212,4 @@ mod tests {
         assert!(error.contains("hello") && error.contains("oops"), "{error}");
         assert_eq!(median(&mut [5, 1, 3].map(Duration::from_secs)), Duration::from_secs(3));
     }
-}
-
-/// Resident memory of a process without its guest's RAM, each page counted once: what is mapped
-/// twice (generated code) is counted by its proportional share.
-fn overhead_kib(pid: u32) -> Option<u64> {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
-    let (mut total, mut guest) = (0, false);
-    for line in maps.lines() {
-        if let Some(rest) = line.strip_prefix("Pss:") {
-            let kib: u64 = rest.trim().strip_suffix(" kB")?.trim().parse().ok()?;
-            total += if guest { 0 } else { kib };
-        } else if line.split_whitespace().next().is_some_and(|word| word.contains('-')) {
-            guest = line.contains("berth-ram");
-        }
-    }
-    Some(total)
 }

@@ -847,7 +847,6 @@ impl Inner {
                 if site.x87
                     && site.write
                     && !site.mmx
-                    && e.vector == vector::PF
                     && fpu::unmasked()
                     && !fpu::pending() =>
             {
@@ -860,7 +859,7 @@ impl Inner {
                 // A pending x87 exception comes before any fault of the operand.
                 let waits = site.x87 && fpu::pending();
                 if site.mmx && site.write && !waits {
-                    fpu::enter_mmx();
+                    fpu::clear_top();
                 }
                 self.raise(if waits { Exception::mf() } else { e });
                 self.area.exit_code = ExitCode::Helper as u64;

@@ -142,19 +142,10 @@ impl Asm {
     pub fn store(&mut self, m: &Mem, src: u8) {
         self.op_mem(true, &[0x89], src, m);
     }
-    /// `mov dst32, m32` (zero-extends).
-    pub fn load32(&mut self, dst: u8, m: &Mem) {
-        self.op_mem(false, &[0x8b], dst, m);
-    }
     /// `mov qword m, imm32` (sign-extended).
     pub fn store_imm(&mut self, m: &Mem, imm: i32) {
         self.op_mem(true, &[0xc7], 0, m);
         self.bytes(&imm.to_le_bytes());
-    }
-    /// `mov byte m, imm8`.
-    pub fn store_imm8(&mut self, m: &Mem, imm: u8) {
-        self.op_mem(false, &[0xc6], 0, m);
-        self.buf.push(imm);
     }
     /// `lea dst, m` (64 bits).
     pub fn lea(&mut self, dst: u8, m: &Mem) {
@@ -183,11 +174,6 @@ impl Asm {
     /// `movsx dst, src16` (to 64 bits).
     pub fn movsx16(&mut self, dst: u8, src: u8) {
         self.op_reg(true, &[0x0f, 0xbf], dst, src);
-    }
-    /// `movzx dst32, src8`; `src` as in an instruction with REX (no high bytes).
-    pub fn movzx8(&mut self, dst: u8, src: u8) {
-        let b = 0x40 | ((dst >> 3) << 2) | (src >> 3);
-        self.bytes(&[b, 0x0f, 0xb6, 0xc0 | ((dst & 7) << 3) | (src & 7)]);
     }
     /// `mov dst, imm` by the shortest form.
     pub fn mov_imm(&mut self, dst: u8, imm: u64) {

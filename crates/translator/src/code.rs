@@ -362,9 +362,4 @@ impl CodeCache {
         }
         true
     }
-
-    /// Blocks made since the last flush, and bytes used.
-    pub fn usage(&self) -> (usize, usize) {
-        (self.blocks.len(), self.used)
-    }
 }

@@ -24,7 +24,6 @@ pub mod host {
     pub const RBP: u8 = 5;
     pub const RSI: u8 = 6;
     pub const RDI: u8 = 7;
-    pub const R8: u8 = 8;
     pub const R12: u8 = 12;
     pub const R13: u8 = 13;
     pub const R14: u8 = 14;

@@ -843,13 +843,7 @@ impl Inner {
                 self.area.exit_code = ExitCode::Helper as u64;
                 Then::Exit
             }
-            Err(e)
-                if site.x87
-                    && site.write
-                    && !site.mmx
-                    && fpu::unmasked()
-                    && !fpu::pending() =>
-            {
+            Err(e) if site.x87 && site.write && !site.mmx && fpu::unmasked() && !fpu::pending() => {
                 self.trial = Some(Box::new((e, rip, fpu::store_x87())));
                 self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
                 Then::Bounce
@@ -1040,7 +1034,12 @@ impl Inner {
                 let due = self.irq_maybe
                     && self.area.state.rflags & flags::IF != 0
                     && self.lin.platform.interrupt_pending();
-                if stop || due || self.in_single || self.lin.watch_hits != 0 || self.mode_of_state() != self.mode {
+                if stop
+                    || due
+                    || self.in_single
+                    || self.lin.watch_hits != 0
+                    || self.mode_of_state() != self.mode
+                {
                     return Then::Exit;
                 }
                 self.update_view();

@@ -166,18 +166,6 @@ impl Inner {
         self.write_mem(seg, offset, &value.to_le_bytes()[..size.min(8)])
     }
 
-    /// Bytes of operand `i`.
-    pub(super) fn operand_size(&self, ins: &Instruction, i: u32) -> usize {
-        match ins.op_kind(i) {
-            OpKind::Register => ins.op_register(i).size(),
-            OpKind::Memory => access_size(ins),
-            OpKind::Immediate8 => 1,
-            OpKind::Immediate16 | OpKind::Immediate8to16 => 2,
-            OpKind::Immediate32 | OpKind::Immediate8to32 => 4,
-            _ => 8,
-        }
-    }
-
     /// Reads operand `i` (register, memory up to 8 bytes, immediate).
     pub(super) fn get(&mut self, ins: &Instruction, i: u32) -> Result<u64, Exception> {
         Ok(match ins.op_kind(i) {

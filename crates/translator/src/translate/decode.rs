@@ -1,8 +1,6 @@
 //! Which instructions are emitted, and which are left to helpers.
 
-use iced_x86::{
-    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register,
-};
+use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind};
 
 use super::Mode;
 
@@ -264,9 +262,4 @@ fn is_nothing(ins: &Instruction) -> bool {
             | M::Cldemote
             | M::Reservednop
     )
-}
-
-/// Whether a register operand is one that only exists at CPL 0.
-pub fn is_system_register(r: Register) -> bool {
-    r.is_cr() || r.is_dr() || r.is_tr()
 }

@@ -117,9 +117,10 @@ fn image_elsewhere(case: &Case) -> bool {
         && decode(case).iter().any(|i| i.flow_control() == FlowControl::ConditionalBranch)
 }
 
-/// FBSTP whose last two bytes fault: some processors have stored the first eight.
+/// A store of ten bytes whose last two fault: some processors have stored the first eight.
 fn half_stored(i: &Instruction, native: &Final) -> bool {
-    i.mnemonic() == iced_x86::Mnemonic::Fbstp && native.fault.vector == vector::PF
+    use iced_x86::Code;
+    matches!(i.code(), Code::Fbstp_m80bcd | Code::Fstp_m80fp) && native.fault.vector == vector::PF
 }
 
 /// A selector as far as it can be compared: the kernel's IRET to the signal handler makes 0 of any

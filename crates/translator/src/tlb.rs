@@ -207,6 +207,7 @@ impl Tlb {
     ///
     /// `user`: the page is accessible to CPL 3. `smap`: SMAP is on, so supervisor code reaches user
     /// pages only through `KernelUser`. `bytes`: size of the guest's page.
+    #[allow(clippy::too_many_arguments, reason = "all of it is what a page walk found")]
     pub fn fill(
         &mut self,
         view: View,

@@ -135,12 +135,12 @@ extern "C" fn instr_helper(owner: u64, ret: u64, _ea: u64) -> Then {
 pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32, _trap: u64) -> u64 {
     // SAFETY: by the caller; generated code was running, so no reference is live.
     let inner = unsafe { &*(owner as *const Inner) };
-    if sig == libc::SIGSEGV || sig == libc::SIGBUS {
-        if let Some(b) = inner.code.block_at(pc) {
-            let off = (pc - b.host) as u32;
-            if let Some(s) = b.sites.iter().find(|s| off >= s.op && off < s.op_end) {
-                return b.host + u64::from(s.cold);
-            }
+    if (sig == libc::SIGSEGV || sig == libc::SIGBUS)
+        && let Some(b) = inner.code.block_at(pc)
+    {
+        let off = (pc - b.host) as u32;
+        if let Some(s) = b.sites.iter().find(|s| off >= s.op && off < s.op_end) {
+            return b.host + u64::from(s.cold);
         }
     }
     inner.thunks.exit(ExitCode::Fault)
@@ -892,10 +892,11 @@ impl Inner {
                 if watching && let Some(o) = self.watched(va, size, site.write) {
                     return Ok(o);
                 }
-                if site.write && self.lin.shared.has_code(w.gpa >> 12) {
-                    if self.store_to_code(w.gpa >> 12) {
-                        return Ok(Outcome::Alone);
-                    }
+                if site.write
+                    && self.lin.shared.has_code(w.gpa >> 12)
+                    && self.store_to_code(w.gpa >> 12)
+                {
+                    return Ok(Outcome::Alone);
                 }
                 if site.segmented
                     || watching

@@ -240,7 +240,7 @@ fn compare(v: &mut Inner, a: u64, b: u64, size: usize) {
     put(flags::SF, r & top != 0);
     put(flags::OF, (a ^ b) & (a ^ r) & top != 0);
     put(flags::AF, (a ^ b ^ r) & 0x10 != 0);
-    put(flags::PF, (r as u8).count_ones() % 2 == 0);
+    put(flags::PF, (r as u8).count_ones().is_multiple_of(2));
     v.area.state.rflags = f;
 }
 

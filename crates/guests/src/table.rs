@@ -404,7 +404,7 @@ pub(crate) const GUESTS: &[Guest] = &[
                 "vol. 3, 17.3.1.2: all matching B bits are set; TCG sets one",
             ),
             differs(
-                "exec: RF in the saved flags",
+                "exec: no RF in the saved flags",
                 "vol. 3, 17.3.1.1: faults save RF = 1; TCG saves 0",
             ),
             differs(

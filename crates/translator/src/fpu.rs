@@ -147,8 +147,22 @@ pub fn restore_all(image: &[u8; 108]) {
     unsafe { std::arch::asm!("frstor [{}]", in(reg) image.as_ptr(), options(nostack)) };
 }
 
-/// What every MMX instruction does, also one whose store faults: all registers valid, top of stack
-/// 0. Waits, so nothing may be [`pending`].
+/// What an MMX store that faults leaves behind: top of stack 0; the tags stay.
+pub fn clear_top() {
+    let old = store_x87();
+    let mut new = store_x87();
+    let top = usize::from(old.0[3] >> 3 & 7);
+    new.0[3] &= !0x38;
+    // The image is in stack order.
+    for i in 0..8 {
+        let (to, from) = (32 + i * 16, 32 + ((i + 8 - top) & 7) * 16);
+        new.0[to..to + 16].copy_from_slice(&old.0[from..from + 16]);
+    }
+    reload_x87(&new);
+}
+
+/// What every MMX instruction does: all registers valid, top of stack 0. Waits, so nothing may be
+/// [`pending`].
 pub fn enter_mmx() {
     let mut unused = 0u64;
     // SAFETY: writes 8 bytes to the variable; changes only tags and TOP of the x87 state, which is

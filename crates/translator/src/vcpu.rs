@@ -845,14 +845,7 @@ impl Inner {
                 self.area.exit_code = ExitCode::Helper as u64;
                 Then::Exit
             }
-            Err(e)
-                if site.x87
-                    && site.write
-                    && !site.mmx
-                    && e.vector == vector::PF
-                    && fpu::unmasked()
-                    && !fpu::pending() =>
-            {
+            Err(e) if site.x87 && site.write && !site.mmx && fpu::unmasked() && !fpu::pending() => {
                 self.trial = Some(Box::new((e, rip, fpu::store_x87())));
                 self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
                 Then::Bounce
@@ -862,7 +855,7 @@ impl Inner {
                 // A pending x87 exception comes before any fault of the operand.
                 let waits = site.x87 && fpu::pending();
                 if site.mmx && site.write && !waits {
-                    fpu::enter_mmx();
+                    fpu::clear_top();
                 }
                 self.raise(if waits { Exception::mf() } else { e });
                 self.area.exit_code = ExitCode::Helper as u64;

@@ -321,6 +321,7 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
         };
         // All bytes are checked, as the processors do, even those that are not selected.
         let va = v.linear(seg, base, n, true)?;
+        v.check_alignment(va, n)?;
         let s = &v.area.state;
         let rights = berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
         v.lin.resolve(s, va, n, rights, false)?;
@@ -337,6 +338,15 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
     if ins.op0_kind() == OpKind::Memory {
         let data = v.area.ymm[vector(ins.op2_register())];
         let n = ins.op2_register().size() / width;
+        // Nothing is stored when any element faults.
+        for i in 0..n {
+            if mask[i * width + width - 1] & 0x80 != 0 {
+                let va = v.linear(seg, off.wrapping_add((i * width) as u64), width, true)?;
+                let s = &v.area.state;
+                let rights = berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
+                v.lin.resolve(s, va, width, rights, usize::from(seg) == 2)?;
+            }
+        }
         for i in 0..n {
             if mask[i * width + width - 1] & 0x80 != 0 {
                 let at = off.wrapping_add((i * width) as u64);

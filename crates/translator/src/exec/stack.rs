@@ -43,20 +43,28 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
             let n = if ins.mnemonic() == M::Popa { 2 } else { 4 };
             let mut values = [0u64; 8];
             let sp = v.area.state.gpr[reg::RSP];
+            let mut fault = None;
+            let mut first = 0;
             for i in (0..8).rev() {
                 match v.pop(n) {
                     Ok(x) => values[i] = x,
                     Err(e) => {
                         v.area.state.gpr[reg::RSP] = sp;
-                        return Err(e);
+                        fault = Some(e);
+                        first = i + 1;
+                        break;
                     }
                 }
             }
-            for (i, x) in values.iter().enumerate() {
+            // As the processors do: what was popped before a fault has been loaded.
+            for (i, x) in values.iter().enumerate().skip(first) {
                 if i != reg::RSP {
                     let g = &mut v.area.state.gpr[i];
                     *g = if n == 2 { *g & !0xffff | x } else { *x };
                 }
+            }
+            if let Some(e) = fault {
+                return Err(e);
             }
         }
         M::Pushf | M::Pushfd | M::Pushfq => {

@@ -26,6 +26,11 @@ Examples:
   berth vm run --disk data.raw --disk tools.raw,ro debian
   berth vm run --net none --kernel vmlinux --append 'console=ttyS0 quiet'";
 
+const BOOTSTRAP_EXAMPLES: &str = "\
+Examples:
+  berth image bootstrap debian bookworm
+  berth image bootstrap --name lab --include gcc,libc6-dev,python3 debian bookworm";
+
 /// Virtual machines and containers, with or without hardware virtualization
 #[derive(Debug, Parser)]
 #[command(name = "berth", version, after_help = EXAMPLES, max_term_width = 100)]
@@ -120,6 +125,7 @@ pub struct RunArgs {
 
 /// `berth image bootstrap`.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_help = BOOTSTRAP_EXAMPLES)]
 pub struct BootstrapArgs {
     /// The distribution; `debian` is known
     pub distribution: String,
@@ -128,6 +134,12 @@ pub struct BootstrapArgs {
     /// The root disk's size as the guest sees it
     #[arg(long, value_name = "SIZE", default_value = "4G")]
     pub size: Size,
+    /// More packages to install into it. May be repeated
+    #[arg(long, value_name = "PKG,...", value_delimiter = ',')]
+    pub include: Vec<String>,
+    /// What to call the image [default: DISTRIBUTION:SUITE]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
     /// Make it again even if it is there
     #[arg(long)]
     pub again: bool,
@@ -240,6 +252,7 @@ mod tests {
             "berth vm run debian",
             "berth image ls --json",
             "berth image bootstrap debian bookworm",
+            "berth image bootstrap --name lab --include gcc,perl --include less debian bookworm",
             "berth image rm a b",
             "berth doctor --json",
             "berth completions bash",

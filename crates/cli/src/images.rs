@@ -33,6 +33,8 @@ pub fn bootstrap(root: &Path, args: &BootstrapArgs) -> Result<ExitCode, CliError
         distribution: args.distribution.clone(),
         suite: args.suite.clone(),
         disk_bytes: args.size.bytes(),
+        include: args.include.clone(),
+        name: args.name.clone(),
         again: args.again,
     };
     // Before the directory is made: a wrong name leaves nothing behind.

@@ -35,6 +35,9 @@ pub enum BootstrapError {
     /// Not a suite's name.
     #[error("`{0}` is no suite; try `bookworm`")]
     Suite(String),
+    /// Not a package's name.
+    #[error("`{0}` is no package name")]
+    Package(String),
     /// A program is not installed.
     #[error("{program} is not installed; try `apt-get install {package}`")]
     NoTool {
@@ -80,6 +83,10 @@ pub struct Request {
     pub suite: String,
     /// The disk's size as the guest sees it.
     pub disk_bytes: u64,
+    /// Packages beyond those every image has.
+    pub include: Vec<String>,
+    /// What to call the image; `DISTRIBUTION:SUITE` unless given.
+    pub name: Option<String>,
     /// Make it again even if it is there.
     pub again: bool,
 }
@@ -88,7 +95,7 @@ impl Request {
     /// The image's name.
     ///
     /// # Errors
-    /// [`BootstrapError`] when the distribution or suite cannot be.
+    /// [`BootstrapError`] when the distribution, the suite, a package or the name cannot be.
     pub fn name(&self) -> Result<ImageName, BootstrapError> {
         if self.distribution != "debian" {
             return Err(BootstrapError::Distribution(self.distribution.clone()));
@@ -97,8 +104,22 @@ impl Request {
         if self.suite.is_empty() || !plain {
             return Err(BootstrapError::Suite(self.suite.clone()));
         }
-        Ok(ImageName::parse(&format!("{}:{}", self.distribution, self.suite))?)
+        if let Some(bad) = self.include.iter().find(|package| !is_package(package)) {
+            return Err(BootstrapError::Package(bad.clone()));
+        }
+        Ok(match &self.name {
+            Some(name) => ImageName::parse(name)?,
+            None => ImageName::parse(&format!("{}:{}", self.distribution, self.suite))?,
+        })
     }
+}
+
+/// Debian policy, 5.6.1: lower case letters, digits, plus, minus and full stops, and no option.
+fn is_package(name: &str) -> bool {
+    name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+        && name
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '+' | '-' | '.'))
 }
 
 /// What came of it.
@@ -230,6 +251,8 @@ fn make_root(
          : > \"$1/etc/machine-id\"; rm -f \"$1/etc/resolv.conf\"",
         request.distribution
     );
+    let packages: Vec<&str> =
+        [PACKAGES].into_iter().chain(request.include.iter().map(String::as_str)).collect();
     let area = work.root_area.display();
     let mut command = tool("mmdebstrap");
     let (mode, format, target) =
@@ -238,7 +261,7 @@ fn make_root(
         .args(["--variant=minbase", "--architectures=amd64"])
         .arg(format!("--mode={mode}"))
         .arg(format!("--format={format}"))
-        .arg(format!("--include={PACKAGES}"))
+        .arg(format!("--include={}", packages.join(",")))
         .args(["--aptopt=Acquire::Languages \"none\"", "--dpkgopt=force-unsafe-io"])
         .args(proxy_options())
         .arg(format!("--customize-hook={fetch_kernel}"))
@@ -446,7 +469,8 @@ mod tests {
 
     fn request(distribution: &str, suite: &str) -> Request {
         let (distribution, suite) = (distribution.into(), suite.into());
-        Request { distribution, suite, disk_bytes: DISK_BYTES_DEFAULT, again: false }
+        let disk_bytes = DISK_BYTES_DEFAULT;
+        Request { distribution, suite, disk_bytes, include: Vec::new(), name: None, again: false }
     }
 
     #[test]
@@ -456,6 +480,21 @@ mod tests {
             [("fedora", "41"), ("debian", ""), ("debian", "../x"), ("debian", "a b")]
         {
             assert!(request(distribution, suite).name().is_err(), "{distribution} {suite}");
+        }
+    }
+
+    #[test]
+    fn packages_and_names_are_checked() {
+        let with = |name: Option<&str>, package: &str| Request {
+            include: vec!["gcc".into(), package.into()],
+            name: name.map(str::to_owned),
+            ..request("debian", "bookworm")
+        };
+        assert_eq!(with(Some("lab"), "libstdc++-12-dev").name().unwrap().as_str(), "lab");
+        assert_eq!(with(None, "python3.11").name().unwrap().as_str(), "debian:bookworm");
+        assert!(with(Some("../lab"), "gcc").name().is_err());
+        for bad in ["", "-o", "a b", "a,b", "A", "$(x)", "./a.deb"] {
+            assert!(with(None, bad).name().is_err(), "{bad}");
         }
     }
 

@@ -1,6 +1,12 @@
 //! The `berth` program as scripts see it: status, standard output, standard error.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod attached;
+mod debian;
+mod guest;
+mod kernels;
+mod terminal;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;

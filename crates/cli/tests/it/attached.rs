@@ -1,0 +1,200 @@
+//! What is attached to a Debian guest: data disks and the network. And a host disk that is full.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+
+use crate::guest::{Debian, LIMIT, Running, berth, run};
+
+const DISK_BYTES: u64 = 64 << 20;
+
+fn data_disk(directory: &Path) -> String {
+    let path = directory.join("data.raw");
+    File::create(&path).unwrap().set_len(DISK_BYTES).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn written_data_is_there_at_the_next_boot() {
+    let Some(debian) = Debian::take() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let disk = data_disk(directory.path());
+    let script = "set -e; mkfs.ext4 -q /dev/vdb; mount /dev/vdb /mnt; seq 500000 > /mnt/numbers; \
+                  sync /mnt/numbers; umount /mnt; blockdev --getsize64 /dev/vdb";
+    let ran = debian.shell(&["--disk", &disk], script);
+    assert_eq!(ran.check(0).text().trim(), DISK_BYTES.to_string());
+    let script = "set -e; mount -o ro /dev/vdb /mnt; sha256sum < /mnt/numbers";
+    let ran = debian.shell(&["--disk", &disk, "--cpus", "2"], script);
+    // sha256sum of `seq 500000` on any machine.
+    let host = Command::new("sh").args(["-c", "seq 500000 | sha256sum"]).output().unwrap();
+    assert_eq!(ran.check(0).stdout, host.stdout);
+}
+
+#[test]
+fn power_off_does_not_lose_what_was_not_yet_written() {
+    let Some(debian) = Debian::take() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let disk = data_disk(directory.path());
+    let script = "mkfs.ext4 -q /dev/vdb && mount /dev/vdb /mnt && echo kept > /mnt/file";
+    debian.shell(&["--disk", &disk], script).check(0);
+    let ran = debian.shell(&["--disk", &disk], "mount /dev/vdb /mnt && cat /mnt/file");
+    assert_eq!(ran.check(0).text(), "kept\n");
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes() {
+    let Some(debian) = Debian::take() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let disk = data_disk(directory.path());
+    File::options().write(true).open(&disk).unwrap().write_all_at(b"untouched", 4096).unwrap();
+    let script = "blockdev --getro /dev/vdb; dd if=/dev/vdb bs=4096 skip=1 count=1 2>/dev/null | head -c 9; \
+                  echo; dd if=/dev/zero of=/dev/vdb bs=4096 count=16 oflag=direct 2>/dev/null && echo written";
+    let ran = debian.shell(&["--disk", &format!("{disk},ro")], script);
+    assert_eq!(ran.check(1).text(), "1\nuntouched\n");
+    let mut back = [0; 9];
+    File::open(&disk).unwrap().read_exact_at(&mut back, 4096).unwrap();
+    assert_eq!(&back, b"untouched");
+}
+
+#[test]
+fn a_writable_disk_is_for_one_machine() {
+    let Some(debian) = Debian::take() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let disk = data_disk(directory.path());
+    let mut command = debian.command(&["--disk", &disk], &["sh", "-c", "echo up; cat"]);
+    let mut first = Running::start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+    let mut said = BufReader::new(first.stdout());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert_eq!(line, "up\n");
+    debian.shell(&["--disk", &disk], "true").check_failed(&["data.raw"]);
+    // Nor may a reader see what changes under it.
+    debian.shell(&["--disk", &format!("{disk},ro")], "true").check_failed(&["data.raw"]);
+    drop(first.stdin());
+    assert_eq!(first.wait(LIMIT), Some(0));
+    let ro = format!("{disk},ro");
+    let mut command = debian.command(&["--disk", &ro], &["sh", "-c", "echo up; cat"]);
+    let mut first = Running::start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+    line.clear();
+    BufReader::new(first.stdout()).read_line(&mut line).unwrap();
+    debian.shell(&["--disk", &ro], "true").check(0);
+}
+
+#[test]
+fn several_disks_keep_their_order() {
+    let Some(debian) = Debian::take() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let mut options = Vec::new();
+    for size_mib in [1, 2, 3, 4] {
+        let path = directory.path().join(format!("{size_mib}.raw"));
+        File::create(&path).unwrap().set_len(size_mib << 20).unwrap();
+        options.push("--disk".to_owned());
+        options.push(path.to_str().unwrap().to_owned());
+    }
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let script = "for d in b c d e; do blockdev --getsize64 /dev/vd$d; done";
+    let ran = debian.shell(&options, script);
+    assert_eq!(ran.check(0).text(), "1048576\n2097152\n3145728\n4194304\n");
+}
+
+#[test]
+fn a_disk_full_of_rubbish_does_no_harm() {
+    let Some(debian) = Debian::take() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let disk = data_disk(directory.path());
+    let rubbish: Vec<u8> =
+        (0..4u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    File::options().write(true).open(&disk).unwrap().write_all_at(&rubbish, 0).unwrap();
+    let script = "mount /dev/vdb /mnt 2>/dev/null; echo $?; head -c 4194304 /dev/vdb | sha256sum";
+    let ran = debian.shell(&["--disk", &disk], script);
+    let text = ran.check(0).text();
+    assert!(text.starts_with("32\n"), "{text}");
+    // As the root disk: the guest says so and resets.
+    let words = ["--append", "berth.root=/dev/vdb", "--disk", &disk];
+    debian.shell(&words, "true").check(1);
+}
+
+#[test]
+fn a_server_on_the_hosts_loopback_is_reached_through_passt() {
+    let Some(debian) = Debian::take() else { return };
+    if Command::new("passt").arg("--version").output().is_err() {
+        return println!("skipped: passt is not installed");
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let answer: Vec<u8> = (0..3_000_000u32).map(|i| (i * 31 % 251) as u8).collect();
+    let to_send = answer.clone();
+    let server = thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line).unwrap();
+        (&stream).write_all(&to_send).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut rest = Vec::new();
+        (&stream).read_to_end(&mut rest).unwrap();
+        line
+    });
+    let script = format!(
+        "gw=$(ip -4 route show default | cut -d' ' -f3); exec 3<>/dev/tcp/$gw/{port} || exit 9; \
+         echo hello from $(hostname) >&3; cat <&3"
+    );
+    let mut command = debian.command(&["--name", "talker"], &["bash", "-c", &script]);
+    let ran = run(&mut command, b"");
+    ran.check(0);
+    assert!(ran.stdout == answer, "{} bytes came instead of {}", ran.stdout.len(), answer.len());
+    assert_eq!(server.join().unwrap(), "hello from talker\n");
+}
+
+#[test]
+fn a_full_disk_is_said_and_leaves_nothing_half_done() {
+    let Some(debian) = Debian::take() else { return };
+    if !rustix::process::geteuid().is_root() {
+        return println!("skipped: only root can mount a small file system");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mounted = Small::mount(directory.path());
+    let Some(_mounted) = mounted else { return println!("skipped: tmpfs cannot be mounted here") };
+    let root = directory.path().to_str().unwrap();
+    // A bootstrap that runs out of space.
+    let ran =
+        run(berth(&["image", "bootstrap", "debian", "bookworm"]).env("BERTH_ROOT", root), b"");
+    ran.check(1);
+    let text = ran.stderr.to_lowercase();
+    assert!(text.contains("space"), "{}", ran.stderr);
+    let left = |place: &str| fs::read_dir(directory.path().join(place)).unwrap().count();
+    assert_eq!((left("images"), left("tmp")), (0, 0), "{}", ran.stderr);
+    // A machine whose copy of the root disk does not fit.
+    let image = directory.path().join("images/debian@bookworm");
+    fs::create_dir_all(image.join("kernel")).unwrap();
+    let original = debian.image.root_disk();
+    let links = [("root.ext4", original.clone()), ("kernel/vmlinuz", debian.image.kernel())];
+    for (name, target) in links {
+        std::os::unix::fs::symlink(target, image.join(name)).unwrap();
+    }
+    std::os::unix::fs::symlink(debian.image.modules(), image.join("kernel/modules")).unwrap();
+    fs::copy(original.with_file_name("image.json"), image.join("image.json")).unwrap();
+    let ran = run(berth(&["vm", "run", "debian", "--", "true"]).env("BERTH_ROOT", root), b"");
+    ran.check_failed(&["No space left"]);
+    assert_eq!(left("tmp"), 0);
+}
+
+/// A file system of 24 MiB.
+struct Small<'a>(&'a Path);
+
+impl<'a> Small<'a> {
+    fn mount(at: &'a Path) -> Option<Self> {
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"]).arg(at);
+        command.stderr(Stdio::null()).status().ok()?.success().then_some(Self(at))
+    }
+}
+
+impl Drop for Small<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0).status();
+    }
+}

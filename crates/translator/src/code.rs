@@ -334,6 +334,18 @@ impl CodeCache {
         }
     }
 
+    /// Appends code of no block and points link `n` at it.
+    pub fn connect_to(&mut self, n: u32, code: &[u8]) {
+        let Some(link) = self.link(n) else { return };
+        if !self.fits(code.len()) {
+            return;
+        }
+        let host = self.next_host();
+        self.write(host, code);
+        self.used = (self.used + code.len()).next_multiple_of(16);
+        self.patch(&link, host);
+    }
+
     /// Undoes all links between different pages.
     pub fn disconnect_far(&mut self) {
         for n in std::mem::take(&mut self.far_links) {

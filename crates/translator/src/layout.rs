@@ -55,7 +55,10 @@ pub const fn mapped(guest: u8) -> Option<u8> {
 /// Bytes of [`Area`] (and of its mapping), a multiple of the page size.
 pub const AREA_SIZE: usize = 16 << 10;
 /// Entries of a jump cache.
-pub const JC_ENTRIES: usize = 4096;
+pub const JC_ENTRIES: usize = 8192;
+/// Bits of a guest address that make its index: functions begin at multiples of 16, and what is hot
+/// lies in more than one page, so the lowest bits tell little.
+pub const JC_MASK: u64 = (JC_ENTRIES as u64 - 1) << 3;
 /// Bytes of a jump cache: the negated guest addresses, then the host addresses.
 pub const JC_SIZE: usize = JC_ENTRIES * 16;
 /// Largest power-of-two access that the inline path handles, as a shift.

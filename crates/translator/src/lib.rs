@@ -153,6 +153,10 @@ pub struct Stats {
     pub code_stores: u64,
     /// Pages whose blocks were dropped.
     pub page_drops: u64,
+    /// Times the jump caches were cleared.
+    pub jump_cache_clears: u64,
+    /// MOV CR3.
+    pub space_switches: u64,
     /// Times the whole cache was dropped.
     pub cache_flushes: u64,
 }
@@ -249,6 +253,6 @@ impl TranslatedVcpu {
     /// Counts since creation.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.inner.stats
+        Stats { jump_cache_clears: self.inner.tlb.jc_clears, ..self.inner.stats }
     }
 }

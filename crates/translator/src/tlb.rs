@@ -24,7 +24,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::SetupError;
-use crate::layout::{AREA_SIZE, Area, JC_ENTRIES, JC_SIZE};
+use crate::layout::{AREA_SIZE, Area, JC_ENTRIES, JC_MASK, JC_SIZE};
 use crate::sys::{self, Reservation};
 
 /// Bytes of half a table: 2^35 entries.
@@ -126,6 +126,8 @@ pub struct Tlb {
     huge: HashSet<u64>,
     /// Full flushes because of the limits.
     pub overflows: u64,
+    /// Jump caches cleared.
+    pub jc_clears: u64,
 }
 
 impl Tlb {
@@ -196,6 +198,7 @@ impl Tlb {
             large: HashSet::new(),
             huge: HashSet::new(),
             overflows: 0,
+            jc_clears: 0,
         })
     }
 
@@ -414,6 +417,7 @@ impl Tlb {
         if !std::mem::take(self.jc_flag(view)) {
             return;
         }
+        self.jc_clears += 1;
         let p = self.jc_ptr(view);
         // SAFETY: the jump cache of a view is `JC_ENTRIES` tags followed by as many targets, mapped
         // as long as we live and used by this thread only. A tag of 1 matches no address that can
@@ -442,7 +446,7 @@ impl Tlb {
     pub fn jc_insert(&mut self, view: View, rip: u64, host: u64) {
         *self.jc_flag(view) = true;
         let p = self.jc_ptr(view);
-        let i = rip as usize & (JC_ENTRIES - 1);
+        let i = (rip & JC_MASK) as usize >> JC_MASK.trailing_zeros();
         // SAFETY: as in `clear_jc`; the index is masked.
         unsafe {
             p.add(i).write(rip.wrapping_neg());

@@ -32,7 +32,7 @@ use crate::ram::PAGE;
 use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
 use crate::thunks::{Then, Thunks};
 use crate::tlb::{Page, Tlb, View};
-use crate::translate::{MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify};
+use crate::translate::{MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour};
 use crate::{Exit, SetupError, Stats, signal};
 
 /// The area of a vCPU, owned by it.
@@ -169,7 +169,7 @@ impl Inner {
             area.slot_mask[shift] = 0xfff & !((1 << shift) - 1);
         }
         area.bit_mask = [7, 15, 31, 63];
-        area.jc_mask = crate::layout::JC_ENTRIES as u64 - 1;
+        area.jc_mask = crate::layout::JC_MASK;
         area.host_mxcsr = 0x1f80;
         let allowed = Allowed::new(cpuid.features());
         let mut inner = Box::new(Self {
@@ -588,13 +588,22 @@ impl Inner {
         let block = self.code.block(id)?;
         let (host, split) = (block.host, block.second_page.is_some());
         if let Some(n) = link {
-            if flushes == self.code.flushes && !split {
-                self.connect(n, id, rip);
+            if flushes == self.code.flushes {
+                if split { self.detour(n, rip) } else { self.connect(n, id, rip) }
             }
         } else if self.mode.bits == 64 || self.mode.flat {
             self.tlb.jc_insert(self.view, rip, host);
         }
         Some(host)
+    }
+
+    /// Lets a link to a block that crosses into another page go through the jump cache, because
+    /// that page's mapping may change.
+    fn detour(&mut self, n: u32, target: u64) {
+        if self.mode.bits == 64 || self.mode.flat {
+            let code = detour(&self.code, self.thunks, target);
+            self.code.connect_to(n, &code);
+        }
     }
 
     fn connect(&mut self, n: u32, id: BlockId, target: u64) {
@@ -789,6 +798,7 @@ impl Inner {
 
     /// MOV CR3.
     pub(crate) fn switch_space(&mut self, pcid: u16, keep: bool) {
+        self.stats.space_switches += 1;
         self.tlb.switch(pcid, keep);
         self.clear_fetch();
     }

@@ -79,6 +79,25 @@ impl Mode {
     }
 }
 
+/// Code at the end of `cache` that goes on at `target` by way of the jump cache.
+pub fn detour(cache: &CodeCache, thunks: Thunks, target: u64) -> Vec<u8> {
+    let key = BlockKey { rip: target, gpa: 0, mode: 0 };
+    let mode = Mode {
+        bits: 64,
+        user: false,
+        flat: true,
+        fpu: true,
+        sse: true,
+        avx: true,
+        single: false,
+        aligned: false,
+    };
+    let mut t = Translation::bare(cache, thunks, key, mode);
+    t.asm.mov_imm(S0, target);
+    t.indirect();
+    t.finish().1
+}
+
 /// Something emitted behind the block's body.
 enum Cold {
     /// Slow path of an access.
@@ -134,7 +153,18 @@ pub struct Translation {
 impl Translation {
     /// Starts a block that will be put at the end of `cache`.
     pub fn new(cache: &CodeCache, thunks: Thunks, key: BlockKey, mode: Mode) -> Self {
-        let mut t = Self {
+        let mut t = Self::bare(cache, thunks, key, mode);
+        if !mode.single {
+            t.asm.load(SC, &Mem::gs(disp(std::mem::offset_of!(Area, run))));
+            let s = t.asm.jrcxz();
+            t.cold.push(Cold::Interrupt { rip: key.rip });
+            t.pending.push((s, 0));
+        }
+        t
+    }
+
+    fn bare(cache: &CodeCache, thunks: Thunks, key: BlockKey, mode: Mode) -> Self {
+        Self {
             asm: Asm::default(),
             at: cache.next_host(),
             thunks,
@@ -152,14 +182,7 @@ impl Translation {
             mmx: false,
             rsp_taken: 0,
             near: Vec::new(),
-        };
-        if !mode.single {
-            t.asm.load(SC, &Mem::gs(disp(std::mem::offset_of!(Area, run))));
-            let s = t.asm.jrcxz();
-            t.cold.push(Cold::Interrupt { rip: key.rip });
-            t.pending.push((s, 0));
         }
-        t
     }
 
     /// Translates one instruction; tells whether the block ends with it.

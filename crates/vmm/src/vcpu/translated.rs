@@ -64,6 +64,12 @@ impl Translated {
     }
 }
 
+impl Drop for Translated {
+    fn drop(&mut self) {
+        tracing::debug!(stats = ?self.vcpu.stats(), "a translated vCPU ends");
+    }
+}
+
 struct Handle(Kicker);
 
 impl VcpuHandle for Handle {

@@ -18,7 +18,7 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::boot::{ACPI_TABLES, HIGH_START};
+use crate::boot::ACPI_TABLES;
 use crate::chips::{power, rtc, serial};
 use crate::memory::{GuestRam, IOAPIC_BASE, LAPIC_BASE, PCI_WINDOW_32};
 
@@ -47,14 +47,16 @@ pub struct AcpiError {
     len: usize,
 }
 
-/// Puts all tables into memory, the RSDP first, at [`ACPI_TABLES`].
+/// Puts all tables into memory, the RSDP first, at [`ACPI_TABLES`], and the code behind them that
+/// takes the place of a firmware: it resets.
 ///
 /// # Errors
-/// [`AcpiError`] when they do not fit below 1 MiB.
+/// [`AcpiError`] when they do not fit below that code.
 pub fn install(ram: &GuestRam, machine: &Machine) -> Result<(), AcpiError> {
     let tables = build(machine);
-    let fits = ACPI_TABLES + tables.len() as u64 <= HIGH_START;
-    let written = fits && ram.memory().write_slice(&tables, GuestAddress(ACPI_TABLES)).is_ok();
+    let fits = ACPI_TABLES + tables.len() as u64 <= power::FIRMWARE_START;
+    let put = |bytes: &[u8], at| ram.memory().write_slice(bytes, GuestAddress(at)).is_ok();
+    let written = fits && put(&tables, ACPI_TABLES) && put(&power::FIRMWARE, power::FIRMWARE_START);
     if written { Ok(()) } else { Err(AcpiError { len: tables.len() }) }
 }
 

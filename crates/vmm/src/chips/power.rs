@@ -29,6 +29,14 @@ pub const S5: u8 = 5;
 /// Reset control register of PC chipsets.
 pub const RESET_CONTROL: u16 = 0xcf9;
 
+/// Where the firmware of a PC begins in real mode, at f000:fff0.
+pub const FIRMWARE_START: u64 = 0xf_fff0;
+/// Code for [`FIRMWARE_START`] that resets: `mov dx, RESET; mov al, RESET_VALUE; out dx, al; cli; hlt;
+/// jmp` to the halt. Linux with hardware-reduced ACPI and without EFI jumps there to restart; it does
+/// not try the reset register.
+pub const FIRMWARE: [u8; 10] =
+    [0xba, RESET as u8, (RESET >> 8) as u8, 0xb0, RESET_VALUE, 0xee, 0xfa, 0xf4, 0xeb, 0xfc];
+
 const SLEEP_ENABLE: u8 = 1 << 5;
 const KEYBOARD_DATA: u16 = 0x60;
 const KEYBOARD_COMMAND: u16 = 0x64;

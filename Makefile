@@ -5,7 +5,7 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BERTH := $(TARGET)/release/berth
 
-.PHONY: run test bench lint build packages
+.PHONY: run test stress bench lint build packages
 
 run: packages build
 	scripts/run-guest $(BERTH)
@@ -17,6 +17,11 @@ build:
 
 test:
 	scripts/test
+
+# Too slow for every change: programs that use the whole processor, and boots in a row.
+stress: packages build
+	$(CARGO) xtask stress
+	$(CARGO) xtask boots
 
 bench: packages build
 	scripts/install-packages qemu-system-x86:qemu-system-x86_64

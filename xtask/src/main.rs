@@ -1,7 +1,8 @@
-//! Project chores: `cargo xtask agent | tidy | bench boot [RUNS]`.
+//! Project chores: `cargo xtask agent | tidy | bench boot [RUNS] | stress [NAME] | boots [COUNT]`.
 
 mod agent;
 mod bench;
+mod stress;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -12,7 +13,9 @@ use anyhow::{Context, Result};
 const USAGE: &str = "\
 cargo xtask agent              build the guest's agent, statically linked
 cargo xtask tidy               check the rules no compiler checks
-cargo xtask bench boot [RUNS]  boot the same files in berth and in QEMU, in turn";
+cargo xtask bench boot [RUNS]  boot the same files in berth and in QEMU, in turn
+cargo xtask stress [NAME]      programs that use the whole processor, in Debian guests
+cargo xtask boots [COUNT]      boot Debian so many times in a row";
 
 fn main() -> Result<ExitCode> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -33,6 +36,10 @@ fn main() -> Result<ExitCode> {
         }
         ["bench", "boot"] => bench::boot(bench::RUNS_DEFAULT)?,
         ["bench", "boot", runs] => bench::boot(runs.parse().context("RUNS is a number")?)?,
+        ["stress"] => stress::run("")?,
+        ["stress", only] => stress::run(only)?,
+        ["boots"] => stress::boots(stress::BOOTS_DEFAULT)?,
+        ["boots", count] => stress::boots(count.parse().context("COUNT is a number")?)?,
         _ => {
             eprintln!("{USAGE}");
             return Ok(ExitCode::from(2));

@@ -115,7 +115,9 @@ fn a_disk_full_of_rubbish_does_no_harm() {
     assert!(text.starts_with("32\n"), "{text}");
     // As the root disk: the guest says so and resets.
     let words = ["--append", "berth.root=/dev/vdb", "--disk", &disk];
-    debian.shell(&words, "true").check(1);
+    let ran = debian.shell(&words, "true");
+    ran.check(1);
+    assert!(ran.stderr.contains("mounting /dev/vdb"), "{}", ran.stderr);
 }
 
 #[test]

@@ -66,8 +66,8 @@ pub struct Site {
     pub ret: u32,
     /// Host offset of the return address of the commit call, 0 when there is none.
     pub commit_ret: u32,
-    /// Guest instruction, as offset from the block's RIP.
-    pub rip_off: u16,
+    /// Address of the guest instruction.
+    pub rip: u64,
     /// Bytes accessed.
     pub size: u16,
     /// Alignment that the instruction demands, 1 for none.
@@ -86,15 +86,6 @@ pub struct Site {
     pub segmented: bool,
 }
 
-/// A guest instruction that a helper executes.
-#[derive(Clone, Debug)]
-pub struct HelperSite {
-    /// Host offset of the return address.
-    pub ret: u32,
-    /// The instruction.
-    pub instr: Instruction,
-}
-
 /// A translated block.
 pub struct Block {
     /// What it is found by.
@@ -109,29 +100,26 @@ pub struct Block {
     pub len: u32,
     /// Where each guest instruction begins: host offset, offset from the block's RIP.
     pub insns: Vec<(u32, u16)>,
-    /// Memory accesses.
-    pub sites: Vec<Site>,
-    /// Instructions done by helpers.
-    pub helpers: Vec<HelperSite>,
+    /// Memory accesses: the first of them in [`CodeCache::site`]'s numbering, and how many.
+    pub sites: (u32, u32),
     /// Links that jump here.
     incoming: Vec<u32>,
     /// Still to be found.
     pub valid: bool,
 }
 
-impl Block {
-    /// Guest RIP of the instruction that host address `pc` belongs to.
-    pub fn rip_at(&self, pc: u64) -> u64 {
-        let off = pc.wrapping_sub(self.host) as u32;
-        // Slow paths lie behind the body and name their instruction in their site.
-        if let Some(s) = self.sites.iter().find(|s| off >= s.cold && off <= s.ret.max(s.commit_ret))
-        {
-            return self.key.rip.wrapping_add(u64::from(s.rip_off));
-        }
-        let i = self.insns.partition_point(|&(h, _)| h <= off);
-        let r = self.insns.get(i.wrapping_sub(1)).map_or(0, |&(_, r)| r);
-        self.key.rip.wrapping_add(u64::from(r))
-    }
+/// A finished translation.
+pub struct Made {
+    /// The record.
+    pub block: Block,
+    /// Host code.
+    pub code: Vec<u8>,
+    /// Links, in order of their numbers.
+    pub links: Vec<Link>,
+    /// Accesses, in order of their numbers.
+    pub sites: Vec<Site>,
+    /// Instructions for helpers, in order of their numbers.
+    pub helpers: Vec<Instruction>,
 }
 
 /// A direct jump that can be pointed at its target's translation.
@@ -161,6 +149,10 @@ pub struct CodeCache {
     map: FastMap<BlockKey, BlockId>,
     pages: FastMap<u64, Vec<BlockId>>,
     links: Vec<Link>,
+    /// Accesses of all blocks, in the order of the blocks.
+    sites: Vec<Site>,
+    /// Instructions that helpers execute.
+    helpers: Vec<Instruction>,
     /// Links between different guest pages; undone when the kernel's mappings change.
     far_links: Vec<u32>,
     /// Times everything was dropped.
@@ -195,6 +187,8 @@ impl CodeCache {
             map: FastMap::default(),
             pages: FastMap::default(),
             links: Vec::new(),
+            sites: Vec::new(),
+            helpers: Vec::new(),
             far_links: Vec::new(),
             flushes: 0,
         })
@@ -241,25 +235,25 @@ impl CodeCache {
         self.map.clear();
         self.pages.clear();
         self.links.clear();
+        self.sites.clear();
+        self.helpers.clear();
         self.far_links.clear();
         self.flushes += 1;
     }
 
     /// Appends a block; `register`: make it findable.
-    pub fn push_block(
-        &mut self,
-        mut block: Block,
-        bytes: &[u8],
-        links: &[Link],
-        register: bool,
-    ) -> BlockId {
+    pub fn push_block(&mut self, made: Made, register: bool) -> BlockId {
+        let Made { mut block, code: bytes, links, sites, helpers } = made;
+        block.sites = (self.sites.len() as u32, sites.len() as u32);
+        self.sites.extend(sites);
+        self.helpers.extend(helpers);
         let id = BlockId(self.blocks.len() as u32);
         block.host = self.next_host();
         block.len = bytes.len() as u32;
         block.valid = register;
-        self.write(block.host, bytes);
+        self.write(block.host, &bytes);
         self.used = (self.used + bytes.len()).next_multiple_of(16);
-        self.links.extend_from_slice(links);
+        self.links.extend(links);
         if register {
             self.map.insert(block.key, id);
             self.pages.entry(block.key.gpa >> 12).or_default().push(id);
@@ -276,6 +270,46 @@ impl CodeCache {
         self.links.len() as u32
     }
 
+    /// Number the next access gets.
+    pub fn next_site(&self) -> u32 {
+        self.sites.len() as u32
+    }
+
+    /// Number the next instruction for a helper gets.
+    pub fn next_helper(&self) -> u32 {
+        self.helpers.len() as u32
+    }
+
+    /// An access by number.
+    pub fn site(&self, n: u64) -> Option<&Site> {
+        self.sites.get(usize::try_from(n).ok()?)
+    }
+
+    /// An instruction for a helper by number.
+    pub fn helper(&self, n: u64) -> Option<&Instruction> {
+        self.helpers.get(usize::try_from(n).ok()?)
+    }
+
+    /// The accesses of a block.
+    pub fn sites_of(&self, block: &Block) -> &[Site] {
+        let (first, count) = (block.sites.0 as usize, block.sites.1 as usize);
+        self.sites.get(first..first + count).unwrap_or_default()
+    }
+
+    /// Address of the guest instruction that host address `pc` belongs to.
+    pub fn rip_at(&self, pc: u64) -> Option<u64> {
+        let block = self.block_at(pc)?;
+        let off = pc.wrapping_sub(block.host) as u32;
+        // Slow paths lie behind the body and name their instruction in their site.
+        let in_cold = |s: &&Site| off >= s.cold && off <= s.ret.max(s.commit_ret);
+        if let Some(s) = self.sites_of(block).iter().find(in_cold) {
+            return Some(s.rip);
+        }
+        let i = block.insns.partition_point(|&(h, _)| h <= off);
+        let r = block.insns.get(i.wrapping_sub(1)).map_or(0, |&(_, r)| r);
+        Some(block.key.rip.wrapping_add(u64::from(r)))
+    }
+
     /// Makes an empty block record for [`CodeCache::push_block`].
     pub fn record(key: BlockKey) -> Block {
         Block {
@@ -285,8 +319,7 @@ impl CodeCache {
             host: 0,
             len: 0,
             insns: Vec::new(),
-            sites: Vec::new(),
-            helpers: Vec::new(),
+            sites: (0, 0),
             incoming: Vec::new(),
             valid: true,
         }

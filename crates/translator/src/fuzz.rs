@@ -55,8 +55,7 @@ pub fn translate_only(bytes: &[u8], bits: u8) -> Result<usize, SetupError> {
         if !ended {
             t.continue_at(0x1000 + at as u64);
         }
-        let (_, host, _) = t.finish();
-        total += host.len();
+        total += t.finish().code.len();
     }
     Ok(total)
 }

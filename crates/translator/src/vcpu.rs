@@ -22,7 +22,7 @@ use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
 use berth_x86::{CpuState, Exception, Segment};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 
-use crate::code::{Block, BlockId, BlockKey, CodeCache, Site};
+use crate::code::{BlockId, BlockKey, CodeCache, Site};
 use crate::exec::{self, Flow};
 use crate::features::Allowed;
 use crate::fpu;
@@ -139,7 +139,7 @@ pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32, _trap: u64) -> u64 {
         && let Some(b) = inner.code.block_at(pc)
     {
         let off = (pc - b.host) as u32;
-        if let Some(s) = b.sites.iter().find(|s| off >= s.op && off < s.op_end) {
+        if let Some(s) = inner.code.sites_of(b).iter().find(|s| off >= s.op && off < s.op_end) {
             return b.host + u64::from(s.cold);
         }
     }
@@ -754,11 +754,11 @@ impl Inner {
             t.continue_at(end_rip);
         }
         t.block.second_page = second_page.filter(|_| at > PAGE as usize);
-        let (block, code, links) = t.finish();
+        let made = t.finish();
         self.stats.blocks += 1;
         self.stats.guest_instructions += count as u64;
-        self.stats.host_bytes += code.len() as u64;
-        Ok(self.code.push_block(block, &code, &links, !mode.single))
+        self.stats.host_bytes += made.code.len() as u64;
+        Ok(self.code.push_block(made, !mode.single))
     }
 
     // ---- dropping things ----
@@ -830,15 +830,10 @@ impl Inner {
         self.sync_in();
         self.stats.slow_accesses += 1;
         let trap = std::mem::take(&mut self.area.fault_trap);
-        let found = self.code.block_at(ret).and_then(|b| {
-            let off = (ret - b.host) as u32;
-            let s = b.sites.iter().find(|s| s.ret == off)?;
-            Some((*s, b.key))
-        });
-        let Some((site, key)) = found else {
+        let Some(&site) = self.code.site(self.area.sc) else {
             bug("a slow access from an unknown place", ret);
         };
-        let rip = wrap(key.rip.wrapping_add(u64::from(site.rip_off)), self.mode.bits);
+        let rip = wrap(site.rip, self.mode.bits);
         match self.access(&site, ea, trap) {
             Ok(Outcome::Direct(host)) => {
                 self.area.sc = host.wrapping_sub(ea);
@@ -1030,11 +1025,9 @@ impl Inner {
     fn helper(&mut self, ret: u64) -> Then {
         self.sync_in();
         self.stats.helpers += 1;
-        let found = self.code.block_at(ret).and_then(|b: &Block| {
-            let off = (ret - b.host) as u32;
-            b.helpers.iter().find(|h| h.ret == off).map(|h| h.instr)
-        });
-        let Some(ins) = found else { bug("a helper called from an unknown place", ret) };
+        let Some(&ins) = self.code.helper(self.area.sc) else {
+            bug("a helper called from an unknown place", ret)
+        };
         self.area.exit_code = ExitCode::Helper as u64;
         self.area.state.rip = ins.ip();
         let next = wrap(ins.next_ip(), self.mode.bits);
@@ -1072,7 +1065,7 @@ impl Inner {
         let pc = self.area.fault_pc;
         let signal = self.area.fault_signal as i32;
         let trap = std::mem::take(&mut self.area.fault_trap);
-        let rip = self.code.block_at(pc).map(|b| b.rip_at(pc));
+        let rip = self.code.rip_at(pc);
         let Some(rip) = rip else { bug("a fault outside any block", pc) };
         self.area.state.rip = wrap(rip, self.mode.bits);
         let e = match (signal, trap) {

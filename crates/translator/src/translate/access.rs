@@ -234,7 +234,7 @@ impl Translation {
             cold: 0,
             ret: 0,
             commit_ret: 0,
-            rip_off: self.rip_off,
+            rip: self.block.key.rip.wrapping_add(u64::from(self.rip_off)),
             size: want.size as u16,
             align: self.align,
             x87: self.x87,
@@ -250,7 +250,7 @@ impl Translation {
 
     /// Says that everything that belongs to the access has been emitted.
     pub(super) fn end_access(&mut self, a: Access) {
-        self.block.sites[a.site].op_end = self.asm.pos() as u32;
+        self.sites[a.site].op_end = self.asm.pos() as u32;
         self.reserve(0);
     }
 

@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
-use crate::code::{Block, BlockKey, CodeCache, HelperSite, Link, Site};
+use crate::code::{Block, BlockKey, CodeCache, Link, Made, Site};
 use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::Thunks;
 
@@ -95,7 +95,7 @@ pub fn detour(cache: &CodeCache, thunks: Thunks, target: u64) -> Vec<u8> {
     let mut t = Translation::bare(cache, thunks, key, mode);
     t.asm.mov_imm(S0, target);
     t.indirect();
-    t.finish().1
+    t.finish().code
 }
 
 /// Something emitted behind the block's body.
@@ -131,8 +131,11 @@ pub struct Translation {
     link_base: u32,
     /// The record.
     pub block: Block,
-    /// Links of the block.
-    pub links: Vec<Link>,
+    links: Vec<Link>,
+    sites: Vec<Site>,
+    helpers: Vec<Instruction>,
+    /// Numbers of the first access and of the first instruction for a helper.
+    bases: (u32, u32),
     cold: Vec<Cold>,
     /// JRCXZs to cold parts, oldest first: (jump, cold number).
     pending: Vec<(Short, usize)>,
@@ -174,6 +177,9 @@ impl Translation {
             link_base: cache.next_link(),
             block: CodeCache::record(key),
             links: Vec::new(),
+            sites: Vec::new(),
+            helpers: Vec::new(),
+            bases: (cache.next_site(), cache.next_helper()),
             cold: Vec::new(),
             pending: Vec::new(),
             rip_off: 0,
@@ -225,14 +231,20 @@ impl Translation {
     }
 
     /// Emits what is behind the body; the block is complete then.
-    pub fn finish(mut self) -> (Block, Vec<u8>, Vec<Link>) {
+    pub fn finish(mut self) -> Made {
         self.islands();
         let mut done = 0;
         while done < self.cold.len() {
             self.cold_part(done);
             done += 1;
         }
-        (self.block, self.asm.buf, self.links)
+        Made {
+            block: self.block,
+            code: self.asm.buf,
+            links: self.links,
+            sites: self.sites,
+            helpers: self.helpers,
+        }
     }
 
     fn cold_part(&mut self, n: usize) {
@@ -276,16 +288,17 @@ impl Translation {
                 if ea != S0 {
                     self.asm.mov(S0, ea);
                 }
-                self.block.sites[site].cold = pos as u32;
+                self.sites[site].cold = pos as u32;
+                self.asm.mov_imm(SC, u64::from(self.bases.0) + site as u64);
                 self.asm.near_abs(0xe8, self.thunks.mem, self.at);
-                let s = self.block.sites[site];
-                self.block.sites[site].ret = self.asm.pos() as u32;
+                let s = self.sites[site];
+                self.sites[site].ret = self.asm.pos() as u32;
                 self.asm.jmp_to(s.op as usize);
                 if s.write {
                     let tail = self.asm.buf[s.op as usize..s.op_end as usize].to_vec();
                     self.asm.bytes(&tail);
                     self.asm.near_abs(0xe8, self.thunks.commit, self.at);
-                    self.block.sites[site].commit_ret = self.asm.pos() as u32;
+                    self.sites[site].commit_ret = self.asm.pos() as u32;
                     self.asm.jmp_to(s.op_end as usize);
                 }
             }
@@ -301,8 +314,9 @@ impl Translation {
 
     /// Calls the helper that executes `ins` on the state.
     fn helper(&mut self, ins: &Instruction) {
+        self.asm.mov_imm(SC, u64::from(self.bases.1) + self.helpers.len() as u64);
         self.asm.near_abs(0xe8, self.thunks.helper, self.at);
-        self.block.helpers.push(HelperSite { ret: self.asm.pos() as u32, instr: *ins });
+        self.helpers.push(*ins);
     }
 
     /// Makes sure that pending JRCXZs still reach their islands after `bytes` more bytes.
@@ -342,8 +356,8 @@ impl Translation {
     }
 
     fn site(&mut self, site: Site) -> usize {
-        self.block.sites.push(site);
-        self.block.sites.len() - 1
+        self.sites.push(site);
+        self.sites.len() - 1
     }
 }
 

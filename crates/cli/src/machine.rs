@@ -2,6 +2,7 @@
 //! ([`RunPlan`]); everything below is the machine's own business.
 
 use std::io::{self, Read, Seek, SeekFrom};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -84,7 +85,16 @@ impl Dial for Guest {
         let Some(vsock) = self.vsock.get() else {
             return Err(io::ErrorKind::NotConnected.into());
         };
-        vsock.connect(AGENT_PORT, Duration::from_millis(100)).map_err(io::Error::other)
+        let stream =
+            vsock.connect(AGENT_PORT, Duration::from_millis(100)).map_err(io::Error::other)?;
+        // A guest that is gone says nothing more: whoever waits for it must be woken.
+        let (ending, watched) = (Arc::clone(&self.ending), stream.try_clone()?);
+        std::thread::Builder::new().name("agent-watch".into()).spawn(move || {
+            let _ = ending.wait();
+            // It may be closed already.
+            let _ = watched.shutdown(Shutdown::Both);
+        })?;
+        Ok(stream)
     }
 
     fn is_alive(&mut self) -> bool {

@@ -15,7 +15,8 @@ build:
 	$(CARGO) xtask agent
 	$(CARGO) build --release --package berth-cli
 
-test:
+test: packages
+	$(CARGO) xtask agent
 	scripts/test
 
 # Too slow for every change: programs that use the whole processor, and boots in a row.

@@ -55,7 +55,7 @@ pub enum MachineError {
         console: String,
     },
     /// The guest's command.
-    #[error("{source}{console}")]
+    #[error("the command in the guest did not finish{console}")]
     Command {
         /// Why it did not run.
         source: CommandError,
@@ -203,7 +203,7 @@ fn ended(plan: &RunPlan, outcome: Outcome) -> Result<ExitCode, MachineError> {
     }
 }
 
-/// The end of a console nobody has seen.
+/// The last line of a console nobody has seen.
 fn console_tail(plan: &RunPlan) -> String {
     let Console::Capture(file) = &plan.console else { return String::new() };
     let mut text = Vec::new();
@@ -213,8 +213,13 @@ fn console_tail(plan: &RunPlan) -> String {
         file.seek(SeekFrom::Start(end.saturating_sub(CONSOLE_TAIL_BYTES)))?;
         file.read_to_end(&mut text).map(|_| ())
     })();
-    if read.is_err() || text.is_empty() {
-        return String::new();
+    let text = String::from_utf8_lossy(&text);
+    let last = text.lines().map(str::trim).rfind(|line| !line.is_empty());
+    match (read, last) {
+        (Ok(()), Some(line)) => {
+            let line: String = line.chars().filter(|c| !c.is_control()).collect();
+            format!("; the last line of its console: {line}")
+        }
+        _ => String::new(),
     }
-    format!("; the end of its console:\n{}", String::from_utf8_lossy(&text).trim_end())
 }

@@ -76,6 +76,8 @@ pub struct Shared {
     /// For each page of RAM: the vCPUs that have blocks made from it.
     code: Box<[AtomicU16]>,
     code_lock: Mutex<()>,
+    /// Held from read to write by a read-modify-write of bytes in two pages that are apart.
+    split: AtomicBool,
     boxes: Mutex<Vec<Arc<Mailbox>>>,
 }
 
@@ -94,6 +96,7 @@ impl Shared {
             config,
             code,
             code_lock: Mutex::new(()),
+            split: AtomicBool::new(false),
             boxes: Mutex::new(Vec::new()),
         }))
     }
@@ -132,6 +135,18 @@ impl Shared {
     #[inline]
     pub(crate) fn has_code(&self, page: u64) -> bool {
         self.code.get(page as usize).is_some_and(|c| c.load(Ordering::SeqCst) != 0)
+    }
+
+    /// Waits until no other vCPU is in the middle of a read-modify-write of two pages.
+    pub(crate) fn enter_split(&self) {
+        while self.split.swap(true, Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Ends what [`Shared::enter_split`] began.
+    pub(crate) fn leave_split(&self) {
+        self.split.store(false, Ordering::Release);
     }
 
     /// Records that vCPU `index` is about to read a page in order to translate it.

@@ -96,6 +96,8 @@ pub struct Inner {
     pub(crate) irq_maybe: bool,
     /// What `run` is to return.
     pub(crate) exit: Option<Exit>,
+    /// Between the read and the write of a bounced read-modify-write.
+    in_split: bool,
     /// Bounced store to be committed.
     bounced: Pieces,
     /// The bounced store is x87's: an unmasked exception suppresses it.
@@ -208,6 +210,7 @@ impl Inner {
             shadow_rip: !0,
             irq_maybe: true,
             exit: None,
+            in_split: false,
             bounced: Pieces::default(),
             bounced_x87: false,
             trial: None,
@@ -935,6 +938,11 @@ impl Inner {
             return Ok(Outcome::Direct(self.lin.shared.ram.raw_addr(p.first.gpa)));
         }
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
+        if site.read && site.write && p.second.len != 0 {
+            // Atomic towards others that do the same; a plain store in between is not held back.
+            self.lin.shared.enter_split();
+            self.in_split = true;
+        }
         if site.read {
             self.lin.read_pieces(&p, &mut buf[..size]);
         }
@@ -1013,6 +1021,9 @@ impl Inner {
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
         buf[..len].copy_from_slice(&self.area.bounce.0[..len]);
         self.lin.write_pieces(&p, &buf[..len]);
+        if std::mem::take(&mut self.in_split) {
+            self.lin.shared.leave_split();
+        }
         let stop = self.after_rust();
         if self.irq_maybe || stop {
             self.area.run = 0;

@@ -201,11 +201,15 @@ fn load_far_pointer(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
 fn bound(v: &mut Inner, ins: &Instruction) -> Done {
     let size = ins.op0_register().size();
     let (seg, off) = v.address(ins);
-    let low = v.read_uint(seg, off, size)?;
-    let high = v.read_uint(seg, off.wrapping_add(size as u64) & operand::mask(4), size)?;
     let sx = |x: u64| if size == 2 { i64::from(x as i16) } else { i64::from(x as i32) };
     let i = sx(v.reg(ins.op0_register()));
-    if i < sx(low) || i > sx(high) {
+    // The lower bound is judged before the upper one is read.
+    let low = v.read_uint(seg, off, size)?;
+    if i < sx(low) {
+        return Err(Exception::other(berth_x86::state::vector::BR));
+    }
+    let high = v.read_uint(seg, off.wrapping_add(size as u64) & operand::mask(4), size)?;
+    if i > sx(high) {
         return Err(Exception::other(berth_x86::state::vector::BR));
     }
     Ok(Flow::Next)

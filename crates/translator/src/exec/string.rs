@@ -108,10 +108,14 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction) -> Done {
         return Ok(Flow::Next);
     }
     let mut steps = 0;
-    if p.op == Op::Stos && p.mask == u64::from(u32::MAX) {
+    if matches!(p.op, Op::Stos | Op::Movs) && p.mask == u64::from(u32::MAX) {
         // What the processors do, even when nothing is stored.
         let di = v.area.state.gpr[reg::RDI];
         put(v, reg::RDI, p.mask, di);
+        if p.op == Op::Movs {
+            let si = v.area.state.gpr[reg::RSI];
+            put(v, reg::RSI, p.mask, si);
+        }
     }
     let before = v.area.state.rflags;
     loop {
@@ -147,6 +151,10 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction) -> Done {
         let single = v.area.state.rflags & flags::TF != 0 || v.lin.watch_hits != 0;
         let look = steps % BATCH == 0 || done > 1 || v.area.run == 0;
         if more && (single || look && v.area.run == 0 || v.wrote_code()) {
+            if p.until.is_some() {
+                // Stopped between iterations, the flags are those from before, as after a fault.
+                v.area.state.rflags = before;
+            }
             return Ok(Flow::Jump);
         }
     }

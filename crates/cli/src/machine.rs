@@ -29,6 +29,8 @@ const AGENT_PORT: u32 = 1024;
 const POWER_OFF_WAIT: Duration = Duration::from_secs(30);
 /// How much of a captured console is shown when the guest failed.
 const CONSOLE_TAIL_BYTES: u64 = 4096;
+/// What the agent says when it starts; no complaint.
+const AGENT_GREETING: &str = "berth: init";
 
 /// Why a machine did not run to its end.
 #[derive(Debug, thiserror::Error)]
@@ -203,7 +205,7 @@ fn ended(plan: &RunPlan, outcome: Outcome) -> Result<ExitCode, MachineError> {
     }
 }
 
-/// The last line of a console nobody has seen.
+/// What says most of a console nobody has seen: a complaint, or its last line.
 fn console_tail(plan: &RunPlan) -> String {
     let Console::Capture(file) = &plan.console else { return String::new() };
     let mut text = Vec::new();
@@ -214,11 +216,15 @@ fn console_tail(plan: &RunPlan) -> String {
         file.read_to_end(&mut text).map(|_| ())
     })();
     let text = String::from_utf8_lossy(&text);
-    let last = text.lines().map(str::trim).rfind(|line| !line.is_empty());
+    let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
+    // What the agent or the kernel complained of says more than the restart that follows.
+    let complaint =
+        lines().rfind(|line| line.starts_with("berth: ") || line.contains("Kernel panic"));
+    let last = complaint.filter(|line| *line != AGENT_GREETING).or_else(|| lines().next_back());
     match (read, last) {
         (Ok(()), Some(line)) => {
             let line: String = line.chars().filter(|c| !c.is_control()).collect();
-            format!("; the last line of its console: {line}")
+            format!("; its console said: {line}")
         }
         _ => String::new(),
     }

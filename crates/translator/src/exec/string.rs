@@ -307,6 +307,10 @@ fn bulk(v: &mut Inner, p: &Plan, count: u64) -> u64 {
     if !ram.contains(dst, len) || src.is_some_and(|a| !ram.contains(a, len)) {
         return 0;
     }
+    // Over translated code, perhaps this very instruction: each iteration is looked at.
+    if v.lin.shared.has_code(dst / PAGE) {
+        return 0;
+    }
     match src {
         Some(a) if dst > a && dst < a + len => return 0,
         Some(a) => ram.copy(a, dst, len),

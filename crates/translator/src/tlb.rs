@@ -420,17 +420,19 @@ impl Tlb {
         self.jc_clears += 1;
         let p = self.jc_ptr(view);
         // SAFETY: the jump cache of a view is `JC_ENTRIES` tags followed by as many targets, mapped
-        // as long as we live and used by this thread only. A tag of 1 matches no address that can
-        // be looked up at index 0 (see `jc_insert`).
+        // as long as we live and used by this thread only.
         unsafe {
             for i in 0..JC_ENTRIES {
-                p.add(i).write(Self::JC_EMPTY);
+                p.add(i).write(Self::empty_tag(i));
             }
         }
     }
 
-    /// A tag that equals no negated canonical address.
-    const JC_EMPTY: u64 = 1 << 62;
+    /// A tag that matches no address whose index is `i`, canonical or not: address 0 has index 0, and
+    /// address 8 has index 1.
+    const fn empty_tag(i: usize) -> u64 {
+        if i == 0 { 8u64.wrapping_neg() } else { 0 }
+    }
 
     /// Writes the empty tag into every jump cache; once, at creation.
     pub fn init_jcs(&mut self) {
@@ -451,6 +453,21 @@ impl Tlb {
         unsafe {
             p.add(i).write(rip.wrapping_neg());
             p.add(JC_ENTRIES + i).write(host);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{JC_ENTRIES, JC_MASK, Tlb};
+
+    /// A jump to 0xc000_0000_0000_0000 once matched the tag of empty entries and went to host
+    /// address 0.
+    #[test]
+    fn empty_entries_match_no_address() {
+        for i in 0..JC_ENTRIES {
+            let rip = Tlb::empty_tag(i).wrapping_neg();
+            assert_ne!((rip & JC_MASK) as usize >> JC_MASK.trailing_zeros(), i);
         }
     }
 }

@@ -21,16 +21,7 @@ pub fn translate_only(bytes: &[u8], bits: u8) -> Result<usize, SetupError> {
     let table = CpuidTable::new(&crate::host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
     let allowed = Allowed::new(table.features());
     let bits = if matches!(bits, 16 | 32) { bits } else { 64 };
-    let mode = Mode {
-        bits,
-        user: true,
-        flat: true,
-        fpu: true,
-        sse: true,
-        avx: true,
-        single: false,
-        aligned: false,
-    };
+    let mode = Mode::flat(bits, true);
     let code = bytes.get(..bytes.len().min(PAGE as usize)).unwrap_or_default();
     let (mut at, mut total) = (0, 0);
     while at < code.len() {

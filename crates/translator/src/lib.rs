@@ -1,13 +1,9 @@
 //! Dynamic binary translator from x86 guest code to x86-64 host code.
 //!
 //! Guest and host have the same instruction set, so most instructions are copied with their
-//! registers renamed; see [`translate`] for how a block comes about, [`tlb`] for how memory is
-//! reached, [`vcpu`] for what runs when. The crate knows guest RAM as files it maps and everything
+//! registers renamed; see `translate` for how a block comes about, `tlb` for how memory is
+//! reached, `vcpu` for what runs when. The crate knows guest RAM as files it maps and everything
 //! else as a [`Platform`]; it knows no device, no KVM and starts no thread.
-//!
-//! [`translate`]: crate#
-//! [`tlb`]: crate#
-//! [`vcpu`]: crate#
 #![allow(
     clippy::cast_possible_truncation,
     clippy::cast_possible_wrap,

@@ -65,6 +65,20 @@ pub struct Mode {
 }
 
 impl Mode {
+    /// Flat segments, all units usable, nothing watched.
+    pub const fn flat(bits: u8, user: bool) -> Self {
+        Self {
+            bits,
+            user,
+            flat: true,
+            fpu: true,
+            sse: true,
+            avx: true,
+            single: false,
+            aligned: false,
+        }
+    }
+
     /// The packed form.
     #[must_use]
     pub fn pack(self) -> u32 {
@@ -82,16 +96,7 @@ impl Mode {
 /// Code at the end of `cache` that goes on at `target` by way of the jump cache.
 pub fn detour(cache: &CodeCache, thunks: Thunks, target: u64) -> Vec<u8> {
     let key = BlockKey { rip: target, gpa: 0, mode: 0 };
-    let mode = Mode {
-        bits: 64,
-        user: false,
-        flat: true,
-        fpu: true,
-        sse: true,
-        avx: true,
-        single: false,
-        aligned: false,
-    };
+    let mode = Mode::flat(64, false);
     let mut t = Translation::bare(cache, thunks, key, mode);
     t.asm.mov_imm(S0, target);
     t.indirect();

@@ -56,7 +56,9 @@ pub type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<MulHasher>>;
 /// A place in a block where a memory operand is accessed.
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
-    /// Host offset (from the block's start) of the access itself.
+    /// Host offset (from the block's start) where the look-up begins.
+    pub look: u32,
+    /// Host offset of the access itself.
     pub op: u32,
     /// Host offset of the first byte after the guest instruction's part that follows the access.
     pub op_end: u32,

@@ -155,6 +155,10 @@ pub struct Stats {
     pub space_switches: u64,
     /// Times the whole cache was dropped.
     pub cache_flushes: u64,
+    /// Accesses that came to the slow path by a signal.
+    pub signals: u64,
+    /// Times the limit of guarded pages was met (see `ram`).
+    pub guard_overflows: u64,
 }
 
 /// Why [`TranslatedVcpu::run`] returned.

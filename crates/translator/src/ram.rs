@@ -8,11 +8,16 @@
 //!   a store to translated code traps.
 //! * `ro`: read-only, for guest pages that are not writable or not dirty yet.
 //!
+//! Generated code does not look whether an access crosses into another page. That is right when the
+//! next guest page lies behind the first one in RAM too. Other pages are reached through *guarded*
+//! mappings of single pages, made when first needed and kept, each followed by a page without
+//! access: an access across the end traps.
+//!
 //! All accesses race with other vCPUs and devices by design; they are volatile or atomic.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use berth_x86::PhysMem;
 
@@ -22,13 +27,45 @@ use crate::{RamSlot, SetupError};
 /// Page size of the host and of the smallest guest mapping.
 pub const PAGE: u64 = 4096;
 
+/// Most guarded mappings, if the system allows that many; each costs two of its mappings.
+const MAX_GUARDED: usize = 20_000;
+/// From one guarded page to the next.
+const GUARDED_STRIDE: u64 = 2 * PAGE;
+
+struct Slot {
+    gpa: u64,
+    size: u64,
+    fd: OwnedFd,
+    offset: u64,
+}
+
 /// The mapped guest RAM.
 pub struct Ram {
-    slots: Vec<(u64, u64)>,
+    slots: Vec<Slot>,
     span: u64,
     raw: Reservation,
     rw: Reservation,
     ro: Reservation,
+    guarded: Guarded,
+}
+
+/// Mappings of single pages.
+struct Guarded {
+    space: Reservation,
+    limit: usize,
+    used: AtomicUsize,
+    /// For each page of RAM: one more than the number of its guarded mapping, for writing and for
+    /// reading only.
+    of_page: [Box<[AtomicU32]>; 2],
+}
+
+/// How many guarded mappings fit into the system's limit on mappings.
+fn guarded_limit() -> usize {
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+        .ok()
+        .and_then(|s| s.trim().parse::<usize>().ok())
+        .unwrap_or(65_530);
+    (limit / 3).min(MAX_GUARDED)
 }
 
 impl Ram {
@@ -55,9 +92,19 @@ impl Ram {
                 view.map_file(s.gpa as usize, s.size as usize, prot, s.fd.as_raw_fd(), s.offset)
                     .map_err(|source| SetupError::Map { what: "a guest RAM slot", source })?;
             }
-            list.push((s.gpa, s.size));
+            let fd =
+                s.fd.try_clone_to_owned()
+                    .map_err(|source| SetupError::Map { what: "a guest RAM slot", source })?;
+            list.push(Slot { gpa: s.gpa, size: s.size, fd, offset: s.offset });
         }
-        Ok(Self { slots: list, span, raw, rw, ro })
+        let limit = guarded_limit();
+        let space = Reservation::new((limit as u64 * GUARDED_STRIDE + PAGE) as usize)
+            .map_err(|source| SetupError::Map { what: "guarded pages", source })?;
+        let pages = (span / PAGE) as usize;
+        let table = || (0..pages).map(|_| AtomicU32::new(0)).collect();
+        let guarded =
+            Guarded { space, limit, used: AtomicUsize::new(0), of_page: [table(), table()] };
+        Ok(Self { slots: list, span, raw, rw, ro, guarded })
     }
 
     /// One past the highest RAM address.
@@ -68,9 +115,13 @@ impl Ram {
     /// Whether all of `len` bytes at `gpa` are RAM of one slot.
     #[inline]
     pub fn contains(&self, gpa: u64, len: u64) -> bool {
-        self.slots
-            .iter()
-            .any(|&(base, size)| gpa >= base && len <= size && gpa - base <= size - len)
+        self.slots.iter().any(|s| gpa >= s.gpa && len <= s.size && gpa - s.gpa <= s.size - len)
+    }
+
+    /// Host address of a RAM byte in the writable or the read-only view.
+    #[inline]
+    pub fn view_addr(&self, gpa: u64, rw: bool) -> u64 {
+        if rw { self.rw_addr(gpa) } else { self.ro_addr(gpa) }
     }
 
     /// Host address of a RAM byte in the view generated code may write to.
@@ -91,17 +142,61 @@ impl Ram {
         self.raw.addr() + gpa
     }
 
-    /// Protects or unprotects a page of the writable view.
-    pub fn protect(&self, gpa: u64, len: u64, writable: bool) -> std::io::Result<()> {
+    /// Protects or unprotects a page of the writable view and its guarded mapping.
+    pub fn protect(&self, gpa: u64, writable: bool) -> std::io::Result<()> {
         let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
-        sys::mprotect(self.rw_addr(gpa), len as usize, prot)
+        sys::mprotect(self.rw_addr(gpa), PAGE as usize, prot)?;
+        match self.guarded_addr(gpa, true) {
+            Some(at) => sys::mprotect(at, PAGE as usize, prot),
+            None => Ok(()),
+        }
     }
 
-    /// Makes the whole writable view writable again.
+    /// Makes everything of the writable view writable again.
     pub fn unprotect_all(&self) {
-        for &(gpa, size) in &self.slots {
-            let _ = self.protect(gpa, size, true);
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        for s in &self.slots {
+            let _ = sys::mprotect(self.rw_addr(s.gpa), s.size as usize, prot);
         }
+        for n in self.guarded.of_page[0].iter().map(|n| n.load(Ordering::Acquire)) {
+            if let Some(n) = n.checked_sub(1) {
+                let _ = sys::mprotect(self.guarded_at(n), PAGE as usize, prot);
+            }
+        }
+    }
+
+    fn guarded_at(&self, n: u32) -> u64 {
+        self.guarded.space.addr() + PAGE + u64::from(n) * GUARDED_STRIDE
+    }
+
+    /// Host address of the guarded mapping of the page at `gpa`, when there is one.
+    pub fn guarded_addr(&self, gpa: u64, rw: bool) -> Option<u64> {
+        let table = &self.guarded.of_page[usize::from(!rw)];
+        let n = table.get((gpa / PAGE) as usize)?.load(Ordering::Acquire);
+        n.checked_sub(1).map(|n| self.guarded_at(n))
+    }
+
+    /// Makes a guarded mapping of the page at `gpa`; `None` when there are too many. The caller makes
+    /// sure that nobody else does so, and that `writable` stays true as long as it takes.
+    pub fn make_guarded(&self, gpa: u64, rw: bool, writable: bool) -> Option<u64> {
+        let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.size)?;
+        let entry = self.guarded.of_page[usize::from(!rw)].get((gpa / PAGE) as usize)?;
+        let n = self.guarded.used.load(Ordering::Relaxed);
+        if n >= self.guarded.limit {
+            return None;
+        }
+        let prot = libc::PROT_READ | if rw && writable { libc::PROT_WRITE } else { 0 };
+        let number = u32::try_from(n).ok()?;
+        let at = self.guarded_at(number) - self.guarded.space.addr();
+        let offset = slot.offset + (gpa - slot.gpa);
+        let mapped = self
+            .guarded
+            .space
+            .map_file(at as usize, PAGE as usize, prot, slot.fd.as_raw_fd(), offset)
+            .ok()?;
+        self.guarded.used.store(n + 1, Ordering::Relaxed);
+        entry.store(number + 1, Ordering::Release);
+        Some(mapped)
     }
 
     /// Copies RAM out; the caller has checked [`Ram::contains`].

@@ -157,18 +157,30 @@ impl Shared {
             return;
         }
         let guard = lock(&self.code_lock);
-        if c.fetch_or(bit, Ordering::SeqCst) == 0
-            && self.ram.protect(page * PAGE, PAGE, false).is_err()
-        {
+        if c.fetch_or(bit, Ordering::SeqCst) == 0 && self.ram.protect(page * PAGE, false).is_err() {
             // Out of mappings: the host has a limit on their number. Start over.
             self.drop_all();
             c.fetch_or(bit, Ordering::SeqCst);
-            if self.ram.protect(page * PAGE, PAGE, false).is_err() {
+            if self.ram.protect(page * PAGE, false).is_err() {
                 tracing_free_abort("write-protecting translated guest code failed");
             }
         }
         drop(guard);
         fence(Ordering::SeqCst);
+    }
+
+    /// Host address of a guarded mapping (see [`crate::ram`]) of the page at `gpa`, made if need be;
+    /// `None` when there are too many already.
+    pub(crate) fn guarded(&self, gpa: u64, rw: bool) -> Option<u64> {
+        if let Some(at) = self.ram.guarded_addr(gpa, rw) {
+            return Some(at);
+        }
+        // Translations of the page come and go under this lock, and with them its protection.
+        let _guard = lock(&self.code_lock);
+        if let Some(at) = self.ram.guarded_addr(gpa, rw) {
+            return Some(at);
+        }
+        self.ram.make_guarded(gpa, rw, !self.has_code(gpa / PAGE))
     }
 
     fn drop_all(&self) {
@@ -197,7 +209,7 @@ impl Shared {
                 m.poke(&m.mail);
             }
         }
-        if self.ram.protect(page * PAGE, PAGE, true).is_err() {
+        if self.ram.protect(page * PAGE, true).is_err() {
             self.drop_all();
         }
     }

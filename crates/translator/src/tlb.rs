@@ -1,11 +1,18 @@
 //! The software TLB: flat tables indexed by guest linear page.
 //!
 //! A table has one `u64` per page of the 48-bit linear address space: what to add to a guest
-//! address to get the host address of the byte, or 0. It needs no tag, because the index is exact
+//! address to get the host address of the byte. It needs no tag, because the index is exact
 //! (a non-canonical address differs from the canonical one by a multiple of 2^48, so that the host
-//! address comes out non-canonical too and the processor faults). The tables are sparse files mapped
-//! without reservation; memory is used only for the parts touched, and bounded by
-//! [`MAX_TABLE_PAGES`].
+//! address comes out non-canonical too and the processor faults). Nor does generated code ask
+//! whether there is an entry: an unknown page's addend leads to host pages without access, the
+//! access faults, and the signal handler sends it to the slow path. The tables are sparse files,
+//! inaccessible until a page of them is first needed, and then filled with such addends; memory is
+//! bounded by [`MAX_TABLE_PAGES`].
+//!
+//! An entry also vouches for the page behind it: either the next guest page lies behind this one in
+//! the same host view, with the same rights, or the host page behind has no access. So an access
+//! that crosses into the next page needs no check, and accesses at higher addresses up to a page
+//! away may use the same addend.
 //!
 //! Rights are in which table and which RAM view: an entry of a page that may not be written (or is
 //! not dirty) points to the read-only view of RAM. Generated code addresses the table through the GS
@@ -29,9 +36,14 @@ use crate::sys::{self, Reservation};
 
 /// Bytes of half a table: 2^35 entries.
 const HALF: u64 = 1 << 38;
-/// Pages of tables that may be populated before everything is dropped; a page covers 2 MiB of guest
+/// Pages of tables that may be accessible before everything is dropped; a page covers 2 MiB of guest
 /// address space.
-const MAX_TABLE_PAGES: usize = 4096;
+const MAX_TABLE_PAGES: usize = 8192;
+/// Entries in a page of a table.
+const PAGE_ENTRIES: u64 = 512;
+/// Bytes of the host pages without access that unknown addresses lead into the middle of; more than
+/// twice the distance of an access from the address that was looked up.
+const GUARD_BYTES: usize = 1 << 20;
 /// Entries a journal may have before its table is dropped.
 const MAX_JOURNAL: usize = 1 << 17;
 /// Bytes before the table of each view.
@@ -69,16 +81,28 @@ struct Half {
     file_offset: u64,
     /// Host address through which we write it.
     at: u64,
-    /// Indexes of entries that may be non-zero.
+    /// Guest address of the first page.
+    first: u64,
+    /// Host address that pages without an entry lead to.
+    guard: u64,
+    /// Indexes of entries that may be set.
     journal: Vec<u64>,
+    /// Numbers of whole pages of the table that may be set.
+    journal_pages: Vec<u64>,
 }
 
 impl Half {
     fn entry(&self, index: u64) -> &AtomicU64 {
         debug_assert!(index < HALF / 8);
         // SAFETY: `at` is the start of a mapped half table that lives as long as the `Tlb`; the
-        // index is masked to 35 bits by the callers; only this vCPU's thread uses the tables.
+        // index is masked to 35 bits; only this vCPU's thread uses the tables; callers touch only
+        // pages that have been opened.
         unsafe { AtomicU64::from_ptr((self.at + (index & (HALF / 8 - 1)) * 8) as *mut u64) }
+    }
+
+    /// What stands for "unknown": it leads into pages without access.
+    const fn unknown(&self, index: u64) -> u64 {
+        self.guard.wrapping_sub(self.first.wrapping_add(index << 12))
     }
 
     fn set(&mut self, index: u64, value: u64) {
@@ -86,13 +110,29 @@ impl Half {
         self.journal.push(index);
     }
 
-    fn clear(&mut self) {
-        let journal = std::mem::take(&mut self.journal);
-        for &i in &journal {
-            self.entry(i).store(0, Ordering::Relaxed);
+    fn forget(&self, index: u64) {
+        self.entry(index).store(self.unknown(index), Ordering::Relaxed);
+    }
+
+    fn forget_page(&self, page: u64) {
+        for i in page * PAGE_ENTRIES..(page + 1) * PAGE_ENTRIES {
+            self.forget(i);
         }
-        self.journal = journal;
+    }
+
+    fn clear(&mut self) {
+        for &i in &self.journal {
+            self.forget(i);
+        }
+        for &p in &self.journal_pages {
+            self.forget_page(p);
+        }
         self.journal.clear();
+        self.journal_pages.clear();
+    }
+
+    fn long(&self) -> bool {
+        self.journal.len() > MAX_JOURNAL || self.journal_pages.len() > MAX_JOURNAL / 64
     }
 }
 
@@ -110,6 +150,7 @@ struct Slot {
 pub struct Tlb {
     fd: OwnedFd,
     _space: Reservation,
+    _guard: Reservation,
     slots: Vec<Slot>,
     current: usize,
     clock: u64,
@@ -119,8 +160,11 @@ pub struct Tlb {
     high: Half,
     /// Entries of `high` that are not global.
     high_local: Vec<u64>,
-    touched: HashSet<u64>,
-    last_touched: u64,
+    /// The same, whole pages of the table.
+    high_local_pages: Vec<u64>,
+    /// Pages of views that are accessible: number of the page in the view, number of the view.
+    open: HashSet<u64>,
+    last_open: u64,
     /// 2 MiB regions and 1 GiB regions that were entered from large pages.
     large: HashSet<u64>,
     huge: HashSet<u64>,
@@ -147,6 +191,8 @@ impl Tlb {
         let space =
             Reservation::new((slots as u64 * per_slot + head + 2 * HALF + (4 << 20)) as usize)
                 .map_err(map_err)?;
+        let guard_space = Reservation::new(GUARD_BYTES).map_err(map_err)?;
+        let guard = guard_space.addr() + GUARD_BYTES as u64 / 2;
         let rw = libc::PROT_READ | libc::PROT_WRITE;
         let raw = fd.as_raw_fd();
         let mut at = 0u64;
@@ -159,15 +205,22 @@ impl Tlb {
             let base = at + head;
             for (i, h) in halves.iter().enumerate() {
                 let off = base + i as u64 * HALF;
-                space.map_file(off as usize, HALF as usize, rw, raw, halves_at + h * HALF)?;
+                let file = halves_at + h * HALF;
+                space.map_file(off as usize, HALF as usize, libc::PROT_NONE, raw, file)?;
             }
             at = base + halves.len() as u64 * HALF;
             Ok(space.addr() + base)
         };
         let (low_no, high_no) = (slots as u64, slots as u64 + 1);
         let kernel_view = place(&[low_no, high_no]).map_err(map_err)?;
-        let half =
-            |no: u64, at: u64| Half { file_offset: halves_at + no * HALF, at, journal: Vec::new() };
+        let half = |no: u64, at: u64, first: u64| Half {
+            file_offset: halves_at + no * HALF,
+            at,
+            first,
+            guard,
+            journal: Vec::new(),
+            journal_pages: Vec::new(),
+        };
         let mut list = Vec::new();
         for s in 0..slots as u64 {
             let user_view = place(&[s]).map_err(map_err)?;
@@ -175,7 +228,7 @@ impl Tlb {
             list.push(Slot {
                 pcid: None,
                 used: 0,
-                user: half(s, user_view),
+                user: half(s, user_view, 0),
                 user_view,
                 kernel_view: kernel_user,
                 jc_user: false,
@@ -185,16 +238,18 @@ impl Tlb {
         Ok(Self {
             fd,
             _space: space,
+            _guard: guard_space,
             slots: list,
             current: 0,
             clock: 0,
             kernel_view,
             jc_kernel: false,
-            low: half(low_no, kernel_view),
-            high: half(high_no, kernel_view + HALF),
+            low: half(low_no, kernel_view, 0),
+            high: half(high_no, kernel_view + HALF, 0xffff_8000_0000_0000),
             high_local: Vec::new(),
-            touched: HashSet::new(),
-            last_touched: !0,
+            high_local_pages: Vec::new(),
+            open: HashSet::new(),
+            last_open: !0,
             large: HashSet::new(),
             huge: HashSet::new(),
             overflows: 0,
@@ -223,27 +278,48 @@ impl Tlb {
 
     /// Enters a translation for the page of `va`.
     pub fn fill(&mut self, view: View, va: u64, page: Page) {
+        self.enter(view, va, page, 1);
+    }
+
+    /// Enters the same addend for `count` pages from `va` on, which is a multiple of 2 MiB.
+    pub fn fill_region(&mut self, view: View, va: u64, page: Page, count: u64) {
+        debug_assert!(va & ((PAGE_ENTRIES << 12) - 1) == 0 && count <= PAGE_ENTRIES);
+        self.enter(view, va, page, count);
+    }
+
+    fn enter(&mut self, view: View, va: u64, page: Page, count: u64) {
         let Page { addend, user, smap, global, bytes } = page;
         let index = (va >> 12) & (HALF / 8 - 1);
         let upper = va >> 47 & 1 != 0;
-        if !self.touch(view, va) {
+        let allowed = match (view, upper) {
+            (View::Kernel, false) => !(user && smap),
+            (View::User(_) | View::KernelUser(_), false) => user,
+            (View::Kernel | View::KernelUser(_), true) => !user,
+            (View::User(_), true) => false,
+        };
+        if !allowed || !self.touch(view, va) {
             return;
         }
-        match (view, upper) {
-            (View::Kernel, false) if !(user && smap) => self.low.set(index, addend),
-            (View::User(s) | View::KernelUser(s), false) if user => {
-                self.slots[usize::from(s)].user.set(index, addend);
+        let half = match (view, upper) {
+            (View::User(s) | View::KernelUser(s), false) => &mut self.slots[usize::from(s)].user,
+            (View::Kernel, false) => &mut self.low,
+            _ => &mut self.high,
+        };
+        if count == 1 {
+            half.set(index, addend);
+        } else {
+            for i in index..index + count {
+                half.entry(i).store(addend, Ordering::Relaxed);
             }
-            (View::Kernel | View::KernelUser(_), true) if !user || !smap => {
-                if user {
-                    return;
-                }
-                self.high.set(index, addend);
-                if !global {
-                    self.high_local.push(index);
-                }
+            half.journal_pages.push(index / PAGE_ENTRIES);
+        }
+        let long = half.long();
+        if upper && !global {
+            if count == 1 {
+                self.high_local.push(index);
+            } else {
+                self.high_local_pages.push(index / PAGE_ENTRIES);
             }
-            _ => return,
         }
         if bytes > 4096 {
             self.large.insert(va >> 21);
@@ -251,52 +327,91 @@ impl Tlb {
                 self.huge.insert(va >> 30);
             }
         }
-        if self.low.journal.len() > MAX_JOURNAL
-            || self.high.journal.len() > MAX_JOURNAL
-            || self.slots.iter().any(|s| s.user.journal.len() > MAX_JOURNAL)
-        {
+        if long {
             self.overflows += 1;
             self.flush_all();
         }
     }
 
-    /// Counts the page of a table that a look-up of `va` populates; `false` when that made
-    /// everything be dropped.
-    pub fn touch(&mut self, view: View, va: u64) -> bool {
-        let tag = match view {
-            View::Kernel => 0xff,
-            View::User(s) | View::KernelUser(s) => {
-                if va >> 47 & 1 != 0 {
-                    0xff
-                } else {
-                    u64::from(s)
-                }
-            }
+    /// Number of a view and of the table page in it that a look-up of `va` reads.
+    const fn place(view: View, va: u64) -> (u64, u64) {
+        let (no, bits) = match view {
+            View::Kernel => (0, 48),
+            View::User(s) => (1 + 2 * s as u64, 47),
+            View::KernelUser(s) => (2 + 2 * s as u64, 48),
         };
-        let key = ((va >> 21) & ((1 << 27) - 1)) << 8 | tag;
-        if key == self.last_touched {
+        (no, (va & ((1 << bits) - 1)) >> 21)
+    }
+
+    /// The view through which we write the half table that `view` shows at `va`.
+    fn primary(view: View, va: u64) -> View {
+        match view {
+            View::KernelUser(s) if va >> 47 & 1 == 0 => View::User(s),
+            View::KernelUser(_) => View::Kernel,
+            v => v,
+        }
+    }
+
+    /// Makes the page of the table that a look-up of `va` reads accessible; `false` when that failed
+    /// or made everything be dropped.
+    pub fn touch(&mut self, view: View, va: u64) -> bool {
+        let (no, page) = Self::place(view, va);
+        let key = page << 8 | no;
+        if key == self.last_open {
             return true;
         }
-        self.last_touched = key;
-        self.touched.insert(key);
-        if self.touched.len() > MAX_TABLE_PAGES {
+        if self.open.contains(&key) {
+            self.last_open = key;
+            return true;
+        }
+        let primary = Self::primary(view, va);
+        if primary != view && !self.touch(primary, va) {
+            return false;
+        }
+        let at = self.base(view) + page * 4096;
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        if self.open.len() >= MAX_TABLE_PAGES || sys::mprotect(at, 4096, rw).is_err() {
             self.overflows += 1;
             self.drop_tables();
             return false;
         }
+        self.open.insert(key);
+        self.last_open = key;
+        if primary == view {
+            let per_half = HALF / 4096;
+            match view {
+                View::User(s) => self.slots[usize::from(s)].user.forget_page(page),
+                _ if page < per_half => self.low.forget_page(page),
+                _ => self.high.forget_page(page - per_half),
+            }
+        }
         true
+    }
+
+    /// Whether the page with the entry of `va` in the half table behind `view` is accessible.
+    fn is_open(&self, view: View, va: u64) -> bool {
+        let (no, page) = Self::place(view, va);
+        self.open.contains(&(page << 8 | no))
     }
 
     fn drop_tables(&mut self) {
         self.flush_all();
+        let none = libc::PROT_NONE;
+        let mut failed = sys::mprotect(self.kernel_view, 2 * HALF as usize, none).is_err();
+        for s in &self.slots {
+            failed |= sys::mprotect(s.user_view, HALF as usize, none).is_err();
+            failed |= sys::mprotect(s.kernel_view, 2 * HALF as usize, none).is_err();
+        }
         let start = self.slots.first().map_or(self.low.file_offset, |s| s.user.file_offset);
         let len = self.high.file_offset + HALF - start;
-        if sys::punch_hole(self.fd.as_raw_fd(), start, len).is_err() {
-            // The entries are zero all the same; only memory is kept.
-            self.overflows += 1;
+        failed |= sys::punch_hole(self.fd.as_raw_fd(), start, len).is_err();
+        if failed {
+            // An accessible page of zeroes would lead anywhere.
+            eprintln!("berth: giving back TLB tables failed: {}", std::io::Error::last_os_error());
+            std::process::abort();
         }
-        self.touched.clear();
-        self.last_touched = !0;
+        self.open.clear();
+        self.last_open = !0;
     }
 
     /// Drops one page (of whatever size the guest mapped it with) from all tables.
@@ -305,22 +420,36 @@ impl Tlb {
             self.flush_all();
             return;
         }
-        let count = if self.large.remove(&(va >> 21)) { 512 } else { 1 };
-        let first = if count == 1 { va >> 12 } else { va >> 21 << 9 };
-        let index = first & (HALF / 8 - 1);
-        for i in index..index + count {
-            if va >> 47 & 1 != 0 {
-                self.high.entry(i).store(0, Ordering::Relaxed);
-            } else {
-                self.low.entry(i).store(0, Ordering::Relaxed);
-                for s in &self.slots {
-                    if s.pcid.is_some() {
-                        s.user.entry(i).store(0, Ordering::Relaxed);
-                    }
+        // The page before may have been entered as one that goes on in this one.
+        self.invalidate_one(va.wrapping_sub(4096));
+        self.invalidate_one(va);
+        for region in [va >> 21, va >> 21 ^ 1] {
+            if self.large.remove(&region) {
+                let start = region << 21;
+                self.invalidate_one(start.wrapping_sub(4096));
+                for i in 0..PAGE_ENTRIES {
+                    self.invalidate_one(start + (i << 12));
                 }
             }
         }
-        self.touch(View::Kernel, va);
+    }
+
+    fn invalidate_one(&mut self, va: u64) {
+        let index = (va >> 12) & (HALF / 8 - 1);
+        if va >> 47 & 1 != 0 {
+            if self.is_open(View::Kernel, va) {
+                self.high.forget(index);
+            }
+            return;
+        }
+        if self.is_open(View::Kernel, va) {
+            self.low.forget(index);
+        }
+        for (i, s) in self.slots.iter().enumerate() {
+            if s.pcid.is_some() && self.is_open(View::User(i as u8), va) {
+                s.user.forget(index);
+            }
+        }
     }
 
     /// Switches to the address space `pcid`, dropping its non-global entries unless `keep`.
@@ -349,13 +478,16 @@ impl Tlb {
 
     /// Drops what belongs to no PCID and is not global.
     fn flush_kernel_local(&mut self) {
-        if !self.low.journal.is_empty() {
+        if !self.low.journal.is_empty() || !self.low.journal_pages.is_empty() {
             self.low.clear();
             self.clear_jc(View::Kernel);
         }
-        if !self.high_local.is_empty() {
+        if !self.high_local.is_empty() || !self.high_local_pages.is_empty() {
             for i in std::mem::take(&mut self.high_local) {
-                self.high.entry(i).store(0, Ordering::Relaxed);
+                self.high.forget(i);
+            }
+            for p in std::mem::take(&mut self.high_local_pages) {
+                self.high.forget_page(p);
             }
             self.clear_kernel_jcs();
         }

@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 
 use berth_x86::cpuid::CpuidTable;
 use berth_x86::event::{self, Event};
-use berth_x86::paging::{Kind, Rights};
+use berth_x86::paging::{self, Kind, Rights, Walk};
 use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
 use berth_x86::{CpuState, Exception, Segment};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
@@ -105,6 +105,10 @@ pub struct Inner {
     /// An x87 store that is tried on the bounce buffer to see whether its own exception suppresses
     /// it; if not, it raises this at this RIP, with the registers as they were.
     trial: Option<Box<(Exception, u64, fpu::Fx)>>,
+    /// Blocks look for accesses that cross into another page: there are too many pages to guard.
+    checked: bool,
+    /// `checked` is to be set before the next block.
+    check_from_now_on: bool,
     /// Set by whoever changed the state from outside.
     pub(crate) state_changed: bool,
     /// An event whose delivery suppresses the single-step trap of the instruction that caused it.
@@ -141,7 +145,7 @@ pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32, _trap: u64) -> u64 {
         && let Some(b) = inner.code.block_at(pc)
     {
         let off = (pc - b.host) as u32;
-        if let Some(s) = inner.code.sites_of(b).iter().find(|s| off >= s.op && off < s.op_end) {
+        if let Some(s) = inner.code.sites_of(b).iter().find(|s| off >= s.look && off < s.op_end) {
             return b.host + u64::from(s.cold);
         }
     }
@@ -203,6 +207,7 @@ impl Inner {
                 avx: false,
                 single: false,
                 aligned: false,
+                checked: false,
             },
             pending: None,
             once: false,
@@ -214,6 +219,8 @@ impl Inner {
             bounced: Pieces::default(),
             bounced_x87: false,
             trial: None,
+            checked: false,
+            check_from_now_on: false,
             state_changed: true,
             no_step_trap: false,
             step_trap: false,
@@ -303,6 +310,7 @@ impl Inner {
             avx: avx && s.protected(),
             single: s.rflags & flags::TF != 0 || mem::breaking(s),
             aligned: mem::alignment_checked(s),
+            checked: self.checked,
         }
     }
 
@@ -345,6 +353,11 @@ impl Inner {
         std::sync::atomic::fence(Ordering::SeqCst);
         if let Some(e) = self.exit.take() {
             return Some(e);
+        }
+        if std::mem::take(&mut self.check_from_now_on) && !self.checked {
+            self.checked = true;
+            self.stats.guard_overflows += 1;
+            self.drop_all_code();
         }
         if self.mailbox.any()
             && let Some(exit) = self.open_mail()
@@ -833,6 +846,7 @@ impl Inner {
         self.sync_in();
         self.stats.slow_accesses += 1;
         let trap = std::mem::take(&mut self.area.fault_trap);
+        self.stats.signals += u64::from(trap != 0);
         let Some(&site) = self.code.site(self.area.sc) else {
             bug("a slow access from an unknown place", ret);
         };
@@ -976,27 +990,109 @@ impl Inner {
     }
 
     /// Enters a walked page into the TLB; the host address of `va`.
-    fn fill(&mut self, va: u64, w: &berth_x86::paging::Walk, write: bool) -> u64 {
-        let ram = &self.lin.shared.ram;
-        let page = va & !(PAGE - 1);
-        let gpa = w.gpa & !(PAGE - 1);
-        let host = if w.writable && w.dirty { ram.rw_addr(gpa) } else { ram.ro_addr(gpa) };
-        if write && !(w.writable && w.dirty) {
+    fn fill(&mut self, va: u64, w: &Walk, write: bool) -> u64 {
+        const REGION: u64 = 2 << 20;
+        let rw = w.writable && w.dirty;
+        if write && !rw {
             // A supervisor's write to a read-only page (CR0.WP = 0).
-            return ram.raw_addr(w.gpa);
+            return self.lin.shared.ram.raw_addr(w.gpa);
         }
-        let s = &self.area.state;
-        let smap = s.paging() && s.cr4 & cr4::SMAP != 0;
-        let bytes = if s.paging() { w.page_bytes } else { PAGE };
-        let page_entry = Page {
-            addend: host.wrapping_sub(page),
-            user: w.readable_user,
-            smap,
-            global: w.global,
-            bytes,
+        let (start, from) = (va & !(REGION - 1), w.gpa & !(REGION - 1));
+        if w.page_bytes >= REGION && self.lin.shared.ram.contains(from, REGION) {
+            // The last page goes on in another mapping, which may lie elsewhere.
+            let host = self.lin.shared.ram.view_addr(from, rw);
+            let whole = start & (w.page_bytes - 1) != w.page_bytes - REGION
+                && self.lin.shared.ram.contains(from, REGION + PAGE);
+            let count = if whole { REGION / PAGE } else { REGION / PAGE - 1 };
+            let entry = self.entry(start, host, w);
+            self.tlb.fill_region(self.view, start, entry, count);
+            if va - start < count * PAGE {
+                return host + (va - start);
+            }
+        }
+        let page = va & !(PAGE - 1);
+        let Some(host) = self.host_page(page, w) else {
+            return self.lin.shared.ram.raw_addr(w.gpa);
         };
-        self.tlb.fill(self.view, va, page_entry);
+        let entry = self.entry(page, host, w);
+        self.tlb.fill(self.view, va, entry);
+        if w.page_bytes == PAGE && self.area.state.paging() {
+            self.fill_around(page);
+        }
         host + (va & (PAGE - 1))
+    }
+
+    fn entry(&self, va: u64, host: u64, w: &Walk) -> Page {
+        let s = &self.area.state;
+        Page {
+            addend: host.wrapping_sub(va),
+            user: w.readable_user,
+            smap: s.paging() && s.cr4 & cr4::SMAP != 0,
+            global: w.global,
+            bytes: if s.paging() { w.page_bytes } else { PAGE },
+        }
+    }
+
+    /// Where generated code is to reach a page: where the next guest page follows, if it does, else
+    /// where nothing follows. `None` when there is no room for another such mapping; the vCPU
+    /// goes over to code that looks for crossings.
+    fn host_page(&mut self, page: u64, w: &Walk) -> Option<u64> {
+        let gpa = w.gpa & !(PAGE - 1);
+        let rw = w.writable && w.dirty;
+        if self.checked || self.followed(page, gpa, w) {
+            return Some(self.lin.shared.ram.view_addr(gpa, rw));
+        }
+        let at = self.lin.shared.guarded(gpa, rw);
+        if at.is_none() {
+            self.check_from_now_on = true;
+            self.area.run = 0;
+        }
+        at
+    }
+
+    /// Whether the guest page behind `page` is the one behind it in RAM, with the same rights.
+    fn followed(&self, page: u64, gpa: u64, w: &Walk) -> bool {
+        let next = page.wrapping_add(PAGE);
+        if next & 0xffff_ffff == 0
+            || !paging::canonical(next)
+            || !self.lin.shared.ram.contains(gpa, 2 * PAGE)
+        {
+            return false;
+        }
+        let rw = w.writable && w.dirty;
+        paging::peek(&self.lin.shared.ram, &self.area.state, next).is_some_and(|n| {
+            n.gpa == gpa + PAGE
+                && (!rw || n.writable && n.dirty)
+                && n.readable_user == w.readable_user
+                && n.global == w.global
+        })
+    }
+
+    /// Enters neighbours that need no mapping to be made: a fault is dearer than looking.
+    fn fill_around(&mut self, page: u64) {
+        const AROUND: u64 = 16;
+        let first = page & !(AROUND * PAGE - 1);
+        for va in (first..).step_by(PAGE as usize).take(AROUND as usize) {
+            if va == page {
+                continue;
+            }
+            let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, va) else {
+                continue;
+            };
+            let rw = w.writable && w.dirty;
+            if w.page_bytes != PAGE || !self.lin.shared.ram.contains(w.gpa, PAGE) {
+                continue;
+            }
+            let host = if self.checked || self.followed(va, w.gpa, &w) {
+                Some(self.lin.shared.ram.view_addr(w.gpa, rw))
+            } else {
+                self.lin.shared.ram.guarded_addr(w.gpa, rw)
+            };
+            if let Some(host) = host {
+                let entry = self.entry(va, host, &w);
+                self.tlb.fill(self.view, va, entry);
+            }
+        }
     }
 
     /// Writes what a store left in the bounce buffer.

@@ -203,6 +203,53 @@ pub fn walk<M: PhysMem + ?Sized>(
     walk_wide(mem, cpu, va, rights, Tree { root, levels: 2, reserved: RESERVED_PAE })
 }
 
+/// Translates `va` without any effect: what a TLB could hold of it already. `None` when an entry is
+/// absent, malformed or not accessed yet, so that a walk would fault or write. Knows 4-level paging
+/// and no paging; `None` in other modes.
+#[must_use]
+pub fn peek<M: PhysMem + ?Sized>(mem: &M, cpu: &CpuState, va: u64) -> Option<Walk> {
+    if !cpu.paging() {
+        return walk(mem, cpu, va, Rights { kind: Kind::Read, user: false, smap: false }).ok();
+    }
+    if !cpu.long_mode() || !canonical(va) {
+        return None;
+    }
+    let mut reserved = RESERVED_ADDRESS;
+    if cpu.efer & efer::NXE == 0 {
+        reserved |= NX;
+    }
+    let (mut table, mut all, mut any) = (cpu.cr3 & ADDRESS, RW | US, 0);
+    for level in (1..=4u32).rev() {
+        let shift = 3 + 9 * level;
+        let entry = mem.read_u64(table + ((va >> shift) & 0x1ff) * 8);
+        let large = level > 1 && level < 4 && entry & PS != 0;
+        let offset = (1 << shift) - 1;
+        let bad = match (level, large) {
+            (4, _) => reserved | PS,
+            (_, true) => reserved | offset & !0x1fff,
+            _ => reserved,
+        };
+        if entry & (P | A) != P | A || entry & bad != 0 {
+            return None;
+        }
+        all &= entry;
+        any |= entry;
+        if large || level == 1 {
+            return Some(Walk {
+                gpa: (entry & ADDRESS & !offset) | (va & offset),
+                page_bytes: 1 << shift,
+                readable_user: all & US != 0,
+                writable: all & RW != 0,
+                nx: any & NX != 0,
+                global: entry & G != 0 && cpu.cr4 & cr4::PGE != 0,
+                dirty: entry & D != 0,
+            });
+        }
+        table = entry & ADDRESS;
+    }
+    None
+}
+
 /// Where a walk of 8-byte entries begins.
 struct Tree {
     root: u64,

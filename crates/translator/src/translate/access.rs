@@ -210,12 +210,14 @@ impl Translation {
     ) -> Access {
         self.reserve(48);
         let cold = self.cold.len();
+        let look = self.asm.pos() as u32;
         let shift = want.size.next_power_of_two().trailing_zeros() as usize;
         if segmented || self.mode.aligned || shift > MAX_ACCESS_SHIFT {
             let jump = self.asm.jmp();
             self.near.push((jump, cold));
         } else {
-            if shift > 0 {
+            if shift > 0 && self.mode.checked {
+                // In the last slot of the page? Then it may cross.
                 let slot = std::mem::offset_of!(Area, slot_mask) + shift * 8;
                 self.asm.pext_gs(SC, ea, disp(slot));
                 self.asm.lea(SC, &Mem::base(SC, -((4096 >> shift) - 1)));
@@ -225,10 +227,9 @@ impl Translation {
             let mask = std::mem::offset_of!(Area, page_mask) + usize::from(!self.mode.user) * 8;
             self.asm.pext_gs(SC, ea, disp(mask));
             self.asm.load(SC, &Mem::gs_index8(SC, 0));
-            let s = self.asm.jrcxz();
-            self.pending.push((s, cold));
         }
         let site = self.site(Site {
+            look,
             op: self.asm.pos() as u32,
             op_end: 0,
             cold: 0,

@@ -7,17 +7,14 @@
 //!
 //! ```text
 //!     lea   r10, [guest address]
-//!     pext  rcx, r10, gs:[slot mask]      the last slot of the page? then it may cross into the next
-//!     lea   rcx, [rcx - (slots - 1)]
-//!     jrcxz cold
 //!     pext  rcx, r10, gs:[page mask]      page number
-//!     mov   rcx, gs:[rcx*8]               host address - guest address, 0: unknown
-//!     jrcxz cold
+//!     mov   rcx, gs:[rcx*8]               host address - guest address
 //!     op    ..., [r10 + rcx]
 //! ```
 //!
-//! The cold part behind the block calls the slow path with the address in R10; the return address
-//! tells which access it is. Guest flags are host flags throughout: nothing emitted here changes
+//! What cannot be reached this way faults: an unknown page, a store to a page that may not be
+//! written, a crossing into a page that lies elsewhere (see [`crate::tlb`]). The signal handler goes
+//! on in the cold part behind the block, which calls the slow path with the address in R10. Guest flags are host flags throughout: nothing emitted here changes
 //! them.
 
 pub(crate) mod access;
@@ -62,6 +59,8 @@ pub struct Mode {
     pub single: bool,
     /// Alignment is checked (CR0.AM, EFLAGS.AC, CPL 3): every access takes the slow path.
     pub aligned: bool,
+    /// Accesses look whether they may cross into another page.
+    pub checked: bool,
 }
 
 impl Mode {
@@ -76,6 +75,7 @@ impl Mode {
             avx: true,
             single: false,
             aligned: false,
+            checked: false,
         }
     }
 
@@ -90,6 +90,7 @@ impl Mode {
             | u32::from(self.avx) << 12
             | u32::from(self.single) << 13
             | u32::from(self.aligned) << 14
+            | u32::from(self.checked) << 15
     }
 }
 

@@ -32,8 +32,9 @@ const ROW_LIMIT: Duration = Duration::from_millis(1500);
 struct Options {
     only: Vec<String>,
     group: Option<String>,
-    cpus: usize,
+    cpus: Option<usize>,
     repetitions: usize,
+    list: bool,
 }
 
 fn main() -> ExitCode {
@@ -52,14 +53,15 @@ fn main() -> ExitCode {
 
 fn run(arguments: &[String]) -> ExitCode {
     match parse(arguments) {
-        Ok(None) => {
-            for row in ROWS.iter().copied().flatten() {
-                println!("{} {} {} {}", row.name, row.group.as_str(), row.cpus, row.ops);
+        Ok(options) => {
+            let rows = ROWS.iter().copied().flatten().filter(|row| is_chosen(row, &options));
+            if options.list {
+                for row in rows {
+                    println!("{} {} {} {}", row.name, row.group.as_str(), row.cpus, row.ops);
+                }
+            } else {
+                measure(&options, rows);
             }
-            ExitCode::SUCCESS
-        }
-        Ok(Some(options)) => {
-            measure(&options);
             ExitCode::SUCCESS
         }
         Err(fault) => {
@@ -69,41 +71,46 @@ fn run(arguments: &[String]) -> ExitCode {
     }
 }
 
-/// Nothing for `--list`.
-fn parse(arguments: &[String]) -> Result<Option<Options>, String> {
-    let mut options =
-        Options { only: Vec::new(), group: None, cpus: 1, repetitions: REPETITIONS_DEFAULT };
+fn parse(arguments: &[String]) -> Result<Options, String> {
+    let mut options = Options {
+        only: Vec::new(),
+        group: None,
+        cpus: None,
+        repetitions: REPETITIONS_DEFAULT,
+        list: false,
+    };
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
         if word == "--list" {
-            return Ok(None);
+            options.list = true;
+            continue;
         }
         let value = words.next().ok_or_else(|| format!("{word} without a value"))?;
         let number = || value.parse::<usize>().map_err(|_| format!("{word} {value}: no number"));
         match word.as_str() {
             "--only" => options.only = value.split(',').map(str::to_owned).collect(),
             "--group" => options.group = Some(value.clone()),
-            "--cpus" => options.cpus = number()?,
+            "--cpus" => options.cpus = Some(number()?),
             "--repetitions" => options.repetitions = number()?.max(1),
             _ => return Err(format!("unknown argument {word}")),
         }
     }
-    Ok(Some(options))
+    Ok(options)
 }
 
 fn is_chosen(row: &Row, options: &Options) -> bool {
-    row.cpus == options.cpus
+    options.cpus.is_none_or(|cpus| cpus == row.cpus)
         && (options.only.is_empty() || options.only.iter().any(|name| name == row.name))
         && options.group.as_ref().is_none_or(|group| group == row.group.as_str())
 }
 
-fn measure(options: &Options) {
-    if options.cpus == 1 {
+fn measure<'a>(options: &Options, rows: impl Iterator<Item = &'a Row>) {
+    if options.cpus == Some(1) {
         parallel::pin(usize::MAX / 2);
     }
     let start = Instant::now();
     println!("bench: clock 0");
-    for row in ROWS.iter().copied().flatten().filter(|row| is_chosen(row, options)) {
+    for row in rows {
         match measure_row(row, options.repetitions) {
             Ok((checksum, times)) => {
                 let times: Vec<String> = times.iter().map(|t| t.as_nanos().to_string()).collect();
@@ -176,14 +183,14 @@ mod tests {
     fn arguments_select_rows() {
         let parse = |text: &str| {
             let words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
-            super::parse(&words)
+            parse(&words)
         };
-        let options = parse("--only fib,sieve --cpus 1").unwrap().unwrap();
+        let options = parse("--only fib,sieve,atomic-2 --cpus 1").unwrap();
         let all = ROWS.iter().copied().flatten();
         let chosen: Vec<&str> =
             all.filter(|row| is_chosen(row, &options)).map(|row| row.name).collect();
         assert_eq!(chosen, ["sieve", "fib"]);
-        assert_eq!(parse("--list").unwrap(), None);
+        assert!(parse("--list").unwrap().list);
         assert!(
             parse("--cpus two").is_err() && parse("--what 1").is_err() && parse("--only").is_err()
         );

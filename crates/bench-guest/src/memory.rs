@@ -33,7 +33,7 @@ fn copy(len: usize, ops: u64) -> Result<Work, String> {
         let mut sum = 0_u64;
         for i in 0..ops {
             // Every alignment there is.
-            let (a, b) = ((i * 5 & 31) as usize, (i * 3 & 31) as usize);
+            let (a, b) = (((i * 5) & 31) as usize, ((i * 3) & 31) as usize);
             from[a] = i as u8;
             black_box(&mut to[b..b + len]).copy_from_slice(black_box(&from[a..a + len]));
             sum = sum.wrapping_add(u64::from(to[b]) + u64::from(to[b + len - 1]));

@@ -49,7 +49,8 @@ fn nbody(ops: u64) -> Result<Work, String> {
         for _ in 0..ops {
             advance(&mut bodies, 0.001);
         }
-        bodies.iter().flat_map(|b| b.at).fold(0, |sum, x| sum * 31 ^ (x * 1e6) as i64 as u64 >> 20)
+        let places = bodies.iter().flat_map(|body| body.at);
+        places.fold(0_u64, |sum, x| sum.wrapping_mul(31) ^ x.to_bits())
     }))
 }
 
@@ -61,9 +62,9 @@ fn advance(bodies: &mut [Body; 5], step: f64) {
             let square = d[0] * d[0] + d[1] * d[1] + d[2] * d[2];
             let magnitude = step / (square * square.sqrt());
             let (mass_i, mass_j) = (bodies[i].mass * magnitude, bodies[j].mass * magnitude);
-            for k in 0..3 {
-                bodies[i].speed[k] -= d[k] * mass_j;
-                bodies[j].speed[k] += d[k] * mass_i;
+            for (k, d) in d.into_iter().enumerate() {
+                bodies[i].speed[k] -= d * mass_j;
+                bodies[j].speed[k] += d * mass_i;
             }
         }
     }
@@ -205,7 +206,7 @@ fn fma_256(ops: u64) -> Result<Work, String> {
         for _ in 0..ops / (BUFFER / 32) as u64 {
             // SAFETY: the processor has FMA and AVX2, as found above.
             let part = unsafe { polynomial(black_box(&numbers)) };
-            sum = sum * 31 + part & 0xffff_ffff_ffff;
+            sum = (sum * 31 + part) & 0xffff_ffff_ffff;
         }
         sum
     }))

@@ -27,7 +27,7 @@ stress: packages build
 bench: packages build
 	scripts/install-packages qemu-system-x86:qemu-system-x86_64
 	$(BERTH) image bootstrap debian bookworm
-	$(CARGO) xtask bench boot
+	$(CARGO) xtask bench
 
 lint:
 	$(CARGO) fmt --all --check

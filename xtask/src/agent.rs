@@ -1,5 +1,5 @@
-//! Builds the agent as it goes into guests: static, small, in a target directory of its own, so that
-//! its flags do not make cargo build everything else again.
+//! Builds the programs that go into guests: static, in a target directory of their own, so that
+//! their flags do not make cargo build everything else again.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -9,8 +9,13 @@ use anyhow::{Context, Result, bail};
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "agent";
 
-/// Builds; returns where the program is.
+/// Builds the agent, small; returns where the program is.
 pub fn build() -> Result<PathBuf> {
+    build_static("berth-agent", PROFILE)
+}
+
+/// Builds a package's program of the same name; returns where it is.
+pub fn build_static(package: &str, profile: &str) -> Result<PathBuf> {
     let directory = crate::target().join("agent");
     let mut flags = std::env::var("RUSTFLAGS").unwrap_or_default();
     flags.push_str(" -C target-feature=+crt-static");
@@ -19,13 +24,13 @@ pub fn build() -> Result<PathBuf> {
         .current_dir(crate::workspace())
         .env("RUSTFLAGS", flags)
         // With a target of its own the flags stay away from build scripts and macros.
-        .args(["build", "--package", "berth-agent", "--profile", PROFILE, "--target", TRIPLE])
+        .args(["build", "--package", package, "--profile", profile, "--target", TRIPLE])
         .arg("--target-dir")
         .arg(&directory)
         .status()
         .context("starting cargo")?;
     if !status.success() {
-        bail!("building the agent failed");
+        bail!("building {package} failed");
     }
-    Ok(directory.join(TRIPLE).join(PROFILE).join("berth-agent"))
+    Ok(directory.join(TRIPLE).join(profile).join(package))
 }

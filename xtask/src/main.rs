@@ -1,4 +1,4 @@
-//! Project chores: `cargo xtask agent | tidy | bench boot [RUNS] | stress [NAME] | boots [COUNT]`.
+//! Project chores: `cargo xtask agent | tidy | bench [OPTIONS] | stress [NAME] | boots [COUNT]`.
 
 mod agent;
 mod bench;
@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 const USAGE: &str = "\
 cargo xtask agent              build the guest's agent, statically linked
 cargo xtask tidy               check the rules no compiler checks
-cargo xtask bench boot [RUNS]  boot the same files in berth and in QEMU, in turn
+cargo xtask bench [--help]     berth beside QEMU and the bare processor
 cargo xtask stress [NAME]      programs that use the whole processor, in Debian guests
 cargo xtask boots [COUNT]      boot Debian so many times in a row";
 
@@ -34,8 +34,11 @@ fn main() -> Result<ExitCode> {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        ["bench", "boot"] => bench::boot(bench::RUNS_DEFAULT)?,
-        ["bench", "boot", runs] => bench::boot(runs.parse().context("RUNS is a number")?)?,
+        ["bench", ..] => {
+            if !bench::run(arguments.get(1..).unwrap_or_default())? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         ["stress"] => stress::run("")?,
         ["stress", only] => stress::run(only)?,
         ["boots"] => stress::boots(stress::BOOTS_DEFAULT)?,

@@ -15,7 +15,7 @@ const LONG_FILES: [(&str, &str); 1] =
 /// Crates that may depend on tokio: none yet.
 const TOKIO_CRATES: [&str; 0] = [];
 /// Crates that may start threads; the others are driven by their callers.
-const THREAD_CRATES: [&str; 4] = ["agent", "cli", "difftest", "vmm"];
+const THREAD_CRATES: [&str; 5] = ["agent", "bench-guest", "cli", "difftest", "vmm"];
 /// First words of paths that a document means as paths in this repository.
 const ROOTS: [&str; 5] = ["crates/", "xtask/", "docs/", "scripts/", ".ci/"];
 

@@ -1,0 +1,115 @@
+//! The three places a benchmark runs in, and how each is started: the guests with the same kernel,
+//! initramfs, disk, memory, processors and command line.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::bench::Options;
+use crate::bench::files::{self, Files};
+
+/// Where something is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum System {
+    /// The host's processor.
+    Native,
+    /// Our translator.
+    Berth,
+    /// QEMU's.
+    Qemu,
+}
+
+impl System {
+    /// As it is written in reports.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Berth => "berth",
+            Self::Qemu => "qemu",
+        }
+    }
+}
+
+/// What is run, in each system.
+pub struct Setup {
+    /// The systems, in turn.
+    pub systems: Vec<System>,
+    berth: PathBuf,
+    /// The static benchmark program.
+    pub program: PathBuf,
+    /// What its guests are started with.
+    pub files: Files,
+    /// Arguments of the benchmark program.
+    pub arguments: Vec<String>,
+}
+
+impl Setup {
+    /// For the micro-benchmarks.
+    pub fn micro(berth: &Path, options: &Options) -> Result<Self> {
+        let program = files::benchmark_program()?;
+        let mut arguments = vec!["--repetitions".into(), options.repetitions.to_string()];
+        if !options.only.is_empty() {
+            arguments.extend(["--only".into(), options.only.join(",")]);
+        }
+        if let Some(group) = &options.group {
+            arguments.extend(["--group".into(), group.clone()]);
+        }
+        Ok(Self {
+            systems: systems(options),
+            berth: berth.to_owned(),
+            files: files::for_micro(&program)?,
+            program,
+            arguments,
+        })
+    }
+
+    /// The command that runs the benchmarks for so many processors in that system.
+    pub fn command(&self, system: System, cpus: usize) -> Command {
+        let mut arguments = self.arguments.clone();
+        arguments.extend(["--cpus".into(), cpus.to_string()]);
+        let words = format!("console=ttyS0 quiet panic=-1 -- {}", arguments.join(" "));
+        match system {
+            System::Native => {
+                let mut command = Command::new(&self.program);
+                command.args(arguments);
+                command
+            }
+            System::Berth => berth(&self.berth, &self.files, cpus, &words),
+            System::Qemu => qemu(&self.files, cpus, &words),
+        }
+    }
+}
+
+fn systems(options: &Options) -> Vec<System> {
+    let qemu = (!options.no_qemu).then_some(System::Qemu);
+    [System::Native, System::Berth].into_iter().chain(qemu).collect()
+}
+
+/// A machine of ours.
+pub fn berth(program: &Path, files: &Files, cpus: usize, words: &str) -> Command {
+    let mut command = Command::new(program);
+    command.args(["vm", "run", "--net", "none", "--accel", "translate"]);
+    command.args(["--cpus", &cpus.to_string()]);
+    command.args(["--memory", &format!("{}M", files.memory_mib), "--append", words]);
+    command.arg("--kernel").arg(&files.kernel).arg("--initrd").arg(&files.initrd);
+    if let Some(disk) = &files.disk {
+        command.arg("--disk").arg(format!("{},ro", disk.display()));
+    }
+    command
+}
+
+/// A machine of QEMU's with its own translator, one thread for each processor.
+pub fn qemu(files: &Files, cpus: usize, words: &str) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-nodefaults", "-no-reboot"]);
+    command.args(["-display", "none", "-serial", "stdio"]);
+    command.args(["-smp", &cpus.to_string(), "-m", &files.memory_mib.to_string()]);
+    command.args(["-append", words]);
+    command.arg("-kernel").arg(&files.kernel).arg("-initrd").arg(&files.initrd);
+    if let Some(disk) = &files.disk {
+        let drive = format!("file={},format=raw,if=virtio,readonly=on", disk.display());
+        command.args(["-drive", &drive]);
+    }
+    command
+}

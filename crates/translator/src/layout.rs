@@ -54,12 +54,10 @@ pub const fn mapped(guest: u8) -> Option<u8> {
 
 /// Bytes of [`Area`] (and of its mapping), a multiple of the page size.
 pub const AREA_SIZE: usize = 16 << 10;
-/// Entries of a jump cache.
-pub const JC_ENTRIES: usize = 8192;
-/// Bits of a guest address that make its index: functions begin at multiples of 16, and what is hot
-/// lies in more than one page, so the lowest bits tell little.
-pub const JC_MASK: u64 = (JC_ENTRIES as u64 - 1) << 3;
-/// Bytes of a jump cache: the negated guest addresses, then the host addresses.
+/// Entries of a jump cache: indexed by the lowest bits of the guest address, all of them, since
+/// what is hot lies close together.
+pub const JC_ENTRIES: usize = 1 << 16;
+/// Bytes of a jump cache; an entry is the negated guest address and the host address.
 pub const JC_SIZE: usize = JC_ENTRIES * 16;
 /// Largest power-of-two access that the inline path handles, as a shift.
 pub const MAX_ACCESS_SHIFT: usize = 10;
@@ -124,8 +122,6 @@ pub struct Area {
     pub page_mask: [u64; 2],
     /// PEXT masks that select the offset within a page in units of `1 << shift` bytes.
     pub slot_mask: [u64; MAX_ACCESS_SHIFT + 1],
-    /// PEXT mask of jump cache indexes.
-    pub jc_mask: u64,
     /// PEXT masks of a bit index within 1, 2, 4, 8 bytes.
     pub bit_mask: [u64; 4],
     /// A value that has to survive a second access of the same instruction.
@@ -169,7 +165,7 @@ pub const fn gpr_disp(guest: u8) -> i32 {
     state_disp(std::mem::offset_of!(CpuState, gpr) + guest as usize * 8)
 }
 
-/// GS-relative displacement of the jump cache's negated guest addresses.
+/// GS-relative displacement of the jump cache's negated guest addresses, 16 bytes apart.
 pub const JC_TAGS: i32 = -((AREA_SIZE + JC_SIZE) as i32);
 /// GS-relative displacement of the jump cache's host addresses.
-pub const JC_TARGETS: i32 = JC_TAGS + (JC_ENTRIES * 8) as i32;
+pub const JC_TARGETS: i32 = JC_TAGS + 8;

@@ -31,7 +31,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::SetupError;
-use crate::layout::{AREA_SIZE, Area, JC_ENTRIES, JC_MASK, JC_SIZE};
+use crate::layout::{AREA_SIZE, Area, JC_ENTRIES, JC_SIZE};
 use crate::sys::{self, Reservation};
 
 /// Bytes of half a table: 2^35 entries.
@@ -142,8 +142,15 @@ struct Slot {
     user: Half,
     user_view: u64,
     kernel_view: u64,
-    jc_user: bool,
-    jc_kernel: bool,
+    jc_user: JumpCache,
+    jc_kernel: JumpCache,
+}
+
+/// What is in the jump cache of a view.
+#[derive(Default)]
+struct JumpCache {
+    /// Indexes of entries that are set.
+    journal: Vec<u16>,
 }
 
 /// The tables of one vCPU.
@@ -155,7 +162,7 @@ pub struct Tlb {
     current: usize,
     clock: u64,
     kernel_view: u64,
-    jc_kernel: bool,
+    jc_kernel: JumpCache,
     low: Half,
     high: Half,
     /// Entries of `high` that are not global.
@@ -231,8 +238,8 @@ impl Tlb {
                 user: half(s, user_view, 0),
                 user_view,
                 kernel_view: kernel_user,
-                jc_user: false,
-                jc_kernel: false,
+                jc_user: JumpCache::default(),
+                jc_kernel: JumpCache::default(),
             });
         }
         Ok(Self {
@@ -243,7 +250,7 @@ impl Tlb {
             current: 0,
             clock: 0,
             kernel_view,
-            jc_kernel: false,
+            jc_kernel: JumpCache::default(),
             low: half(low_no, kernel_view, 0),
             high: half(high_no, kernel_view + HALF, 0xffff_8000_0000_0000),
             high_local: Vec::new(),
@@ -533,7 +540,7 @@ impl Tlb {
         }
     }
 
-    fn jc_flag(&mut self, view: View) -> &mut bool {
+    fn jc(&mut self, view: View) -> &mut JumpCache {
         match view {
             View::Kernel => &mut self.jc_kernel,
             View::User(s) => &mut self.slots[usize::from(s)].jc_user,
@@ -541,65 +548,66 @@ impl Tlb {
         }
     }
 
-    fn jc_ptr(&self, view: View) -> *mut u64 {
-        (self.base(view) - HEAD as u64) as *mut u64
+    fn jc_entry(&self, view: View, index: u16) -> *mut [u64; 2] {
+        let start = (self.base(view) - HEAD as u64) as *mut [u64; 2];
+        start.wrapping_add(usize::from(index))
     }
 
     fn clear_jc(&mut self, view: View) {
-        if !std::mem::take(self.jc_flag(view)) {
+        let journal = std::mem::take(&mut self.jc(view).journal);
+        if journal.is_empty() {
             return;
         }
         self.jc_clears += 1;
-        let p = self.jc_ptr(view);
-        // SAFETY: the jump cache of a view is `JC_ENTRIES` tags followed by as many targets, mapped
-        // as long as we live and used by this thread only.
-        unsafe {
-            for i in 0..JC_ENTRIES {
-                p.add(i).write(Self::empty_tag(i));
-            }
+        for &i in &journal {
+            // SAFETY: the jump cache of a view has an entry for each `u16`, is mapped as long as we
+            // live and used by this thread only.
+            unsafe { self.jc_entry(view, i).write([Self::empty_tag(i), 0]) };
         }
+        let cache = self.jc(view);
+        cache.journal = journal;
+        cache.journal.clear();
     }
 
     /// A tag that matches no address whose index is `i`, canonical or not: address 0 has index 0, and
-    /// address 8 has index 1.
-    const fn empty_tag(i: usize) -> u64 {
-        if i == 0 { 8u64.wrapping_neg() } else { 0 }
+    /// address 1 has index 1.
+    const fn empty_tag(i: u16) -> u64 {
+        if i == 0 { 1u64.wrapping_neg() } else { 0 }
     }
 
-    /// Writes the empty tag into every jump cache; once, at creation.
+    /// Writes the empty tags that are not zero; once, at creation.
     pub fn init_jcs(&mut self) {
-        self.jc_kernel = true;
+        self.jc_kernel.journal.push(0);
         for s in &mut self.slots {
-            s.jc_user = true;
-            s.jc_kernel = true;
+            s.jc_user.journal.push(0);
+            s.jc_kernel.journal.push(0);
         }
         self.clear_all_jcs();
     }
 
     /// Remembers where the translation of `rip` begins, for indirect jumps on a view.
     pub fn jc_insert(&mut self, view: View, rip: u64, host: u64) {
-        *self.jc_flag(view) = true;
-        let p = self.jc_ptr(view);
-        let i = (rip & JC_MASK) as usize >> JC_MASK.trailing_zeros();
-        // SAFETY: as in `clear_jc`; the index is masked.
-        unsafe {
-            p.add(i).write(rip.wrapping_neg());
-            p.add(JC_ENTRIES + i).write(host);
+        if self.jc(view).journal.len() > JC_ENTRIES {
+            self.clear_jc(view);
         }
+        let index = rip as u16;
+        self.jc(view).journal.push(index);
+        // SAFETY: as in `clear_jc`.
+        unsafe { self.jc_entry(view, index).write([rip.wrapping_neg(), host]) };
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{JC_ENTRIES, JC_MASK, Tlb};
+    use super::Tlb;
 
     /// A jump to 0xc000_0000_0000_0000 once matched the tag of empty entries and went to host
     /// address 0.
     #[test]
     fn empty_entries_match_no_address() {
-        for i in 0..JC_ENTRIES {
+        for i in 0..=u16::MAX {
             let rip = Tlb::empty_tag(i).wrapping_neg();
-            assert_ne!((rip & JC_MASK) as usize >> JC_MASK.trailing_zeros(), i);
+            assert_ne!(rip as u16, i);
         }
     }
 }

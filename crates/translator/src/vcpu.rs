@@ -175,7 +175,6 @@ impl Inner {
             area.slot_mask[shift] = 0xfff & !((1 << shift) - 1);
         }
         area.bit_mask = [7, 15, 31, 63];
-        area.jc_mask = crate::layout::JC_MASK;
         area.host_mxcsr = 0x1f80;
         let allowed = Allowed::new(cpuid.features());
         let mut inner = Box::new(Self {

@@ -199,8 +199,8 @@ impl Translation {
             self.cold.push(Cold::Miss { rip, taken: self.rsp_taken });
             return;
         }
-        self.asm.pext_gs(SC, S0, disp(std::mem::offset_of!(Area, jc_mask)));
-        self.asm.mov(S1, SC);
+        self.asm.movzx16(SC, S0);
+        self.asm.lea(S1, &Mem::base_index(SC, SC, 0, 0));
         self.asm.load(SC, &Mem::gs_index8(S1, JC_TAGS));
         self.asm.lea(SC, &Mem::base_index(SC, S0, 0, 0));
         let hit = self.asm.jrcxz();

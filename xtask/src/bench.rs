@@ -5,6 +5,7 @@ mod boot;
 mod files;
 mod goals;
 mod guest;
+mod plot;
 mod report;
 mod results;
 mod system;
@@ -90,12 +91,19 @@ pub fn run(arguments: &[String]) -> Result<bool> {
         let setup = Setup::micro(&berth, &options)?;
         guest::measure(&setup, runs, &mut results)?;
     }
+    if wanted(What::Programs) {
+        let setup = Setup::programs(&berth, &options)?;
+        guest::measure(&setup, runs, &mut results)?;
+    }
     if wanted(What::Boot) && options.only.is_empty() && options.group.is_none() {
         boot::measure(&berth, runs, options.no_qemu, &mut results)?;
     }
     report::print(&results);
     if let Some(path) = &options.json {
         report::write_json(&results, path)?;
+    }
+    if let Some(path) = &options.plot {
+        plot::write(&results, path)?;
     }
     Ok(results.faults.is_empty())
 }

@@ -98,6 +98,9 @@ pub fn run(arguments: &[String]) -> Result<bool> {
     if wanted(What::Boot) && options.only.is_empty() && options.group.is_none() {
         boot::measure(&berth, runs, options.no_qemu, &mut results)?;
     }
+    if results.rows.is_empty() && results.faults.is_empty() && results.absent.is_empty() {
+        bail!("no such row; docs/benchmarks.md lists them");
+    }
     report::print(&results);
     if let Some(path) = &options.json {
         report::write_json(&results, path)?;

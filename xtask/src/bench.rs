@@ -91,7 +91,11 @@ pub fn run(arguments: &[String]) -> Result<bool> {
         let setup = Setup::micro(&berth, &options)?;
         guest::measure(&setup, runs, &mut results)?;
     }
-    if wanted(What::Programs) {
+    // Their image need not be made for rows that have been measured already.
+    let has_all = !options.only.is_empty()
+        && options.only.iter().all(|name| results.rows.iter().any(|row| row.name == *name));
+    let other_group = options.group.as_ref().is_some_and(|group| group != "programs");
+    if wanted(What::Programs) && !has_all && !other_group {
         let setup = Setup::programs(&berth, &options)?;
         guest::measure(&setup, runs, &mut results)?;
     }

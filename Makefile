@@ -27,7 +27,7 @@ stress: packages build
 bench: packages build
 	scripts/install-packages qemu-system-x86:qemu-system-x86_64
 	$(BERTH) image bootstrap debian bookworm
-	$(CARGO) xtask bench
+	$(CARGO) xtask bench --json $(TARGET)/bench.json --plot $(TARGET)/bench.svg
 
 lint:
 	$(CARGO) fmt --all --check

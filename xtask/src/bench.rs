@@ -5,6 +5,7 @@ mod boot;
 mod files;
 mod goals;
 mod guest;
+mod plot;
 mod report;
 mod results;
 mod system;
@@ -90,12 +91,26 @@ pub fn run(arguments: &[String]) -> Result<bool> {
         let setup = Setup::micro(&berth, &options)?;
         guest::measure(&setup, runs, &mut results)?;
     }
+    // Their image need not be made for rows that have been measured already.
+    let has_all = !options.only.is_empty()
+        && options.only.iter().all(|name| results.rows.iter().any(|row| row.name == *name));
+    let other_group = options.group.as_ref().is_some_and(|group| group != "programs");
+    if wanted(What::Programs) && !has_all && !other_group {
+        let setup = Setup::programs(&berth, &options)?;
+        guest::measure(&setup, runs, &mut results)?;
+    }
     if wanted(What::Boot) && options.only.is_empty() && options.group.is_none() {
         boot::measure(&berth, runs, options.no_qemu, &mut results)?;
+    }
+    if results.rows.is_empty() && results.faults.is_empty() && results.absent.is_empty() {
+        bail!("no such row; docs/benchmarks.md lists them");
     }
     report::print(&results);
     if let Some(path) = &options.json {
         report::write_json(&results, path)?;
+    }
+    if let Some(path) = &options.plot {
+        plot::write(&results, path)?;
     }
     Ok(results.faults.is_empty())
 }

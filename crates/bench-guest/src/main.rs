@@ -5,25 +5,31 @@
 //!     bench: row NAME GROUP CPUS OPS CHECKSUM NANOSECONDS...
 //!     bench: missing NAME WHY
 //!
-//! between two lines `bench: clock NANOSECONDS`, by which the host compares its clock with ours. As
-//! process 1 of a guest it does the same and switches the machine off.
+//! between two lines `bench: clock NANOSECONDS`, by which the host compares its clock with ours. With
+//! `--programs ROOT` the rows are programs of the root file system there. As process 1 of a guest it
+//! does the same, for programs with the first disk mounted on ROOT, and switches the machine off.
 
 mod kernel;
 mod memory;
 mod parallel;
+mod programs;
 mod row;
 mod user;
 mod vector;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use crate::programs::{PROGRAMS, Program};
 use crate::row::Row;
 
 const ROWS: [&[Row]; 5] = [user::ROWS, vector::ROWS, memory::ROWS, kernel::ROWS, parallel::ROWS];
 const REPETITIONS_DEFAULT: usize = 5;
 /// However slow the machine: two, so that one of them finds everything in place.
 const REPETITIONS_MIN: usize = 2;
+/// Programs take longer and vary less.
+const PROGRAM_REPETITIONS_MAX: usize = 2;
 /// No further repetition of a row that took this long.
 const ROW_LIMIT: Duration = Duration::from_millis(1500);
 
@@ -35,6 +41,14 @@ struct Options {
     cpus: Option<usize>,
     repetitions: usize,
     list: bool,
+    /// Programs of the root file system there, instead of the rows built in.
+    programs: Option<PathBuf>,
+}
+
+/// Something to be measured.
+enum Subject {
+    Row(&'static Row),
+    Program(&'static Program),
 }
 
 fn main() -> ExitCode {
@@ -54,13 +68,14 @@ fn main() -> ExitCode {
 fn run(arguments: &[String]) -> ExitCode {
     match parse(arguments) {
         Ok(options) => {
-            let rows = ROWS.iter().copied().flatten().filter(|row| is_chosen(row, &options));
+            let subjects = chosen(&options);
             if options.list {
-                for row in rows {
-                    println!("{} {} {} {}", row.name, row.group.as_str(), row.cpus, row.ops);
+                for subject in subjects {
+                    println!("{} {} {}", subject.name(), subject.group(), subject.cpus());
                 }
-            } else {
-                measure(&options, rows);
+            } else if let Err(fault) = measure(&options, &subjects) {
+                println!("bench: wrong {fault}");
+                return ExitCode::FAILURE;
             }
             ExitCode::SUCCESS
         }
@@ -78,6 +93,7 @@ fn parse(arguments: &[String]) -> Result<Options, String> {
         cpus: None,
         repetitions: REPETITIONS_DEFAULT,
         list: false,
+        programs: None,
     };
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
@@ -91,6 +107,7 @@ fn parse(arguments: &[String]) -> Result<Options, String> {
             "--only" => options.only = value.split(',').map(str::to_owned).collect(),
             "--group" => options.group = Some(value.clone()),
             "--cpus" => options.cpus = Some(number()?),
+            "--programs" => options.programs = Some(value.into()),
             "--repetitions" => options.repetitions = number()?.max(1),
             _ => return Err(format!("unknown argument {word}")),
         }
@@ -98,48 +115,102 @@ fn parse(arguments: &[String]) -> Result<Options, String> {
     Ok(options)
 }
 
-fn is_chosen(row: &Row, options: &Options) -> bool {
-    options.cpus.is_none_or(|cpus| cpus == row.cpus)
-        && (options.only.is_empty() || options.only.iter().any(|name| name == row.name))
-        && options.group.as_ref().is_none_or(|group| group == row.group.as_str())
+impl Subject {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Row(row) => row.name,
+            Self::Program(program) => program.name,
+        }
+    }
+
+    fn group(&self) -> &'static str {
+        match self {
+            Self::Row(row) => row.group.as_str(),
+            Self::Program(_) => "programs",
+        }
+    }
+
+    fn cpus(&self) -> usize {
+        match self {
+            Self::Row(row) => row.cpus,
+            Self::Program(_) => 1,
+        }
+    }
+
+    fn ops(&self) -> u64 {
+        match self {
+            Self::Row(row) => row.ops,
+            Self::Program(_) => 1,
+        }
+    }
+
+    fn measure(&self, repetitions: usize) -> Result<(u64, Vec<Duration>), String> {
+        match self {
+            Self::Row(row) => {
+                let mut work = (row.prepare)(row.ops)?;
+                repeat(repetitions, || Ok((work(), None)))
+            }
+            Self::Program(program) => {
+                program.prepare()?;
+                repeat(repetitions.min(PROGRAM_REPETITIONS_MAX), || program.run())
+            }
+        }
+    }
 }
 
-fn measure<'a>(options: &Options, rows: impl Iterator<Item = &'a Row>) {
+fn chosen(options: &Options) -> Vec<Subject> {
+    let rows = ROWS.iter().copied().flatten().map(Subject::Row);
+    let mut subjects: Vec<Subject> = match options.programs {
+        Some(_) => PROGRAMS.iter().map(Subject::Program).collect(),
+        None => rows.collect(),
+    };
+    subjects.retain(|subject| {
+        options.cpus.is_none_or(|cpus| cpus == subject.cpus())
+            && (options.only.is_empty() || options.only.iter().any(|name| name == subject.name()))
+            && options.group.as_ref().is_none_or(|group| group == subject.group())
+    });
+    subjects
+}
+
+fn measure(options: &Options, subjects: &[Subject]) -> Result<(), String> {
     if options.cpus == Some(1) {
         parallel::pin(usize::MAX / 2);
     }
+    if let Some(root) = &options.programs {
+        programs::enter(root)?;
+    }
     let start = Instant::now();
     println!("bench: clock 0");
-    for row in rows {
-        match measure_row(row, options.repetitions) {
+    for subject in subjects {
+        let (name, group) = (subject.name(), subject.group());
+        match subject.measure(options.repetitions) {
             Ok((checksum, times)) => {
                 let times: Vec<String> = times.iter().map(|t| t.as_nanos().to_string()).collect();
-                println!(
-                    "bench: row {} {} {} {} {checksum:x} {}",
-                    row.name,
-                    row.group.as_str(),
-                    row.cpus,
-                    row.ops,
-                    times.join(" ")
-                );
+                let (cpus, ops, times) = (subject.cpus(), subject.ops(), times.join(" "));
+                println!("bench: row {name} {group} {cpus} {ops} {checksum:x} {times}");
             }
-            Err(why) => println!("bench: missing {} {why}", row.name),
+            Err(why) => println!("bench: missing {name} {why}"),
         }
     }
     println!("bench: clock {}", start.elapsed().as_nanos());
+    Ok(())
 }
 
-fn measure_row(row: &Row, repetitions: usize) -> Result<(u64, Vec<Duration>), String> {
-    let mut work = (row.prepare)(row.ops)?;
+/// Takes times; work may give one that it measured itself.
+fn repeat(
+    repetitions: usize,
+    mut work: impl FnMut() -> Result<(u64, Option<u64>), String>,
+) -> Result<(u64, Vec<Duration>), String> {
     let mut times = Vec::new();
     let mut checksum = None;
+    let begin = Instant::now();
     while times.len() < repetitions {
-        if times.len() >= REPETITIONS_MIN && times.iter().sum::<Duration>() > ROW_LIMIT {
+        if times.len() >= REPETITIONS_MIN && begin.elapsed() > ROW_LIMIT {
             break;
         }
         let began = Instant::now();
-        let result = work();
-        times.push(began.elapsed());
+        let (result, own_ns) = work()?;
+        times.push(own_ns.map_or_else(|| began.elapsed(), Duration::from_nanos));
         if *checksum.get_or_insert(result) != result {
             return Err("its repetitions do not agree".into());
         }
@@ -149,14 +220,17 @@ fn measure_row(row: &Row, repetitions: usize) -> Result<(u64, Vec<Duration>), St
 
 /// Runs the benchmarks in a child, as process 1 of a guest.
 fn supervise(arguments: &[String]) -> ExitCode {
-    let mounts: [(&std::ffi::CStr, &std::ffi::CStr); 2] =
-        [(c"devtmpfs", c"/dev"), (c"proc", c"/proc")];
-    for (kind, place) in mounts {
-        // SAFETY: all are strings; these file systems take no data. A kernel that mounted one of
-        // them already says so, which is as good.
-        unsafe {
-            libc::mount(kind.as_ptr(), place.as_ptr(), kind.as_ptr(), 0, std::ptr::null());
-        }
+    for (kind, place) in [(c"devtmpfs", "/dev"), (c"proc", "/proc")] {
+        // A kernel that mounted one of them already refuses, which is as good.
+        let _ = programs::mount(kind, place.as_ref(), kind, 0);
+    }
+    let disk = match parse(arguments) {
+        Ok(Options { programs: Some(root), .. }) => programs::mount_disk(&root),
+        _ => Ok(()),
+    };
+    if let Err(fault) = disk {
+        println!("bench: wrong {fault}");
+        return ExitCode::FAILURE;
     }
     let status = std::process::Command::new("/proc/self/exe").args(arguments).status();
     match status {
@@ -186,10 +260,9 @@ mod tests {
             parse(&words)
         };
         let options = parse("--only fib,sieve,atomic-2 --cpus 1").unwrap();
-        let all = ROWS.iter().copied().flatten();
-        let chosen: Vec<&str> =
-            all.filter(|row| is_chosen(row, &options)).map(|row| row.name).collect();
-        assert_eq!(chosen, ["sieve", "fib"]);
+        let names = |options| -> Vec<&str> { chosen(options).iter().map(Subject::name).collect() };
+        assert_eq!(names(&options), ["sieve", "fib"]);
+        assert_eq!(names(&parse("--programs /x --only perl").unwrap()), ["perl"]);
         assert!(parse("--list").unwrap().list);
         assert!(
             parse("--cpus two").is_err() && parse("--what 1").is_err() && parse("--only").is_err()
@@ -198,7 +271,9 @@ mod tests {
 
     #[test]
     fn names_are_words_and_unique() {
-        let mut names: Vec<&str> = ROWS.iter().copied().flatten().map(|row| row.name).collect();
+        let programs = PROGRAMS.iter().map(|program| program.name);
+        let rows = ROWS.iter().copied().flatten().map(|row| row.name);
+        let mut names: Vec<&str> = rows.chain(programs).collect();
         let count = names.len();
         names.sort_unstable();
         names.dedup();
@@ -208,14 +283,15 @@ mod tests {
 
     #[test]
     fn a_row_whose_repetitions_disagree_is_not_reported_as_measured() {
-        let row = row::row("odd", row::Group::User, 1, |_| {
-            let mut n = 0;
-            Ok(Box::new(move || {
-                n += 1;
-                n
-            }))
-        });
-        assert!(measure_row(&row, 2).is_err());
-        assert_eq!(measure_row(&row, 1).unwrap().0, 1);
+        let mut n = 0;
+        let mut odd = || {
+            n += 1;
+            Ok((n, None))
+        };
+        assert!(repeat(2, &mut odd).is_err());
+        assert_eq!(repeat(1, &mut odd).unwrap().0, 3);
+        let (_, times) = repeat(3, || Ok((0, Some(5)))).unwrap();
+        assert_eq!(times, [Duration::from_nanos(5); 3]);
+        assert!(repeat(1, || Err("why".into())).is_err());
     }
 }

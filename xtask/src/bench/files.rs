@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use berth_image::agent;
@@ -11,6 +12,10 @@ use berth_image::store::{Image, ImageName, Store};
 
 /// The image whose kernel runs the micro-benchmarks, and that is booted.
 const IMAGE: &str = "debian:bookworm";
+
+/// The image with programs, and what it has beyond the usual.
+const PROGRAMS_IMAGE: &str = "debian-bench";
+const PACKAGES: &str = "openssl,python3,gcc,libc6-dev,xz-utils,perl,sqlite3";
 
 /// The same for all machines.
 pub struct Files {
@@ -41,6 +46,28 @@ pub fn for_micro(program: &Path) -> Result<Files> {
     archive.file("init", 0o755, &bytes)?;
     let initrd = write_initrd("micro", &archive.finish())?;
     Ok(Files { kernel: image.kernel(), initrd, disk: None, memory_mib: 512 })
+}
+
+/// The benchmark program as init, with the modules for the disk of an image that has the programs;
+/// the image is made when there is none.
+pub fn for_programs(program: &Path, berth: &Path) -> Result<Files> {
+    let image = match image(PROGRAMS_IMAGE) {
+        Ok(image) => image,
+        Err(_) => {
+            let status = Command::new(berth)
+                .args(["image", "bootstrap", "--name", PROGRAMS_IMAGE, "--include", PACKAGES])
+                .args(["debian", "bookworm"])
+                .status()?;
+            if !status.success() {
+                bail!("the image {PROGRAMS_IMAGE} could not be made");
+            }
+            image(PROGRAMS_IMAGE)?
+        }
+    };
+    let bytes = fs::read(program).with_context(|| program.display().to_string())?;
+    let initrd = write_initrd("programs", &initramfs::assemble(&image.modules(), &bytes)?)?;
+    let disk = Some(image.root_disk());
+    Ok(Files { kernel: image.kernel(), initrd, disk, memory_mib: 1024 })
 }
 
 /// What `berth vm run` boots an image with.

@@ -1,6 +1,6 @@
 //! Runs the benchmark program in each system and reads what it prints.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, IsTerminal};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -16,6 +16,9 @@ const RUN_LIMIT: Duration = Duration::from_secs(900);
 /// Measures everything `runs` times in each system, in turn.
 pub fn measure(setup: &Setup, runs: usize, results: &mut Results) -> Result<()> {
     let cpus = processors(setup)?;
+    if cpus.is_empty() {
+        return Ok(());
+    }
     for run in 1..=runs {
         for &system in &setup.systems {
             let began = Instant::now();
@@ -31,7 +34,7 @@ pub fn measure(setup: &Setup, runs: usize, results: &mut Results) -> Result<()> 
     Ok(())
 }
 
-/// The processor counts that the chosen rows ask for.
+/// The processor counts that the chosen rows ask for; none when no row is chosen.
 fn processors(setup: &Setup) -> Result<Vec<usize>> {
     let output = Command::new(&setup.program)
         .args(&setup.arguments)
@@ -45,9 +48,6 @@ fn processors(setup: &Setup) -> Result<Vec<usize>> {
     }
     counts.sort_unstable();
     counts.dedup();
-    if counts.is_empty() {
-        bail!("no such row; `{} --list` shows all", setup.program.display());
-    }
     Ok(counts)
 }
 
@@ -78,7 +78,10 @@ fn listen(mut command: Command, limit: Duration) -> Result<Vec<Heard>> {
         let left = limit.saturating_sub(began.elapsed());
         match heard.recv_timeout(left) {
             Ok(line) => match line.text.strip_prefix("bench: ") {
-                Some(text) => lines.push(Heard { text: text.to_owned(), at: line.at }),
+                Some(text) => {
+                    show(text);
+                    lines.push(Heard { text: text.to_owned(), at: line.at });
+                }
                 None => other = other + &line.text + "\n",
             },
             Err(mpsc::RecvTimeoutError::Disconnected) => break,
@@ -96,6 +99,13 @@ fn listen(mut command: Command, limit: Duration) -> Result<Vec<Heard>> {
     Ok(lines)
 }
 
+/// Says on a terminal how far it is.
+fn show(line: &str) {
+    if let (true, Some(name)) = (std::io::stderr().is_terminal(), line.split(' ').nth(1)) {
+        eprint!("\r{name:<20}\r");
+    }
+}
+
 fn read(system: System, lines: &[Heard], results: &mut Results) -> Result<()> {
     let mut clock = None;
     for line in lines {
@@ -109,6 +119,13 @@ fn read(system: System, lines: &[Heard], results: &mut Results) -> Result<()> {
                 nanoseconds.sort_unstable();
                 let per_op: Vec<f64> = nanoseconds.iter().map(|&t| t as f64 / ops as f64).collect();
                 results.add(system, name, group, checksum, Sample::new(&per_op)?);
+            }
+            ["missing", name, "its", why @ ..] => {
+                results.faults.push(format!(
+                    "{name} in {}: its {}",
+                    system.as_str(),
+                    why.join(" ")
+                ));
             }
             ["missing", name, why @ ..] => results.missing(system, name, &why.join(" ")),
             ["clock", nanoseconds] => {

@@ -9,6 +9,9 @@ use anyhow::Result;
 use crate::bench::Options;
 use crate::bench::files::{self, Files};
 
+/// Where the disk with programs is mounted, on the host and in guests.
+const MOUNT_POINT: &str = "/mnt";
+
 /// Where something is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum System {
@@ -48,6 +51,20 @@ impl Setup {
     /// For the micro-benchmarks.
     pub fn micro(berth: &Path, options: &Options) -> Result<Self> {
         let program = files::benchmark_program()?;
+        let files = files::for_micro(&program)?;
+        Ok(Self::new(berth, options, program, files))
+    }
+
+    /// For the programs of Debian.
+    pub fn programs(berth: &Path, options: &Options) -> Result<Self> {
+        let program = files::benchmark_program()?;
+        let files = files::for_programs(&program, berth)?;
+        let mut setup = Self::new(berth, options, program, files);
+        setup.arguments.extend(["--programs".into(), MOUNT_POINT.into()]);
+        Ok(setup)
+    }
+
+    fn new(berth: &Path, options: &Options, program: PathBuf, files: Files) -> Self {
         let mut arguments = vec!["--repetitions".into(), options.repetitions.to_string()];
         if !options.only.is_empty() {
             arguments.extend(["--only".into(), options.only.join(",")]);
@@ -55,13 +72,9 @@ impl Setup {
         if let Some(group) = &options.group {
             arguments.extend(["--group".into(), group.clone()]);
         }
-        Ok(Self {
-            systems: systems(options),
-            berth: berth.to_owned(),
-            files: files::for_micro(&program)?,
-            program,
-            arguments,
-        })
+        let qemu = (!options.no_qemu).then_some(System::Qemu);
+        let systems = [System::Native, System::Berth].into_iter().chain(qemu).collect();
+        Self { systems, berth: berth.to_owned(), program, files, arguments }
     }
 
     /// The command that runs the benchmarks for so many processors in that system.
@@ -70,20 +83,24 @@ impl Setup {
         arguments.extend(["--cpus".into(), cpus.to_string()]);
         let words = format!("console=ttyS0 quiet panic=-1 -- {}", arguments.join(" "));
         match system {
-            System::Native => {
-                let mut command = Command::new(&self.program);
-                command.args(arguments);
-                command
-            }
+            System::Native => native(&self.program, &self.files, &arguments),
             System::Berth => berth(&self.berth, &self.files, cpus, &words),
             System::Qemu => qemu(&self.files, cpus, &words),
         }
     }
 }
 
-fn systems(options: &Options) -> Vec<System> {
-    let qemu = (!options.no_qemu).then_some(System::Qemu);
-    [System::Native, System::Berth].into_iter().chain(qemu).collect()
+/// The benchmark program on the host, for programs on the guests' disk, in mounts of its own.
+fn native(program: &Path, files: &Files, arguments: &[String]) -> Command {
+    let Some(disk) = &files.disk else {
+        let mut command = Command::new(program);
+        command.args(arguments);
+        return command;
+    };
+    let script = format!("mount -o loop,ro,noload \"$0\" {MOUNT_POINT} && exec \"$@\"");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &script]).arg(disk).arg(program).args(arguments);
+    command
 }
 
 /// A machine of ours.

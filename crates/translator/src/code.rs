@@ -312,6 +312,33 @@ impl CodeCache {
         Some(block.key.rip.wrapping_add(u64::from(r)))
     }
 
+    /// The guest instruction that `pc` belongs to, if it has had no effect so far.
+    pub fn restart_at(&self, pc: u64) -> Option<u64> {
+        let block = self.block_at(pc)?;
+        let off = pc.wrapping_sub(block.host) as u32;
+        let sites = self.sites_of(block);
+        // On the way to the slow path: the call has five bytes.
+        if let Some(s) = sites.iter().find(|s| off >= s.cold && off + 5 <= s.ret) {
+            let first = sites.iter().find(|f| f.rip == s.rip)?;
+            return (first.cold == s.cold).then_some(s.rip);
+        }
+        let i = block.insns.partition_point(|&(h, _)| h <= off).checked_sub(1)?;
+        let &(start, r) = block.insns.get(i)?;
+        let rip = block.key.rip.wrapping_add(u64::from(r));
+        let before = || sites.iter().find(|s| s.rip == rip).is_some_and(|s| off <= s.op);
+        (start == off || before()).then_some(rip)
+    }
+
+    /// The address of the guest instruction behind the one whose store is committed by the call that
+    /// returns to `ret`, when nothing of that one is left to do.
+    pub fn end_of_store(&self, ret: u64) -> Option<u64> {
+        let block = self.block_at(ret)?;
+        let off = ret.wrapping_sub(block.host) as u32;
+        let site = self.sites_of(block).iter().find(|s| s.commit_ret == off)?;
+        let &(_, r) = block.insns.iter().find(|i| i.0 == site.op_end)?;
+        Some(block.key.rip.wrapping_add(u64::from(r)))
+    }
+
     /// Makes an empty block record for [`CodeCache::push_block`].
     pub fn record(key: BlockKey) -> Block {
         Block {

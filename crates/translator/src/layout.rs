@@ -74,7 +74,7 @@ pub enum ExitCode {
     /// An indirect jump missed the jump cache; the target is in [`Area::exit_rip`], its own address
     /// in [`Area::branch_rip`], what it took from RSP in [`Area::exit_arg`].
     Indirect = 2,
-    /// [`Area::run`] was found zero at a block boundary; RIP is in [`Area::exit_rip`].
+    /// [`Area::run`] was found zero; RIP is in [`Area::exit_rip`].
     Interrupt = 3,
     /// A helper asked for it; everything is in the state.
     Helper = 4,
@@ -94,8 +94,13 @@ pub struct Area {
     pub mxcsr: u32,
     /// MXCSR for our own code.
     pub host_mxcsr: u32,
-    /// Zero when the vCPU has to leave generated code at the next block boundary.
+    /// Zero when the vCPU has to leave generated code at the next instruction boundary. Looked at on
+    /// the way into generated code; whoever zeroes it from outside sends a signal, too.
     pub run: u64,
+    /// Host stack pointer in a thunk that calls Rust; it points to the return address.
+    pub thunk_sp: u64,
+    /// The signal handler steps to the next instruction boundary.
+    pub stepping: u64,
     /// Host stack pointer at entry.
     pub host_rsp: u64,
     /// The `VcpuInner` that owns this area.

@@ -7,11 +7,11 @@
 //! set; whoever writes by another way looks for the bits only after the bytes are there. So one of
 //! the two always notices.
 
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::ram::{PAGE, Ram};
-use crate::{Config, RamSlot, SetupError};
+use crate::{Config, RamSlot, SetupError, signal};
 
 /// Most vCPUs of a machine.
 pub const MAX_VCPUS: usize = 16;
@@ -21,8 +21,9 @@ pub const ALL_PAGES: u64 = u64::MAX;
 
 /// What others leave for a vCPU.
 pub struct Mailbox {
-    /// Address of [`crate::layout::Area::run`], 0 once the vCPU is gone.
-    run: Mutex<u64>,
+    /// Address of [`crate::layout::Area::run`], 0 once the vCPU is gone, and the thread that runs the
+    /// vCPU at the moment, 0 for none.
+    run: Mutex<(u64, i32)>,
     /// Guest pages whose blocks are to be dropped.
     pub inbox: Mutex<Vec<u64>>,
     /// `inbox` is not empty.
@@ -41,15 +42,20 @@ pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Mailbox {
-    /// Sets `flag` and makes the vCPU leave generated code at the next block boundary.
+    /// Sets `flag` and makes the vCPU leave generated code at the next instruction boundary.
     pub fn poke(&self, flag: &AtomicBool) {
         flag.store(true, Ordering::SeqCst);
         let run = lock(&self.run);
-        if *run != 0 {
-            // SAFETY: the address is that of the `run` word of a live vCPU: it is zeroed under this
-            // lock before the area is unmapped. Concurrent accesses are aligned 8-byte ones.
-            unsafe { std::sync::atomic::AtomicU64::from_ptr(*run as *mut u64) }
-                .store(0, Ordering::SeqCst);
+        let (word, thread) = *run;
+        if word == 0 {
+            return;
+        }
+        // SAFETY: the address is that of the `run` word of a live vCPU: it is zeroed under this lock
+        // before the area is unmapped. Concurrent accesses are aligned 8-byte ones.
+        let ran = unsafe { AtomicU64::from_ptr(word as *mut u64) }.swap(0, Ordering::SeqCst);
+        // Whoever zeroed it before has sent a signal; and our own code looks by itself.
+        if ran != 0 && thread != 0 {
+            signal::stop(thread);
         }
     }
 
@@ -63,7 +69,12 @@ impl Mailbox {
 
     /// Says where the `run` word is (0: gone).
     pub fn set_run_word(&self, addr: u64) {
-        *lock(&self.run) = addr;
+        lock(&self.run).0 = addr;
+    }
+
+    /// Says which thread runs the vCPU (0: none).
+    pub fn set_thread(&self, thread: i32) {
+        lock(&self.run).1 = thread;
     }
 }
 
@@ -108,7 +119,7 @@ impl Shared {
             return Err(SetupError::TooManyVcpus);
         }
         let m = Arc::new(Mailbox {
-            run: Mutex::new(0),
+            run: Mutex::new((0, 0)),
             inbox: Mutex::new(Vec::new()),
             mail: AtomicBool::new(false),
             kick: AtomicBool::new(false),

@@ -48,16 +48,41 @@ pub fn unregister(range: (u64, u64)) {
     }
 }
 
+/// Trap flag in EFLAGS.
+const TF: i64 = 1 << 8;
+
+/// The signal that makes a thread leave generated code.
+fn stop_signal() -> i32 {
+    libc::SIGRTMIN() + 2
+}
+
+/// Thread id of the caller.
+pub fn this_thread() -> i32 {
+    // SAFETY: a system call without arguments.
+    unsafe { libc::gettid() }
+}
+
+/// Makes another thread of this process leave generated code; nothing for the calling thread,
+/// which is not in there.
+pub fn stop(thread: i32) {
+    if thread == this_thread() {
+        return;
+    }
+    // SAFETY: a plain system call; the thread is one of ours, or has ended, which is an error that
+    // does no harm.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, stop_signal()) };
+}
+
 const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
 
 fn install() {
-    for sig in SIGNALS {
+    for sig in SIGNALS.into_iter().chain([stop_signal()]) {
         // SAFETY: a zeroed sigaction is a valid value to fill in; the handler only does what is
         // allowed in a handler (see `handler`).
         unsafe {
             let mut sa: libc::sigaction = std::mem::zeroed();
             sa.sa_sigaction = handler as *const () as usize;
-            sa.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            sa.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
             libc::sigemptyset(&mut sa.sa_mask);
             libc::sigaction(sig, &sa, std::ptr::null_mut());
         }
@@ -103,29 +128,56 @@ fn ours(pc: u64) -> bool {
     RANGES.iter().any(|(s, e)| pc >= s.load(Ordering::Relaxed) && pc < e.load(Ordering::Relaxed))
 }
 
+/// What an interrupted vCPU does that is to leave generated code.
+pub enum Stop {
+    /// Nothing: it comes by where it looks anyway.
+    Later,
+    /// Goes on here, with this stack pointer if any, and leaves.
+    Go(u64, Option<u64>),
+    /// Executes one more instruction.
+    Step,
+}
+
 extern "C" fn handler(sig: i32, _info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid ucontext to an SA_SIGINFO handler.
     let uc = unsafe { &mut *ctx.cast::<libc::ucontext_t>() };
     let regs = &mut uc.uc_mcontext.gregs;
     let pc = regs[libc::REG_RIP as usize] as u64;
     if !ours(pc) {
-        // SAFETY: restores the default action; the instruction is run again and the process dies as
-        // it would have without us.
-        unsafe { libc::signal(sig, libc::SIG_DFL) };
+        if sig != stop_signal() {
+            // SAFETY: restores the default action; the instruction is run again and the process dies
+            // as it would have without us.
+            unsafe { libc::signal(sig, libc::SIG_DFL) };
+        }
         return;
     }
     let gs: u64;
     // SAFETY: reads the GS base; the processor has the instruction (checked at set-up).
     unsafe { std::arch::asm!("rdgsbase {}", out(reg) gs, options(nomem, nostack)) };
     let area = (gs - AREA_SIZE as u64) as *mut Area;
-    let trap = regs[libc::REG_TRAPNO as usize] as u64;
     // SAFETY: the PC is in generated code, so GS is the base of a view of a live vCPU, whose area
     // lies before it; this thread was in generated code and holds no reference to it.
-    let target = unsafe {
+    unsafe {
+        if sig == stop_signal() || sig == libc::SIGTRAP && (*area).stepping != 0 {
+            let stop = crate::vcpu::stop_target((*area).owner, pc);
+            (*area).stepping = u64::from(matches!(stop, Stop::Step));
+            regs[libc::REG_EFL as usize] &= !TF;
+            match stop {
+                Stop::Later => {}
+                Stop::Step => regs[libc::REG_EFL as usize] |= TF,
+                Stop::Go(pc, sp) => {
+                    regs[libc::REG_RIP as usize] = pc as i64;
+                    if let Some(sp) = sp {
+                        regs[libc::REG_RSP as usize] = sp as i64;
+                    }
+                }
+            }
+            return;
+        }
+        let trap = regs[libc::REG_TRAPNO as usize] as u64;
         (*area).fault_trap = trap;
         (*area).fault_pc = pc;
         (*area).fault_signal = sig as u64;
-        crate::vcpu::signal_target((*area).owner, pc, sig, trap)
-    };
-    regs[libc::REG_RIP as usize] = target as i64;
+        regs[libc::REG_RIP as usize] = crate::vcpu::signal_target((*area).owner, pc, sig) as i64;
+    }
 }

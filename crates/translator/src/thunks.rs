@@ -40,6 +40,11 @@ pub struct Thunks {
     /// Entry from Rust: `extern "C" fn()`.
     pub enter: u64,
     exits: [u64; 6],
+    /// Where code begins and ends that goes (back) into generated code after a look at
+    /// [`Area::run`], and which can be begun again.
+    tails: [(u64, u64); 4],
+    start: u64,
+    end: u64,
 }
 
 fn field(offset: usize) -> Mem {
@@ -64,24 +69,30 @@ fn save(a: &mut Asm) {
         a.store_ymm(&field(offset_of!(Area, ymm) + usize::from(i) * 32), i);
     }
     a.op_mem(false, &[0x0f, 0xae], 3, &field(offset_of!(Area, mxcsr))); // stmxcsr
+    host_units(a);
+}
+
+/// What Rust expects of the processor.
+fn host_units(a: &mut Asm) {
     a.op_mem(false, &[0x0f, 0xae], 2, &field(offset_of!(Area, host_mxcsr))); // ldmxcsr
     a.bytes(&[0xfc]); // cld
     a.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
 }
 
+/// Loads everything; the flags last, because a set TF traps from then on.
 fn restore(a: &mut Asm) {
     a.op_mem(false, &[0x0f, 0xae], 2, &field(offset_of!(Area, mxcsr)));
     for i in 0..16u8 {
         a.load_ymm(i, &field(offset_of!(Area, ymm) + usize::from(i) * 32));
     }
-    a.push_mem(&field(offset_of!(Area, host_flags)));
-    a.bytes(&[0x9d]); // popfq
     for (g, h) in mapped_regs() {
         a.load(h, &Mem::gs(gpr_disp(g)));
     }
     a.load(S0, &field(offset_of!(Area, s0)));
     a.load(S1, &field(offset_of!(Area, s1)));
     a.load(SC, &field(offset_of!(Area, sc)));
+    a.push_mem(&field(offset_of!(Area, host_flags)));
+    a.bytes(&[0x9d]); // popfq
 }
 
 const CALLEE_SAVED: [u8; 6] = [host::RBX, host::RBP, host::R12, host::R13, host::R14, host::R15];
@@ -95,8 +106,10 @@ fn leave(a: &mut Asm) {
     a.ret();
 }
 
-fn call(a: &mut Asm, f: HelperFn, leave_at: usize) {
+/// Gives the offset where the tail begins.
+fn call(a: &mut Asm, f: HelperFn, leave_at: usize) -> usize {
     save(a);
+    a.store(&field(offset_of!(Area, thunk_sp)), host::RSP);
     a.load(host::RDI, &field(offset_of!(Area, owner)));
     a.load(host::RSI, &Mem::base(host::RSP, 0));
     a.mov(host::RDX, S0);
@@ -109,8 +122,20 @@ fn call(a: &mut Asm, f: HelperFn, leave_at: usize) {
     a.op_mem(true, &[0x83], 0, &Mem::base(host::RSP, 0)); // add qword [rsp], 5
     a.bytes(&[5]);
     a.bind_near(below);
+    let tail = a.pos();
+    // Asked to leave, but in the middle of an instruction: step to its end.
+    a.load(SC, &field(offset_of!(Area, run)));
+    let stop = a.jrcxz();
+    let go = a.jmp();
+    let ok = a.bind_short(stop);
+    debug_assert!(ok);
+    a.store_imm(&field(offset_of!(Area, stepping)), 1);
+    a.op_mem(false, &[0x81], 1, &field(offset_of!(Area, host_flags))); // or dword, TF
+    a.bytes(&0x100u32.to_le_bytes());
+    a.bind_near(go);
     restore(a);
     a.ret();
+    tail
 }
 
 impl Thunks {
@@ -124,13 +149,31 @@ impl Thunks {
             a.push(r);
         }
         a.store(&field(offset_of!(Area, host_rsp)), host::RSP);
+        let mut tails = [(0, 0); 4];
+        let tail = a.pos();
+        a.load(SC, &field(offset_of!(Area, run)));
+        let stop = a.jrcxz();
+        let go = a.jmp();
+        let ok = a.bind_short(stop);
+        debug_assert!(ok);
+        a.store_imm(&field(offset_of!(Area, exit_code)), ExitCode::Interrupt as i32);
+        host_units(&mut a);
+        for r in CALLEE_SAVED.iter().rev() {
+            a.pop(*r);
+        }
+        a.ret();
+        a.bind_near(go);
         restore(&mut a);
         a.jmp_mem(&field(offset_of!(Area, enter_pc)));
+        tails[0] = (base + tail as u64, base + a.pos() as u64);
         let leave_at = a.pos();
         leave(&mut a);
-        let thunk = |a: &mut Asm, f| {
+        let mut n = 0;
+        let mut thunk = |a: &mut Asm, f| {
             let at = base + a.pos() as u64;
-            call(a, f, leave_at);
+            let tail = call(a, f, leave_at);
+            n += 1;
+            tails[n] = (base + tail as u64, base + a.pos() as u64);
             at
         };
         let mem = thunk(&mut a, mem);
@@ -151,8 +194,20 @@ impl Thunks {
             a.store_imm(&field(offset_of!(Area, exit_code)), code as i32);
             a.jmp_to(common);
         }
+        let end = base + a.pos() as u64;
         cache.push_permanent(&a.buf);
-        Self { mem, commit, helper, enter, exits }
+        Self { mem, commit, helper, enter, exits, tails, start: base, end }
+    }
+
+    /// The beginning of the tail that `pc` is in, and whether it is that of the entry.
+    pub fn tail_of(&self, pc: u64) -> Option<(u64, bool)> {
+        let found = self.tails.iter().enumerate().find(|(_, t)| pc >= t.0 && pc < t.1);
+        found.map(|(i, t)| (t.0, i == 0))
+    }
+
+    /// Whether `pc` is in the fixed pieces.
+    pub fn contain(&self, pc: u64) -> bool {
+        pc >= self.start && pc < self.end
     }
 
     /// Host address of an exit.

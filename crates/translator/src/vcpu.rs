@@ -30,6 +30,7 @@ use crate::layout::{Area, ExitCode, MAX_ACCESS_SHIFT};
 use crate::mem::{self, Lin, Pieces};
 use crate::ram::PAGE;
 use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
+use crate::signal::Stop;
 use crate::thunks::{Then, Thunks};
 use crate::tlb::{Page, Tlb, View};
 use crate::translate::{MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour};
@@ -124,9 +125,9 @@ extern "C" fn mem_helper(owner: u64, ret: u64, ea: u64) -> Then {
     unsafe { &mut *(owner as *mut Inner) }.slow_access(ret, ea)
 }
 
-extern "C" fn commit_helper(owner: u64, _ret: u64, _ea: u64) -> Then {
+extern "C" fn commit_helper(owner: u64, ret: u64, _ea: u64) -> Then {
     // SAFETY: as in `mem_helper`.
-    unsafe { &mut *(owner as *mut Inner) }.commit()
+    unsafe { &mut *(owner as *mut Inner) }.commit(ret)
 }
 
 extern "C" fn instr_helper(owner: u64, ret: u64, _ea: u64) -> Then {
@@ -138,7 +139,7 @@ extern "C" fn instr_helper(owner: u64, ret: u64, _ea: u64) -> Then {
 ///
 /// # Safety
 /// `owner` is the vCPU whose generated code was interrupted on this thread.
-pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32, _trap: u64) -> u64 {
+pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32) -> u64 {
     // SAFETY: by the caller; generated code was running, so no reference is live.
     let inner = unsafe { &*(owner as *const Inner) };
     if (sig == libc::SIGSEGV || sig == libc::SIGBUS)
@@ -150,6 +151,34 @@ pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32, _trap: u64) -> u64 {
         }
     }
     inner.thunks.exit(ExitCode::Fault)
+}
+
+/// How a thread that was interrupted at `pc` leaves generated code; called by the signal handler.
+///
+/// # Safety
+/// `owner` is the vCPU whose generated code was interrupted on this thread.
+pub unsafe fn stop_target(owner: u64, pc: u64) -> Stop {
+    // SAFETY: by the caller; generated code was running, so no reference is live.
+    let inner = unsafe { &mut *(owner as *mut Inner) };
+    if inner.thunks.contain(pc) {
+        return match inner.thunks.tail_of(pc) {
+            Some((tail, true)) => Stop::Go(tail, Some(inner.area.host_rsp)),
+            Some((tail, false)) => Stop::Go(tail, Some(inner.area.thunk_sp)),
+            None => Stop::Later,
+        };
+    }
+    if inner.in_single {
+        return Stop::Later;
+    }
+    match inner.code.restart_at(pc) {
+        Some(rip) => {
+            inner.area.exit_rip = wrap(rip, inner.mode.bits);
+            // An access that was on its way to the slow path is made again.
+            inner.area.fault_trap = 0;
+            Stop::Go(inner.thunks.exit(ExitCode::Interrupt), None)
+        }
+        None => Stop::Step,
+    }
 }
 
 impl Inner {
@@ -332,11 +361,13 @@ impl Inner {
         // Whoever woke a halted vCPU need not have said why.
         self.irq_maybe = true;
         fpu::load(&mut self.area);
+        self.mailbox.set_thread(signal::this_thread());
         let exit = loop {
             if let Some(exit) = self.dispatch() {
                 break exit;
             }
         };
+        self.mailbox.set_thread(0);
         fpu::save(&mut self.area);
         exit
     }
@@ -536,6 +567,7 @@ impl Inner {
         for _ in 0..1 << 16 {
             self.sync_out();
             self.area.enter_pc = host;
+            self.area.exit_rip = self.area.state.rip;
             let enter = self.thunks.enter;
             self.stats.entries += 1;
             // SAFETY: `enter` is generated code that follows the C convention for callee-saved
@@ -962,7 +994,7 @@ impl Inner {
         self.area.bounce.0[..size].copy_from_slice(&buf[..size]);
         self.bounced = p;
         self.after_rust();
-        if self.irq_maybe {
+        if self.interrupt_due() {
             self.area.run = 0;
         }
         Ok(Outcome::Bounce)
@@ -1095,7 +1127,7 @@ impl Inner {
     }
 
     /// Writes what a store left in the bounce buffer.
-    fn commit(&mut self) -> Then {
+    fn commit(&mut self, ret: u64) -> Then {
         self.sync_in();
         if let Some(trial) = self.trial.take() {
             let (e, rip, x87) = *trial;
@@ -1120,10 +1152,23 @@ impl Inner {
             self.lin.shared.leave_split();
         }
         let stop = self.after_rust();
-        if self.irq_maybe || stop {
+        if stop || self.area.run == 0 || self.interrupt_due() {
+            if !self.in_single
+                && let Some(rip) = self.code.end_of_store(ret)
+            {
+                self.area.state.rip = wrap(rip, self.mode.bits);
+                self.area.exit_code = ExitCode::Helper as u64;
+                return Then::Exit;
+            }
             self.area.run = 0;
         }
         Then::Go
+    }
+
+    /// Whether an interrupt would be taken now.
+    fn interrupt_due(&mut self) -> bool {
+        self.irq_maybe &= self.lin.platform.interrupt_pending();
+        self.irq_maybe && self.area.state.rflags & flags::IF != 0
     }
 
     // ---- instructions in Rust ----
@@ -1142,12 +1187,11 @@ impl Inner {
         match result {
             Ok(Flow::Next) => {
                 self.area.state.rip = next;
-                let due = self.irq_maybe
-                    && self.area.state.rflags & flags::IF != 0
-                    && self.lin.platform.interrupt_pending();
+                let due = self.interrupt_due();
                 if stop
                     || due
                     || self.in_single
+                    || self.area.run == 0
                     || self.lin.watch_hits != 0
                     || self.mode_of_state() != self.mode
                 {

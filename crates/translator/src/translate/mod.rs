@@ -98,7 +98,7 @@ impl Mode {
 pub fn detour(cache: &CodeCache, thunks: Thunks, target: u64) -> Vec<u8> {
     let key = BlockKey { rip: target, gpa: 0, mode: 0 };
     let mode = Mode::flat(64, false);
-    let mut t = Translation::bare(cache, thunks, key, mode);
+    let mut t = Translation::new(cache, thunks, key, mode);
     t.asm.mov_imm(S0, target);
     t.indirect();
     t.finish().code
@@ -113,7 +113,7 @@ enum Cold {
         ea_code: Vec<u8>,
         ea: u8,
     },
-    /// Leave because of [`Area::run`].
+    /// Back to the dispatcher.
     Interrupt { rip: u64 },
     /// Unlinked direct jump.
     Link { link: usize },
@@ -162,17 +162,6 @@ pub struct Translation {
 impl Translation {
     /// Starts a block that will be put at the end of `cache`.
     pub fn new(cache: &CodeCache, thunks: Thunks, key: BlockKey, mode: Mode) -> Self {
-        let mut t = Self::bare(cache, thunks, key, mode);
-        if !mode.single {
-            t.asm.load(SC, &Mem::gs(disp(std::mem::offset_of!(Area, run))));
-            let s = t.asm.jrcxz();
-            t.cold.push(Cold::Interrupt { rip: key.rip });
-            t.pending.push((s, 0));
-        }
-        t
-    }
-
-    fn bare(cache: &CodeCache, thunks: Thunks, key: BlockKey, mode: Mode) -> Self {
         Self {
             asm: Asm::default(),
             at: cache.next_host(),

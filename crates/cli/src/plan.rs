@@ -176,9 +176,7 @@ impl RunPlan {
         };
         let console = match (&args.serial, &files.image) {
             (Some(asked), _) => console(asked)?,
-            (None, Some((_, store))) if command.is_some() => {
-                Console::Capture(unnamed_file(store)?)
-            }
+            (None, Some((_, store))) if command.is_some() => Console::Capture(unnamed_file(store)?),
             (None, _) if matches!(virtio_console, Some(Console::Stdio)) => Console::Nowhere,
             (None, _) => Console::Stdio,
         };

@@ -159,7 +159,11 @@ impl Console {
     ///
     /// # Errors
     /// [`ConsoleError`] when the terminal or a thread is not to be had.
-    pub fn connect(&mut self, stream: UnixStream, ending: &Arc<Ending>) -> Result<(), ConsoleError> {
+    pub fn connect(
+        &mut self,
+        stream: UnixStream,
+        ending: &Arc<Ending>,
+    ) -> Result<(), ConsoleError> {
         stream.set_nonblocking(true).map_err(host("setting up a stream"))?;
         let stream = Arc::new(stream);
         let (from, output) = (Arc::clone(&stream), Arc::clone(&self.output));
@@ -221,10 +225,7 @@ fn host(operation: &'static str) -> impl FnOnce(io::Error) -> ConsoleError {
     move |source| ConsoleError::Host { operation, source }
 }
 
-fn spawn(
-    name: &str,
-    body: impl FnOnce() + Send + 'static,
-) -> Result<JoinHandle<()>, ConsoleError> {
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, ConsoleError> {
     let thread = std::thread::Builder::new().name(name.into()).spawn(body);
     thread.map_err(host("starting a thread"))
 }

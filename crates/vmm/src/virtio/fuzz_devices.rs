@@ -40,7 +40,8 @@ fn device(kind: u8) -> Option<(Box<dyn Device>, Host)> {
             Box::new(Console::new(far).ok()?)
         }
         2 => {
-            let (device, vsock) = VsockDevice::new(&VsockConfig { guest_cid: 3, path: None }).ok()?;
+            let (device, vsock) =
+                VsockDevice::new(&VsockConfig { guest_cid: 3, path: None }).ok()?;
             host._vsock = Some(vsock);
             Box::new(device)
         }

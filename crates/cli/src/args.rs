@@ -120,8 +120,8 @@ pub struct RunArgs {
     /// --virtio-console stdio; with -- CMD it is kept and shown if the guest fails]
     #[arg(long, value_name = "CONSOLE")]
     pub serial: Option<ConsoleArg>,
-    /// Gives the guest a virtio console that leads there: as --serial; Linux calls it hvc0
-    /// [default: none]
+    /// Gives the guest a virtio console that leads there: as --serial. Linux calls it hvc0; where its
+    /// driver is a module, as in Debian, earlier messages are on the serial port only [default: none]
     #[arg(long, value_name = "CONSOLE")]
     pub virtio_console: Option<ConsoleArg>,
     /// Gives the guest port 0xf4: writing V ends the machine with status V*2+1

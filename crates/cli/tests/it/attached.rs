@@ -249,10 +249,10 @@ impl Drop for TapInterface {
 #[test]
 fn a_server_on_the_host_is_reached_through_a_tap_interface() {
     let Some(debian) = Debian::take() else { return };
-    let Some(tap) = TapInterface::make("192.0.2.1/24") else {
+    let Some(tap) = TapInterface::make("198.51.100.1/24") else {
         return println!("skipped: no tap interfaces here (no privileges, or no /dev/net/tun)");
     };
-    let listener = TcpListener::bind("192.0.2.1:0").unwrap();
+    let listener = TcpListener::bind("198.51.100.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let server = thread::spawn(move || {
         let (stream, peer) = listener.accept().unwrap();
@@ -260,14 +260,14 @@ fn a_server_on_the_host_is_reached_through_a_tap_interface() {
         peer.ip().to_string()
     });
     let script = format!(
-        "i=$(ls /sys/class/net | grep -v lo); ip addr add 192.0.2.2/24 dev $i; ip link set $i up; \
-         cat < /dev/tcp/192.0.2.1/{port}"
+        "i=$(ls /sys/class/net | grep -v lo); ip addr add 198.51.100.2/24 dev $i; ip link set $i up; \
+         cat < /dev/tcp/198.51.100.1/{port}"
     );
     let net = format!("tap={}", tap.0);
     let mut command = debian.command(&["--net", &net], &["bash", "-c", &script]);
     let ran = run(&mut command, b"");
     assert_eq!(ran.check(0).text(), "through the tap\n");
-    assert_eq!(server.join().unwrap(), "192.0.2.2");
+    assert_eq!(server.join().unwrap(), "198.51.100.2");
 }
 
 /// A file system of 24 MiB.

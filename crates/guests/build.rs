@@ -1,4 +1,4 @@
-//! Assembles every guest with the host's C compiler driver (which calls `as` and `ld`).
+//! Builds every guest, in assembly or C, with the host's C compiler driver (which calls `as` and `ld`).
 
 use std::env;
 use std::error::Error;
@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(root.join("guests"))? {
         let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "S") {
+        if path.extension().is_some_and(|e| e == "S" || e == "c") {
             let name = path.file_stem().and_then(|s| s.to_str()).ok_or("guest name")?.to_owned();
             assemble(&cc, &root.join("lib"), &path, &out.join(format!("{name}.elf")))?;
             names.push(name);
@@ -31,6 +31,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn assemble(cc: &str, lib: &Path, source: &Path, target: &Path) -> Result<(), Box<dyn Error>> {
     let output = Command::new(cc)
+        // For C: no library, no vector registers, nothing below the stack pointer.
+        .args(["-ffreestanding", "-O1", "-mgeneral-regs-only", "-mno-red-zone", "-fno-pic"])
+        .args(["-fno-stack-protector", "-fcf-protection=none", "-fno-asynchronous-unwind-tables"])
         .args(["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noexecstack"])
         .args(["-Wl,-z,max-page-size=4096", "-Wl,--no-warn-rwx-segments"])
         .arg(format!("-Wl,-T,{}", lib.join("link.ld").display()))

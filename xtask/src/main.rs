@@ -1,7 +1,8 @@
-//! Project chores: `cargo xtask agent | tidy | bench [OPTIONS] | stress [NAME] | boots [COUNT]`.
+//! Project chores: `cargo xtask`; its usage lists them.
 
 mod agent;
 mod bench;
+mod fuzz;
 mod stress;
 mod tidy;
 
@@ -15,7 +16,8 @@ cargo xtask agent              build the guest's agent, statically linked
 cargo xtask tidy               check the rules no compiler checks
 cargo xtask bench [--help]     berth beside QEMU and the bare processor
 cargo xtask stress [NAME]      programs that use the whole processor, in Debian guests
-cargo xtask boots [COUNT]      boot Debian so many times in a row";
+cargo xtask boots [COUNT]      boot Debian so many times in a row
+cargo xtask fuzz [TARGET] [--seconds N]   fuzz targets, each for so long (needs cargo-fuzz)";
 
 fn main() -> Result<ExitCode> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -43,12 +45,22 @@ fn main() -> Result<ExitCode> {
         ["stress", only] => stress::run(only)?,
         ["boots"] => stress::boots(stress::BOOTS_DEFAULT)?,
         ["boots", count] => stress::boots(count.parse().context("COUNT is a number")?)?,
+        ["fuzz"] => fuzz::run(&workspace(), "", fuzz::SECONDS_DEFAULT)?,
+        ["fuzz", "--seconds", seconds] => fuzz::run(&workspace(), "", number(seconds)?)?,
+        ["fuzz", target] => fuzz::run(&workspace(), target, fuzz::SECONDS_DEFAULT)?,
+        ["fuzz", target, "--seconds", seconds] => {
+            fuzz::run(&workspace(), target, number(seconds)?)?;
+        }
         _ => {
             eprintln!("{USAGE}");
             return Ok(ExitCode::from(2));
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn number(word: &str) -> Result<u32> {
+    word.parse().context("--seconds takes a number")
 }
 
 /// The repository's root.

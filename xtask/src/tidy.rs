@@ -171,6 +171,23 @@ mod tests {
     }
 
     #[test]
+    fn tests_named_in_the_coverage_exist() {
+        let root = crate::workspace();
+        let page = fs::read_to_string(root.join("docs/coverage.md")).unwrap();
+        let mut files = Vec::new();
+        rust_files(&root.join("crates"), &mut files).unwrap();
+        let sources: String = files.iter().map(|f| fs::read_to_string(f).unwrap()).collect();
+        let is_test = |word: &&str| {
+            word.contains('_') && word.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '_'))
+        };
+        let names: Vec<&str> = page.split('`').skip(1).step_by(2).filter(is_test).collect();
+        assert!(names.len() > 80, "only {} names", names.len());
+        for name in names {
+            assert!(sources.contains(&format!("fn {name}()")), "there is no test {name}");
+        }
+    }
+
+    #[test]
     fn each_rule_finds_its_fault() {
         let mut faults = Vec::new();
         let long = format!("//! x\n{}", "//\n".repeat(LINES_MAX));

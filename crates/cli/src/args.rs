@@ -24,6 +24,9 @@ Examples:
   berth vm run debian
   berth vm run debian -- cat /etc/os-release
   berth vm run --disk data.raw --disk tools.raw,ro debian
+  berth vm run --serial file=console.log debian -- make test
+  berth vm run --serial socket=/tmp/console --kernel bzImage --append console=ttyS0
+  berth vm run --virtio-console stdio debian
   berth vm run --net none --kernel vmlinux --append 'console=ttyS0 quiet'";
 
 const BOOTSTRAP_EXAMPLES: &str = "\
@@ -112,6 +115,15 @@ pub struct RunArgs {
     /// `user` (through passt), `tap=INTERFACE` or `none` [default: user with an image, else none]
     #[arg(long, value_name = "NET")]
     pub net: Option<NetArg>,
+    /// Where the serial port leads: `stdio`, `file=PATH` (output only, appended), `socket=PATH` (a
+    /// Unix socket, one client after the other) or `none` [default: stdio; none with
+    /// --virtio-console stdio; with -- CMD it is kept and shown if the guest fails]
+    #[arg(long, value_name = "CONSOLE")]
+    pub serial: Option<ConsoleArg>,
+    /// Gives the guest a virtio console that leads there: as --serial. Linux calls it hvc0; where its
+    /// driver is a module, as in Debian, earlier messages are on the serial port only [default: none]
+    #[arg(long, value_name = "CONSOLE")]
+    pub virtio_console: Option<ConsoleArg>,
     /// Gives the guest port 0xf4: writing V ends the machine with status V*2+1
     #[arg(long)]
     pub debug_exit: bool,
@@ -224,6 +236,33 @@ impl std::str::FromStr for NetArg {
     }
 }
 
+/// Where a console leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConsoleArg {
+    /// Standard input and output.
+    Stdio,
+    /// Output to this file.
+    File(PathBuf),
+    /// To whoever connects to this Unix socket.
+    Socket(PathBuf),
+    /// Nowhere.
+    None,
+}
+
+impl std::str::FromStr for ConsoleArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "none" => Ok(Self::None),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
+            _ => Err("expected `stdio`, `file=PATH`, `socket=PATH` or `none`".into()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -257,6 +296,8 @@ mod tests {
             "berth doctor --json",
             "berth completions bash",
             "berth --root /x image ls",
+            "berth vm run --serial none --virtio-console stdio debian",
+            "berth vm run --serial socket=/a=b --virtio-console file=c debian",
         ] {
             assert!(Args::try_parse_from(good.split_whitespace()).is_ok(), "{good}");
         }
@@ -270,6 +311,9 @@ mod tests {
             "berth vm run --initrd i x",
             "berth vm run --disk ,ro x",
             "berth image rm",
+            "berth vm run --serial file debian",
+            "berth vm run --serial file= debian",
+            "berth vm run --virtio-console pty debian",
         ] {
             assert!(Args::try_parse_from(bad.split_whitespace()).is_err(), "{bad}");
         }

@@ -11,15 +11,19 @@ use std::time::{Duration, Instant};
 
 use berth_vmm::boot::Module;
 use berth_vmm::console::{SerialConfig, SignalWatch};
-use berth_vmm::devices::{Devices, DiskFile, NetConfig, VsockSlot};
+use berth_vmm::devices::{Devices, DiskFile, HostEnds, NetConfig};
 use berth_vmm::machine::{Machine, MachineConfig, RunningMachine};
 use berth_vmm::outcome::{Ending, Outcome};
 use berth_vmm::vcpu::probe::AccelChoice;
+use berth_vmm::virtio::console::device::ConsoleSize;
+use signal_hook::consts::SIGWINCH;
+use signal_hook::iterator::Signals;
 
 use crate::args::Accel;
 use crate::command::{self, CommandError, Dial};
 use crate::exit::ExitCode;
 use crate::plan::{Console, NetPlan, RunPlan};
+use crate::terminal;
 
 /// The guest's vsock address; each machine is its own network of two.
 const GUEST_CID: u32 = 3;
@@ -78,13 +82,13 @@ impl MachineError {
 }
 
 struct Guest {
-    vsock: VsockSlot,
+    ends: HostEnds,
     ending: Arc<Ending>,
 }
 
 impl Dial for Guest {
     fn dial(&mut self) -> io::Result<UnixStream> {
-        let Some(vsock) = self.vsock.get() else {
+        let Some(vsock) = self.ends.vsock.get() else {
             return Err(io::ErrorKind::NotConnected.into());
         };
         let stream =
@@ -118,13 +122,20 @@ fn config(plan: &RunPlan) -> MachineConfig {
     }
     c.cmdline.clone_from(&plan.command_line);
     c.debug_exit = plan.debug_exit;
-    c.serial = match &plan.console {
+    c.serial = console(&plan.console);
+    c
+}
+
+fn console(plan: &Console) -> SerialConfig {
+    match plan {
         Console::Stdio => SerialConfig::Stdio,
+        Console::File(path) => SerialConfig::File(path.clone()),
+        Console::Socket(path) => SerialConfig::Socket(path.clone()),
+        Console::Nowhere => SerialConfig::Null,
         Console::Capture(file) => {
             SerialConfig::File(PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())))
         }
-    };
-    c
+    }
 }
 
 fn devices(plan: &RunPlan) -> Devices {
@@ -140,6 +151,7 @@ fn devices(plan: &RunPlan) -> Devices {
             NetPlan::Tap(name) => NetConfig::Tap(name.clone()),
         },
         vsock_cid: Some(GUEST_CID),
+        console: plan.virtio_console.as_ref().map(console),
     }
 }
 
@@ -160,17 +172,20 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
         })
         .map_err(MachineError::Signals)?;
     }
-    let vsock = VsockSlot::default();
-    let attach = devices(plan).into_attach(&vsock);
+    let ends = HostEnds::default();
+    let attach = devices(plan).into_attach(&ends);
     let machine = Machine::start_with(&config(plan), Some(attach))
         .map_err(|source| MachineError::Start { name: plan.name.clone(), source })?;
     let ending = machine.ending();
+    if let (Some(Console::Stdio), Some(size)) = (&plan.virtio_console, ends.console.get()) {
+        follow_terminal_size(size.clone()).map_err(MachineError::Signals)?;
+    }
     // Set once; the watcher had nothing to end before.
     let _ = over.set(Arc::clone(&ending));
     match &plan.command {
         None => ended(plan, machine.wait()),
         Some(exec) => {
-            let mut guest = Guest { vsock, ending };
+            let mut guest = Guest { ends, ending };
             let result = command::run(&mut guest, exec);
             let status = result
                 .map_err(|source| MachineError::Command { source, console: console_tail(plan) });
@@ -178,6 +193,23 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
             status
         }
     }
+}
+
+/// Tells the guest the size of the terminal, now and whenever it changes.
+fn follow_terminal_size(console: ConsoleSize) -> io::Result<()> {
+    let tell = move || {
+        if let Some(size) = terminal::size() {
+            console.set(size.cols, size.rows);
+        }
+    };
+    let mut changes = Signals::new([SIGWINCH])?;
+    tell();
+    std::thread::Builder::new().name("terminal-size".into()).spawn(move || {
+        for _ in &mut changes {
+            tell();
+        }
+    })?;
+    Ok(())
 }
 
 /// Lets the guest write what it has to, within a limit.

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use berth_api::agent::message::Exec;
@@ -11,7 +12,7 @@ use berth_image::disk::ThrowawayDisk;
 use berth_image::initramfs::{self, InitramfsError};
 use berth_image::store::{Image, ImageName, Store, StoreError};
 
-use crate::args::{Accel, NetArg, RunArgs};
+use crate::args::{Accel, ConsoleArg, NetArg, RunArgs};
 use crate::size::Size;
 use crate::terminal;
 
@@ -48,6 +49,8 @@ pub struct RunPlan {
     pub debug_exit: bool,
     /// Where the serial console goes.
     pub console: Console,
+    /// Where the virtio console goes; none: the guest has none.
+    pub virtio_console: Option<Console>,
     /// A command to run through the agent; the machine is shut down when it ends.
     pub command: Option<Exec>,
     /// Keeps the copy of the image's root disk, which is among `disks`, alive.
@@ -74,11 +77,17 @@ pub enum NetPlan {
     Tap(String),
 }
 
-/// Where the serial console goes.
+/// Where a console goes.
 #[derive(Debug)]
 pub enum Console {
     /// To standard input and output; raw when they are a terminal.
     Stdio,
+    /// To the end of this file. No input.
+    File(PathBuf),
+    /// To whoever connects to this Unix socket.
+    Socket(PathBuf),
+    /// Nowhere.
+    Nowhere,
     /// Into this file without a name; its end is shown when the guest fails. No input.
     Capture(File),
 }
@@ -161,9 +170,15 @@ impl RunPlan {
             None => None,
         };
         let command = command(args);
-        let console = match (&command, &files.image) {
-            (Some(_), Some((_, store))) => Console::Capture(unnamed_file(store)?),
-            _ => Console::Stdio,
+        let virtio_console = match &args.virtio_console {
+            None | Some(ConsoleArg::None) => None,
+            Some(asked) => Some(console(asked)?),
+        };
+        let console = match (&args.serial, &files.image) {
+            (Some(asked), _) => console(asked)?,
+            (None, Some((_, store))) if command.is_some() => Console::Capture(unnamed_file(store)?),
+            (None, _) if matches!(virtio_console, Some(Console::Stdio)) => Console::Nowhere,
+            (None, _) => Console::Stdio,
         };
         Ok(Self {
             command_line: command_line(args, &name)?,
@@ -177,6 +192,7 @@ impl RunPlan {
             net,
             debug_exit: args.debug_exit,
             console,
+            virtio_console,
             command,
             throwaway,
         })
@@ -229,7 +245,33 @@ fn check_combination(args: &RunArgs) -> Result<(), PlanError> {
             "--kernel with an image needs --initrd too: the image's modules fit its own kernel only",
         );
     }
-    Ok(())
+    let on_stdio = [&args.serial, &args.virtio_console];
+    match on_stdio.iter().filter(|asked| ***asked == Some(ConsoleArg::Stdio)).count() {
+        0 => Ok(()),
+        1 if args.command.is_empty() => Ok(()),
+        1 => usage("with -- CMD standard input and output belong to the command, not to a console"),
+        _ => usage("one console can have standard input and output, not both"),
+    }
+}
+
+/// Opening happens when the machine starts; what would hang or destroy is found here.
+fn console(asked: &ConsoleArg) -> Result<Console, PlanError> {
+    Ok(match asked {
+        ConsoleArg::Stdio => Console::Stdio,
+        ConsoleArg::None => Console::Nowhere,
+        ConsoleArg::Socket(path) => Console::Socket(path.clone()),
+        ConsoleArg::File(path) => {
+            // Opening it would wait for a reader.
+            if fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo()) {
+                return Err(PlanError::Unfit {
+                    role: "a console",
+                    path: path.clone(),
+                    reason: "it is a pipe; try socket=PATH".to_owned(),
+                });
+            }
+            Console::File(path.clone())
+        }
+    })
 }
 
 fn check_memory(asked: Size, host_bytes: Option<u64>) -> Result<(), PlanError> {
@@ -354,6 +396,10 @@ fn command_line(args: &RunArgs, name: &str) -> Result<String, PlanError> {
     let mut words = Vec::new();
     if args.image.is_some() {
         words.push("console=ttyS0 quiet panic=-1 berth.root=/dev/vda berth.rw=1".to_owned());
+        if args.virtio_console == Some(ConsoleArg::Stdio) {
+            // The last one is /dev/console, as soon as its driver is loaded.
+            words.push("console=hvc0".to_owned());
+        }
         words.push(format!("berth.hostname={name}"));
         if args.command.is_empty() {
             words.push("berth.shell=1".to_owned());
@@ -434,8 +480,36 @@ mod tests {
         assert!(line.ends_with(" extra=1"), "{line}");
         let line = command_line(&run_args("debian -- true"), "box").unwrap();
         assert!(!line.contains("berth.shell"), "{line}");
+        let line = command_line(&run_args("--virtio-console stdio debian"), "box").unwrap();
+        assert!(line.contains("console=hvc0"), "{line}");
         let long = "x".repeat(3000);
         assert!(command_line(&run_args(&format!("--append {long} debian")), "box").is_err());
+    }
+
+    #[test]
+    fn one_console_at_most_is_standard_input_and_output() {
+        let directory = tempfile::tempdir().unwrap();
+        let kernel = directory.path().join("kernel");
+        fs::write(&kernel, "k").unwrap();
+        let plan = |words: &str| {
+            let line = format!("--kernel {} {words}", kernel.display());
+            RunPlan::new(&run_args(&line), directory.path())
+        };
+        let bare = plan("").unwrap();
+        assert!(matches!((bare.console, bare.virtio_console), (Console::Stdio, None)));
+        let none = plan("--virtio-console none --serial none").unwrap();
+        assert!(matches!((none.console, none.virtio_console), (Console::Nowhere, None)));
+        let moved = plan("--virtio-console stdio").unwrap();
+        let both = (moved.console, moved.virtio_console);
+        assert!(matches!(both, (Console::Nowhere, Some(Console::Stdio))), "{both:?}");
+        let beside = plan("--virtio-console socket=s").unwrap();
+        let both = (beside.console, beside.virtio_console);
+        assert!(matches!(both, (Console::Stdio, Some(Console::Socket(_)))), "{both:?}");
+        assert!(plan("--virtio-console stdio --serial stdio").is_err());
+        let mut command = run_args("--serial stdio debian -- true");
+        assert!(check_combination(&command).is_err());
+        command.serial = Some(ConsoleArg::File("log".into()));
+        assert!(check_combination(&command).is_ok());
     }
 
     #[test]

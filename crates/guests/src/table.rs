@@ -480,6 +480,10 @@ pub(crate) const GUESTS: &[Guest] = &[
         ..guest!("modes", [1], Expect::Checks(52), [Need::FullEmulation])
     },
     Guest {
+        qemu_skips: Some("the devices it is about"),
+        ..guest!("rubbish", [1], Expect::Checks(6), [])
+    },
+    Guest {
         qemu_skips: Some("word reads of the serial port (it aborts)"),
         ..guest!("hostile", [1], Expect::Checks(11), [Need::Speed, Need::FullEmulation])
     },

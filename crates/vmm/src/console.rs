@@ -1,36 +1,48 @@
-//! The host's side of the serial port: the terminal, a file or a socket.
+//! The host's side of the serial port and of virtio-console: the terminal, a file or a socket.
 //!
 //! Output goes through a bounded queue to a thread, so that the guest waits for a slow terminal only
 //! when the queue is full. Input is read only as fast as the guest takes it, so none is lost.
+//!
+//! ```text
+//! serial port ───────────────► Output ─► writer thread ─► standard output, file, client
+//! virtio-console ─► stream ─► pump ─┘
+//! serial port ◄──────────────┐
+//! virtio-console ◄─ stream ◄─┴ port ◄─── reader thread ◄─ standard input, client
+//! ```
 
 mod input;
+mod output;
+mod port;
 mod terminal;
 
-use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::chips::serial::{ByteSink, Serial};
-use crate::limits::CONSOLE_OUTPUT_BYTES_MAX;
+use crate::console::output::{Client, ClientWriter, Output};
+use crate::console::port::{Port, SerialPort, StreamPort};
 use crate::outcome::Ending;
 
+pub use crate::console::output::OutputSink;
 pub use crate::console::terminal::{RawTerminal, SignalWatch};
 
-/// Where the serial port leads.
+/// Where a console leads: the serial port, or virtio-console.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialConfig {
     /// Standard input and output; a terminal is made raw, with an escape (Ctrl-] then `.`).
     Stdio,
     /// Output to a file, no input.
     File(PathBuf),
-    /// A Unix socket that takes one client after the other; output without one is dropped.
+    /// A Unix socket that takes one client after the other; output without one is dropped. A client
+    /// that reads nothing holds the guest up, but for a limited time; then it is disconnected.
     Socket(PathBuf),
     /// Nowhere.
     Null,
@@ -40,7 +52,7 @@ pub enum SerialConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
     /// The file or socket could not be opened.
-    #[error("cannot open {} for the serial console", path.display())]
+    #[error("cannot open {} for a console", path.display())]
     Open {
         /// Its path.
         path: PathBuf,
@@ -48,7 +60,7 @@ pub enum ConsoleError {
         source: io::Error,
     },
     /// The system refused something else.
-    #[error("{operation} for the serial console failed")]
+    #[error("{operation} for a console failed")]
     Host {
         /// What was tried.
         operation: &'static str,
@@ -59,132 +71,35 @@ pub enum ConsoleError {
 
 /// How long output may take to be written when the machine has ended.
 const FLUSH_TIME: Duration = Duration::from_secs(2);
-/// How long output is collected before it is written.
-const GATHER_TIME: Duration = Duration::from_micros(500);
 
-#[derive(Default)]
-struct Queue {
-    bytes: VecDeque<u8>,
-    closed: bool,
-    /// The writer has nothing more to write.
-    done: bool,
-}
-
-/// The bounded queue between guest and writer.
-#[derive(Default)]
-struct Output {
-    queue: Mutex<Queue>,
-    filled: Condvar,
-    drained: Condvar,
-}
-
-impl Output {
-    fn put(&self, byte: u8) {
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut queue = self
-            .drained
-            .wait_while(queue, |queue| {
-                queue.bytes.len() >= CONSOLE_OUTPUT_BYTES_MAX && !queue.closed
-            })
-            .unwrap_or_else(PoisonError::into_inner);
-        if queue.bytes.len() < CONSOLE_OUTPUT_BYTES_MAX {
-            queue.bytes.push_back(byte);
-            if queue.bytes.len() == 1 {
-                self.filled.notify_one();
-            }
-        }
-    }
-
-    /// Writes until the queue is closed and empty. A target that fails loses what follows.
-    fn write_to(&self, target: &mut dyn Write) {
-        let mut failed = false;
-        loop {
-            let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-            let queue = self
-                .filled
-                .wait_while(queue, |queue| queue.bytes.is_empty() && !queue.closed)
-                .unwrap_or_else(PoisonError::into_inner);
-            let gather = !queue.closed;
-            drop(queue);
-            if gather {
-                std::thread::sleep(GATHER_TIME);
-            }
-            let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-            let bytes = std::mem::take(&mut queue.bytes);
-            self.drained.notify_all();
-            if bytes.is_empty() && queue.closed {
-                queue.done = true;
-                self.drained.notify_all();
-                return;
-            }
-            drop(queue);
-            let (first, second) = bytes.as_slices();
-            if !failed {
-                let written = target.write_all(first).and_then(|()| target.write_all(second));
-                if let Err(error) = written.and_then(|()| target.flush()) {
-                    tracing::warn!(%error, "console output is lost from here on");
-                    failed = true;
-                }
-            }
-        }
-    }
-
-    fn close(&self, limit: Duration) {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.closed = true;
-        self.filled.notify_all();
-        self.drained.notify_all();
-        let end = Instant::now() + limit;
-        while !queue.done {
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                tracing::warn!("console output could not be written in time");
-                return;
-            }
-            let waited = self.drained.wait_timeout(queue, left);
-            queue = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
-
-/// The guest's end of the output.
-pub struct OutputSink(Arc<Output>);
-
-impl ByteSink for OutputSink {
-    fn put(&mut self, byte: u8) {
-        self.0.put(byte);
-    }
-}
+/// How long a client of a console's socket may take nothing.
+const CLIENT_WRITE_TIME: Duration = Duration::from_secs(5);
 
 /// A console that is being set up: the output exists, the input has no port yet.
 pub struct Console {
     config: SerialConfig,
     output: Arc<Output>,
-    client: Arc<Mutex<Option<UnixStream>>>,
+    client: Client,
     listener: Option<UnixListener>,
     stop: Arc<EventFd>,
     terminal: Option<RawTerminal>,
     threads: Vec<JoinHandle<()>>,
+    finished: bool,
 }
 
-/// Writes to whoever is connected, or to nobody.
-struct ClientWriter(Arc<Mutex<Option<UnixStream>>>);
+/// The consoles of a machine's devices, which end with it.
+#[derive(Clone, Default)]
+pub struct Consoles(Arc<Mutex<Vec<Console>>>);
 
-impl Write for ClientWriter {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let stream = client.as_ref().map(UnixStream::try_clone).transpose()?;
-        drop(client);
-        if let Some(mut stream) = stream {
-            // The client may go at any time.
-            if stream.write_all(data).is_err() {
-                *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            }
-        }
-        Ok(data.len())
+impl Consoles {
+    /// Keeps a console until the machine ends.
+    pub fn add(&self, console: Console) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(console);
     }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+
+    /// Finishes all of them.
+    pub fn finish(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
@@ -194,15 +109,13 @@ impl Console {
     /// # Errors
     /// [`ConsoleError`] says what could not be opened.
     pub fn open(config: &SerialConfig) -> Result<Self, ConsoleError> {
-        let host = |operation| move |source| ConsoleError::Host { operation, source };
-        let client = Arc::new(Mutex::new(None));
+        let client = Client::default();
         let mut listener = None;
         let mut target: Box<dyn Write + Send> = match config {
             SerialConfig::Stdio => Box::new(io::stdout()),
             SerialConfig::File(path) => Box::new(open_file(path)?),
             SerialConfig::Socket(path) => {
-                let fail = |source| ConsoleError::Open { path: path.clone(), source };
-                listener = Some(UnixListener::bind(path).map_err(fail)?);
+                listener = Some(listen(path)?);
                 Box::new(ClientWriter(Arc::clone(&client)))
             }
             SerialConfig::Null => Box::new(io::sink()),
@@ -210,12 +123,8 @@ impl Console {
         let stop = EventFd::new(EFD_NONBLOCK).map_err(host("eventfd"))?;
         let output = Arc::new(Output::default());
         let writer = Arc::clone(&output);
-        let thread = std::thread::Builder::new()
-            .name("console-out".into())
-            .spawn(move || writer.write_to(&mut *target))
-            .map_err(host("starting a thread"))?;
         // The writer may hang in a target that takes nothing; it is not waited for.
-        drop(thread);
+        let _ = spawn("console-out", move || writer.write_to(&mut *target))?;
         Ok(Self {
             config: config.clone(),
             output,
@@ -224,6 +133,7 @@ impl Console {
             stop: Arc::new(stop),
             terminal: None,
             threads: Vec::new(),
+            finished: false,
         })
     }
 
@@ -233,7 +143,7 @@ impl Console {
         Box::new(OutputSink(Arc::clone(&self.output)))
     }
 
-    /// Starts to read for the port. The escape ends the machine through `ending`.
+    /// Starts to read for the serial port. The escape ends the machine through `ending`.
     ///
     /// # Errors
     /// [`ConsoleError`] when the terminal or a thread is not to be had.
@@ -242,35 +152,61 @@ impl Console {
         serial: &Arc<Mutex<Serial>>,
         ending: &Arc<Ending>,
     ) -> Result<(), ConsoleError> {
-        let host = |operation| move |source| ConsoleError::Host { operation, source };
-        let feeder = input::Feeder::new(serial, Arc::clone(&self.stop));
+        self.read_for(Box::new(SerialPort::new(serial)), ending)
+    }
+
+    /// Connects the target with a device that has the other end of `stream`, in both directions.
+    ///
+    /// # Errors
+    /// [`ConsoleError`] when the terminal or a thread is not to be had.
+    pub fn connect(
+        &mut self,
+        stream: UnixStream,
+        ending: &Arc<Ending>,
+    ) -> Result<(), ConsoleError> {
+        stream.set_nonblocking(true).map_err(host("setting up a stream"))?;
+        let stream = Arc::new(stream);
+        let (from, output) = (Arc::clone(&stream), Arc::clone(&self.output));
+        let stop = Arc::clone(&self.stop);
+        self.threads.push(spawn("console-pump", move || port::pump(&from, &output, &stop))?);
+        self.read_for(Box::new(StreamPort(stream)), ending)
+    }
+
+    fn read_for(&mut self, port: Box<dyn Port>, ending: &Arc<Ending>) -> Result<(), ConsoleError> {
+        let feeder = input::Feeder::new(port, Arc::clone(&self.stop));
         let ending = Arc::clone(ending);
-        let builder = std::thread::Builder::new().name("console-in".into());
         let thread = match (&self.config, self.listener.take()) {
             (SerialConfig::Stdio, _) => {
                 self.terminal = RawTerminal::enter().map_err(host("setting up the terminal"))?;
                 let escape = self.terminal.is_some();
-                builder.spawn(move || feeder.read_stdin(escape, &ending))
+                spawn("console-in", move || feeder.read_stdin(escape, &ending))
             }
             (SerialConfig::Socket(_), Some(listener)) => {
                 let client = Arc::clone(&self.client);
-                builder.spawn(move || feeder.serve(&listener, &client))
+                spawn("console-in", move || feeder.serve(&listener, &client))
             }
             _ => return Ok(()),
         };
-        self.threads.push(thread.map_err(host("starting a thread"))?);
+        self.threads.push(thread?);
         Ok(())
     }
 
     /// Writes what is left, stops reading and restores the terminal.
     pub fn finish(&mut self) {
+        if std::mem::replace(&mut self.finished, true) {
+            return;
+        }
+        let limit = Instant::now() + FLUSH_TIME;
+        // First of all, whoever waits for room must not do so for ever: a reader of ours may wait
+        // for a lock that a vCPU holds while it waits.
+        self.output.end_by(limit);
         if self.stop.write(1).is_ok() {
             for thread in self.threads.drain(..) {
                 // A thread that panicked has reported itself.
                 let _ = thread.join();
             }
         }
-        self.output.close(FLUSH_TIME);
+        self.output.close(limit);
         self.terminal = None;
         if let SerialConfig::Socket(path) = &self.config {
             // It may have been removed by others.
@@ -285,23 +221,41 @@ impl Drop for Console {
     }
 }
 
-fn open_file(path: &PathBuf) -> Result<File, ConsoleError> {
+fn host(operation: &'static str) -> impl FnOnce(io::Error) -> ConsoleError {
+    move |source| ConsoleError::Host { operation, source }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, ConsoleError> {
+    let thread = std::thread::Builder::new().name(name.into()).spawn(body);
+    thread.map_err(host("starting a thread"))
+}
+
+fn open_file(path: &Path) -> Result<File, ConsoleError> {
     let file = OpenOptions::new().create(true).append(true).open(path);
-    file.map_err(|source| ConsoleError::Open { path: path.clone(), source })
+    file.map_err(|source| ConsoleError::Open { path: path.to_owned(), source })
+}
+
+/// Listens at `path`. A socket that a machine which was killed left there is replaced.
+fn listen(path: &Path) -> Result<UnixListener, ConsoleError> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    if is_socket
+        && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+    {
+        // Binding says what is wrong if it cannot be removed.
+        let _ = std::fs::remove_file(path);
+    }
+    let listener = UnixListener::bind(path);
+    listener.map_err(|source| ConsoleError::Open { path: path.to_owned(), source })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Console, Output, SerialConfig};
-    use crate::limits::CONSOLE_OUTPUT_BYTES_MAX;
-    use std::sync::Arc;
-    use std::time::Duration;
+    use super::{Console, SerialConfig, listen};
 
     #[test]
     fn output_reaches_the_file_whole_and_in_order() {
-        let dir = std::env::temp_dir().join(format!("berth-console-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let path = dir.join("log");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
         let mut console = Console::open(&SerialConfig::File(path.clone())).unwrap();
         let mut sink = console.sink();
         let want: Vec<u8> = (0..200_000u32).map(|i| (i * 7 / 3) as u8).collect();
@@ -310,21 +264,19 @@ mod tests {
         }
         console.finish();
         assert_eq!(std::fs::read(&path).unwrap(), want);
-        std::fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
-    fn a_full_queue_blocks_until_it_is_closed() {
-        let output = Arc::new(Output::default());
-        let guest = Arc::clone(&output);
-        let thread = std::thread::spawn(move || {
-            for _ in 0..=CONSOLE_OUTPUT_BYTES_MAX {
-                guest.put(0);
-            }
-        });
-        std::thread::sleep(Duration::from_millis(50));
-        assert!(!thread.is_finished());
-        output.close(Duration::ZERO);
-        thread.join().unwrap();
+    fn a_socket_that_was_left_behind_is_replaced_and_one_in_use_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        drop(listen(&path).unwrap());
+        let listener = listen(&path).unwrap();
+        assert!(listen(&path).is_err());
+        drop(listener);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "data").unwrap();
+        assert!(listen(&path).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"data");
     }
 }

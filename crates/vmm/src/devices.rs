@@ -1,12 +1,15 @@
 //! The PCI devices of a machine, made from their configuration.
 
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 
+use crate::console::{Console, ConsoleError, SerialConfig};
 use crate::machine::{AttachPci, DeviceContext};
 use crate::pci::root::PciRoot;
 use crate::virtio::block::device::Block;
 use crate::virtio::block::disk::{DiskConfig, DiskError};
+use crate::virtio::console::device::{Console as ConsoleDevice, ConsoleSize};
 use crate::virtio::net::device::{Mac, Net};
 use crate::virtio::net::passt::{Passt, PasstConfig, PasstError};
 use crate::virtio::net::tap::{Tap, TapError};
@@ -45,6 +48,8 @@ pub struct Devices {
     pub net: NetConfig,
     /// The guest's vsock address, at least 3; none: no vsock.
     pub vsock_cid: Option<u32>,
+    /// Where the virtio console leads; none: no such device.
+    pub console: Option<SerialConfig>,
 }
 
 /// Why a device could not be made.
@@ -62,6 +67,12 @@ pub enum DevicesError {
     /// vsock.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The virtio console's target.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// The virtio console's connection to its target.
+    #[error("no stream for the virtio console")]
+    ConsoleStream(#[source] std::io::Error),
     /// The bus is full.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -70,21 +81,27 @@ pub enum DevicesError {
     Mac(#[source] std::io::Error),
 }
 
-/// The host's end of the vsock device, once the machine has been started.
-pub type VsockSlot = Arc<OnceLock<Vsock>>;
+/// The host's ends of devices, once the machine has been started.
+#[derive(Clone, Default)]
+pub struct HostEnds {
+    /// For connections to the guest.
+    pub vsock: Arc<OnceLock<Vsock>>,
+    /// For the size of the terminal that the virtio console is.
+    pub console: Arc<OnceLock<ConsoleSize>>,
+}
 
 impl Devices {
-    /// What [`crate::machine::Machine::start_with`] wants; the vsock appears in `vsock`.
+    /// What [`crate::machine::Machine::start_with`] wants; the host's ends appear in `ends`.
     #[must_use]
-    pub fn into_attach(self, vsock: &VsockSlot) -> AttachPci {
-        let slot = Arc::clone(vsock);
+    pub fn into_attach(self, ends: &HostEnds) -> AttachPci {
+        let ends = ends.clone();
         Box::new(move |context| {
-            let root = self.make(context, &slot)?;
+            let root = self.make(context, &ends)?;
             Ok(Arc::new(Mutex::new(root)))
         })
     }
 
-    fn make(&self, context: &DeviceContext, slot: &VsockSlot) -> Result<PciRoot, DevicesError> {
+    fn make(&self, context: &DeviceContext, ends: &HostEnds) -> Result<PciRoot, DevicesError> {
         let memory = Arc::new(context.memory.clone());
         let mut root = PciRoot::new(Arc::clone(&context.mmio), Arc::clone(&context.interrupts));
         for (i, disk) in self.disks.iter().enumerate() {
@@ -113,9 +130,20 @@ impl Devices {
         attach(&mut root, Arc::clone(&memory), Box::new(Rng::new()))?;
         if let Some(guest_cid) = self.vsock_cid {
             let (device, host) = VsockDevice::new(&VsockConfig { guest_cid, path: None })?;
-            attach(&mut root, memory, Box::new(device))?;
+            attach(&mut root, Arc::clone(&memory), Box::new(device))?;
             // A machine is started once; a second attempt keeps the first handle.
-            let _ = slot.set(host);
+            let _ = ends.vsock.set(host);
+        }
+        if let Some(target) = &self.console {
+            let (near, far) = UnixStream::pair().map_err(DevicesError::ConsoleStream)?;
+            let device = ConsoleDevice::new(far).map_err(DevicesError::ConsoleStream)?;
+            let size = device.size();
+            let mut console = Console::open(target)?;
+            console.connect(near, &context.ending)?;
+            context.consoles.add(console);
+            attach(&mut root, memory, Box::new(device))?;
+            // As above.
+            let _ = ends.console.set(size);
         }
         Ok(root)
     }

@@ -26,7 +26,7 @@ use crate::chips::chipset::Chipset;
 use crate::chips::lapic::message::ApicBus;
 use crate::chips::lapic::{CpuSignals, Lapic};
 use crate::clock::{Clock, HostClock};
-use crate::console::{Console, SerialConfig};
+use crate::console::{Console, Consoles, SerialConfig};
 use crate::error::MachineError;
 use crate::irq::InterruptSink;
 use crate::limits::CPUS_MAX;
@@ -100,6 +100,8 @@ pub struct DeviceContext {
     pub window_64: std::ops::Range<u64>,
     /// Ends the machine.
     pub ending: Arc<Ending>,
+    /// Consoles of devices, which end with the machine.
+    pub consoles: Consoles,
 }
 
 /// Makes the devices of the PCI bus; gives what answers at ports 0xcf8 to 0xcff.
@@ -118,7 +120,7 @@ pub struct RunningMachine {
     console: Console,
     /// Devices and timers live as long as the machine.
     _timers: TimerThread,
-    _context: DeviceContext,
+    context: DeviceContext,
 }
 
 /// A vCPU and its local APIC, unless that is inside.
@@ -300,7 +302,7 @@ fn finish(
         threads: Vec::new(),
         console,
         _timers: board.timers,
-        _context: context,
+        context,
     };
     for (((vcpu, apic), mailbox), index) in vcpus.into_iter().zip(board.mailboxes).zip(0..) {
         let ending = Arc::clone(&board.ending);
@@ -340,6 +342,7 @@ impl RunningMachine {
     fn shut_down(&mut self) {
         // A vCPU may wait for room in the console's queue, so the console ends first.
         self.console.finish();
+        self.context.consoles.finish();
         for thread in self.threads.drain(..) {
             // A panic in it has been made the outcome.
             let _ = thread.join();

@@ -184,6 +184,92 @@ fn a_full_disk_is_said_and_leaves_nothing_half_done() {
     assert_eq!(left("tmp"), 0);
 }
 
+#[test]
+fn a_host_disk_that_fills_up_is_an_error_in_the_guest() {
+    let Some(debian) = Debian::take() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let mounted = Small::mount(directory.path());
+    let Some(_mounted) = mounted else { return println!("skipped: tmpfs cannot be mounted here") };
+    // Larger than what is under it.
+    let disk = data_disk(directory.path());
+    let script = "dd if=/dev/zero of=/dev/vdb bs=1M count=64 oflag=direct 2>&1 | grep -c 'Input/output error'; \
+                  dd if=/dev/vdb bs=1M count=1 2>/dev/null | wc -c; echo alive";
+    let ran = debian.shell(&["--disk", &disk], script);
+    assert_eq!(ran.check(0).text(), "1\n1048576\nalive\n");
+}
+
+#[test]
+fn discarded_blocks_are_given_back_to_the_host() {
+    use std::os::unix::fs::MetadataExt;
+    let Some(debian) = Debian::take() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let disk = data_disk(directory.path());
+    File::options().write(true).open(&disk).unwrap().write_all_at(&[7; 8 << 20], 0).unwrap();
+    let script = "set -e; blkdiscard -l 4194304 /dev/vdb; blkdiscard -z -o 4194304 -l 1048576 /dev/vdb; \
+                  head -c 5242880 /dev/vdb | tr -d '\\0' | wc -c; \
+                  tail -c +5242881 /dev/vdb | head -c 4 | od -An -tx1";
+    let ran = debian.shell(&["--disk", &disk], script);
+    assert_eq!(ran.check(0).text(), "0\n 07 07 07 07\n");
+    assert!(fs::metadata(&disk).unwrap().blocks() * 512 <= 5 << 20, "nothing was given back");
+}
+
+#[test]
+fn a_huge_disk_has_its_size() {
+    let Some(debian) = Debian::take() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let disk = directory.path().join("huge.raw");
+    File::create(&disk).unwrap().set_len(1 << 40).unwrap();
+    let script = "blockdev --getsize64 /dev/vdb; tail -c 4 /dev/vdb | wc -c";
+    let ran = debian.shell(&["--disk", disk.to_str().unwrap()], script);
+    assert_eq!(ran.check(0).text(), "1099511627776\n4\n");
+}
+
+/// A tap interface that goes with the test.
+struct TapInterface(String);
+
+impl TapInterface {
+    fn make(address: &str) -> Option<Self> {
+        let name = format!("berth{}", std::process::id());
+        let ip = |words: &[&str]| {
+            let status = Command::new("ip").args(words).stderr(Stdio::null()).status();
+            status.is_ok_and(|status| status.success())
+        };
+        let made = ip(&["tuntap", "add", &name, "mode", "tap"]).then(|| Self(name.clone()))?;
+        (ip(&["addr", "add", address, "dev", &name]) && ip(&["link", "set", &name, "up"]))
+            .then_some(made)
+    }
+}
+
+impl Drop for TapInterface {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_server_on_the_host_is_reached_through_a_tap_interface() {
+    let Some(debian) = Debian::take() else { return };
+    let Some(tap) = TapInterface::make("198.51.100.1/24") else {
+        return println!("skipped: no tap interfaces here (no privileges, or no /dev/net/tun)");
+    };
+    let listener = TcpListener::bind("198.51.100.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = thread::spawn(move || {
+        let (stream, peer) = listener.accept().unwrap();
+        (&stream).write_all(b"through the tap\n").unwrap();
+        peer.ip().to_string()
+    });
+    let script = format!(
+        "i=$(ls /sys/class/net | grep -v lo); ip addr add 198.51.100.2/24 dev $i; ip link set $i up; \
+         cat < /dev/tcp/198.51.100.1/{port}"
+    );
+    let net = format!("tap={}", tap.0);
+    let mut command = debian.command(&["--net", &net], &["bash", "-c", &script]);
+    let ran = run(&mut command, b"");
+    assert_eq!(ran.check(0).text(), "through the tap\n");
+    assert_eq!(server.join().unwrap(), "198.51.100.2");
+}
+
 /// A file system of 24 MiB.
 struct Small<'a>(&'a Path);
 

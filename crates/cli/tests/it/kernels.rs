@@ -128,6 +128,22 @@ fn random_kernels_are_refused_with_one_line() {
 }
 
 #[test]
+fn oversized_kernels_are_refused_with_one_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let guest = berth_guests::all().iter().find(|guest| guest.name == "triple_fault").unwrap();
+    // Sparse, with a good head: larger than the machine, and larger than is read at all.
+    for len in [65 << 20, 3 << 30] {
+        let kernel = file(directory.path(), "large", guest.elf);
+        fs::File::options().write(true).open(&kernel).unwrap().set_len(len).unwrap();
+        let ran = boot(&kernel, &[], b"");
+        // Bytes behind the segments need not fit; a file beyond the limit is not read.
+        ran.check(1);
+        assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
+        assert!(len < 1 << 30 || ran.stderr.contains("large"), "{}", ran.stderr);
+    }
+}
+
+#[test]
 fn truncated_multiboot_kernels_fail_in_order() {
     let guest = berth_guests::all().iter().find(|guest| guest.name == "triple_fault").unwrap();
     let directory = tempfile::tempdir().unwrap();

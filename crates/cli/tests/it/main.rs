@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod attached;
+mod consoles;
 mod debian;
 mod guest;
 mod kernels;
+mod rubbish;
 mod terminal;
 
 use std::fs;

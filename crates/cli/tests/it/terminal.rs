@@ -150,3 +150,26 @@ fn a_command_on_the_terminal_has_one_too() {
         assert_eq!(terminal.settings(), before);
     }
 }
+
+#[test]
+fn a_virtio_console_follows_the_terminals_size() {
+    let Some(debian) = Debian::take() else { return };
+    let mut terminal = Terminal::open();
+    let before = terminal.settings();
+    let mut child = terminal.start(debian.command(&["--virtio-console", "stdio"], &[]));
+    terminal.await_text("# ");
+    assert!(terminal.is_raw());
+    terminal.keys.write_all(b"echo $(stty size) $(tty)\r").unwrap();
+    terminal.await_text("33 99 /dev/hvc0");
+    let size = Winsize { ws_row: 44, ws_col: 111, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(&terminal.program_side, size).unwrap();
+    // It is nobody's controlling terminal here, so that the kernel tells nobody.
+    kill_process(Pid::from_child(&child.0), Signal::WINCH).unwrap();
+    let loop_until =
+        b"until [ \"$(stty size)\" = '44 111' ]; do sleep 0.1; done; echo now $((40 + 4))\r";
+    terminal.keys.write_all(loop_until).unwrap();
+    terminal.await_text("now 44");
+    terminal.keys.write_all(b"exit\r").unwrap();
+    assert_eq!(child.wait(LIMIT), Some(0), "{}", terminal.shown());
+    assert_eq!(terminal.settings(), before);
+}

@@ -3,35 +3,41 @@
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use crate::chips::serial::Serial;
+use crate::console::CLIENT_WRITE_TIME;
+use crate::console::output::Client;
+use crate::console::port::Port;
 use crate::outcome::{Ending, Outcome};
 
 /// Ctrl-]
 const ESCAPE: u8 = 0x1d;
 
-/// Gives input to a serial port, and waits while it has no room.
+/// Gives input to a port, and waits while it has no room.
 pub(super) struct Feeder {
-    serial: Arc<Mutex<Serial>>,
+    port: Box<dyn Port>,
     stop: Arc<EventFd>,
-    room: Option<Arc<EventFd>>,
 }
 
 /// What woke a wait.
 #[derive(PartialEq, Eq)]
-enum Woken {
+pub(super) enum Woken {
     Ready,
     Stop,
 }
 
 /// Waits until `fd` can be read (or its other side has gone) or `stop` is signalled.
-fn wait_readable(fd: RawFd, stop: &EventFd) -> Woken {
+pub(super) fn wait_readable(fd: RawFd, stop: &EventFd) -> Woken {
+    wait_for(fd, libc::POLLIN, stop)
+}
+
+/// Waits until one of `events` (or an error, or the end) happens on `fd` or `stop` is signalled.
+pub(super) fn wait_for(fd: RawFd, events: libc::c_short, stop: &EventFd) -> Woken {
     loop {
-        let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let mut fds = [poll(fd), poll(stop.as_raw_fd())];
+        let poll = |fd, events| libc::pollfd { fd, events, revents: 0 };
+        let mut fds = [poll(fd, events), poll(stop.as_raw_fd(), libc::POLLIN)];
         // SAFETY: two valid pollfds are passed with the count 2.
         let count = unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
         let interrupted = io::Error::last_os_error().kind() == io::ErrorKind::Interrupted;
@@ -48,36 +54,8 @@ fn wait_readable(fd: RawFd, stop: &EventFd) -> Woken {
 }
 
 impl Feeder {
-    pub(super) fn new(serial: &Arc<Mutex<Serial>>, stop: Arc<EventFd>) -> Self {
-        let room = EventFd::new(EFD_NONBLOCK).ok().map(Arc::new);
-        if let Some(room) = &room {
-            let signal = Arc::clone(room);
-            let mut port = serial.lock().unwrap_or_else(PoisonError::into_inner);
-            port.set_on_room(move || {
-                // A counter that is full has been signalled.
-                let _ = signal.write(1);
-            });
-        }
-        Self { serial: Arc::clone(serial), stop, room }
-    }
-
-    /// Tells whether all was taken; otherwise the console stops.
-    fn feed(&self, mut data: &[u8]) -> bool {
-        loop {
-            let mut port = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
-            let taken = port.receive(data);
-            drop(port);
-            data = data.get(taken..).unwrap_or_default();
-            if data.is_empty() {
-                return true;
-            }
-            let Some(room) = &self.room else { return false };
-            if wait_readable(room.as_raw_fd(), &self.stop) == Woken::Stop {
-                return false;
-            }
-            // Only resets the counter.
-            let _ = room.read();
-        }
+    pub(super) fn new(port: Box<dyn Port>, stop: Arc<EventFd>) -> Self {
+        Self { port, stop }
     }
 
     /// Reads standard input to its end.
@@ -97,39 +75,46 @@ impl Feeder {
             if ended {
                 return ending.end(Outcome::Stopped);
             }
-            if !self.feed(&data) {
+            if !self.port.feed(&data, &self.stop) {
                 return;
             }
         }
     }
 
     /// Serves one client after the other.
-    pub(super) fn serve(&self, listener: &UnixListener, current: &Mutex<Option<UnixStream>>) {
+    pub(super) fn serve(&self, listener: &UnixListener, current: &Client) {
         while wait_readable(listener.as_raw_fd(), &self.stop) == Woken::Ready {
-            let stream = match listener.accept() {
-                Ok((stream, _)) => stream,
+            let stream = listener.accept().and_then(|(stream, _)| {
+                stream.set_write_timeout(Some(CLIENT_WRITE_TIME))?;
+                Ok(Arc::new(stream))
+            });
+            let stream = match stream {
+                Ok(stream) => stream,
                 Err(error) => {
                     tracing::warn!(%error, "a console client could not connect");
                     continue;
                 }
             };
-            let writer = stream.try_clone().ok();
-            *current.lock().unwrap_or_else(PoisonError::into_inner) = writer;
-            let goes_on = self.read_client(stream);
-            *current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            let set = |client| *current.lock().unwrap_or_else(PoisonError::into_inner) = client;
+            set(Some(Arc::clone(&stream)));
+            let goes_on = self.read_client(&stream);
+            set(None);
             if !goes_on {
                 return;
             }
         }
     }
 
-    fn read_client(&self, mut stream: UnixStream) -> bool {
+    /// Until the client is gone. One that only has nothing more to say still listens.
+    fn read_client(&self, mut stream: &UnixStream) -> bool {
         let mut buffer = [0; 1024];
         while wait_readable(stream.as_raw_fd(), &self.stop) == Woken::Ready {
             match stream.read(&mut buffer) {
-                Ok(0) => return true,
+                // Without events to wait for, poll still reports a hang-up.
+                Ok(0) => return wait_for(stream.as_raw_fd(), 0, &self.stop) == Woken::Ready,
                 Ok(count) => {
-                    if !self.feed(buffer.get(..count).unwrap_or_default()) {
+                    let data = buffer.get(..count).unwrap_or_default();
+                    if !self.port.feed(data, &self.stop) {
                         return false;
                     }
                 }

@@ -10,7 +10,7 @@ use crate::chips::pit::Pit;
 use crate::chips::power::{Power, RESET_CONTROL};
 use crate::chips::rtc::{self, Rtc};
 use crate::chips::serial::{self, Serial};
-use crate::console::Console;
+use crate::console::{Console, Consoles};
 use crate::error::MachineError;
 use crate::irq::InterruptSink;
 use crate::machine::{AttachPci, Board, DeviceContext, MachineConfig, insert};
@@ -63,6 +63,7 @@ pub(super) fn add_devices(
         window_32: PCI_WINDOW_32,
         window_64: ram.pci_window_64(),
         ending: Arc::clone(&board.ending),
+        consoles: Consoles::default(),
     };
     // The PCI root bus: whatever `attach` gives answers at the configuration ports.
     let pci = attach.map(|attach| attach(&context)).transpose().map_err(MachineError::Device)?;

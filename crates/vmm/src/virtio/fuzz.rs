@@ -16,6 +16,7 @@ use crate::virtio::queue::{QueueConfig, Virtqueue};
 use crate::virtio::rng::device::Rng;
 use crate::virtio::transport_pci::attach;
 
+pub use crate::virtio::fuzz_devices::devices;
 pub use crate::virtio::vsock::fuzz_packets as vsock_packets;
 
 const MEMORY_SIZE: u64 = 4 << 20;
@@ -23,7 +24,7 @@ const MEMORY_SIZE: u64 = 4 << 20;
 const ARENA: usize = 16 * 1024;
 const CHAINS_MAX: usize = 64;
 
-struct NoSink;
+pub(super) struct NoSink;
 
 impl InterruptSink for NoSink {
     fn set_line(&self, _gsi: u32, _level: bool) {}
@@ -36,7 +37,7 @@ thread_local! {
 }
 
 /// Memory whose first [`ARENA`] bytes are `data`, then zeroes.
-fn memory(data: &[u8]) -> Option<Arc<Memory>> {
+pub(super) fn memory(data: &[u8]) -> Option<Arc<Memory>> {
     let memory = RAM.with(Clone::clone)?;
     let mut arena = vec![0; ARENA];
     for (byte, new) in arena.iter_mut().zip(data) {

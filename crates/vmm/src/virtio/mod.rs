@@ -16,6 +16,7 @@ pub mod chain;
 pub mod console;
 pub mod device;
 pub mod fuzz;
+mod fuzz_devices;
 pub mod interrupt;
 pub mod limits;
 pub mod net;

@@ -96,7 +96,7 @@ pub struct Inner {
     pub(crate) irq_maybe: bool,
     /// What `run` is to return.
     pub(crate) exit: Option<Exit>,
-    /// Between the read and the write of a bounced read-modify-write.
+    /// Between the read and the write of a bounced read-modify-write: the other vCPUs stand still.
     in_split: bool,
     /// Bounced store to be committed.
     bounced: Pieces,
@@ -332,11 +332,14 @@ impl Inner {
         // Whoever woke a halted vCPU need not have said why.
         self.irq_maybe = true;
         fpu::load(&mut self.area);
+        let shared = self.lin.shared.clone();
+        let running = shared.world.enter();
         let exit = loop {
             if let Some(exit) = self.dispatch() {
                 break exit;
             }
         };
+        drop(running);
         fpu::save(&mut self.area);
         exit
     }
@@ -350,6 +353,11 @@ impl Inner {
     fn dispatch(&mut self) -> Option<Exit> {
         self.area.run = 1;
         std::sync::atomic::fence(Ordering::SeqCst);
+        // An instruction that faulted on the bounce buffer has no commit.
+        self.end_split();
+        if self.lin.shared.world.stopped() {
+            self.lin.shared.world.park();
+        }
         if let Some(e) = self.exit.take() {
             return Some(e);
         }
@@ -952,8 +960,8 @@ impl Inner {
         }
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
         if site.read && site.write && p.second.len != 0 {
-            // Atomic towards others that do the same; a plain store in between is not held back.
-            self.lin.shared.enter_split();
+            // The host cannot do this atomically: nobody else may run from here to the write.
+            self.lin.shared.stop_others(self.lin.index);
             self.in_split = true;
         }
         if site.read {
@@ -1116,14 +1124,19 @@ impl Inner {
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
         buf[..len].copy_from_slice(&self.area.bounce.0[..len]);
         self.lin.write_pieces(&p, &buf[..len]);
-        if std::mem::take(&mut self.in_split) {
-            self.lin.shared.leave_split();
-        }
+        self.end_split();
         let stop = self.after_rust();
         if self.irq_maybe || stop {
             self.area.run = 0;
         }
         Then::Go
+    }
+
+    /// Lets the other vCPUs run again after a bounced read-modify-write.
+    fn end_split(&mut self) {
+        if std::mem::take(&mut self.in_split) {
+            self.lin.shared.world.resume();
+        }
     }
 
     // ---- instructions in Rust ----

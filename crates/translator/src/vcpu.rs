@@ -102,9 +102,8 @@ pub struct Inner {
     bounced: Pieces,
     /// The bounced store is x87's: an unmasked exception suppresses it.
     bounced_x87: bool,
-    /// An x87 store that is tried on the bounce buffer to see whether its own exception suppresses
-    /// it; if not, it raises this at this RIP, with the registers as they were.
-    trial: Option<Box<(Exception, u64, fpu::Fx)>>,
+    /// A store that faults, tried on the bounce buffer because its own exception comes first.
+    trial: Option<Box<Trial>>,
     /// Blocks look for accesses that cross into another page: there are too many pages to guard.
     checked: bool,
     /// `checked` is to be set before the next block.
@@ -874,8 +873,9 @@ impl Inner {
                 self.area.exit_code = ExitCode::Helper as u64;
                 Then::Exit
             }
-            Err(e) if site.x87 && site.write && !site.mmx && fpu::unmasked() && !fpu::pending() => {
-                self.trial = Some(Box::new((e, rip, fpu::store_x87())));
+            Err(fault) if self.own_exception_first(&site) => {
+                let x87 = site.x87.then(fpu::store_x87);
+                self.trial = Some(Box::new(Trial { fault, rip, x87 }));
                 self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
                 Then::Bounce
             }
@@ -891,6 +891,12 @@ impl Inner {
                 Then::Exit
             }
         }
+    }
+
+    /// Whether a store may raise, or be suppressed by, an exception of its own computation.
+    fn own_exception_first(&self, site: &Site) -> bool {
+        let x87 = site.x87 && site.write && !site.mmx && fpu::unmasked() && !fpu::pending();
+        x87 || site.converts && site.write
     }
 
     fn access(&mut self, site: &Site, ea: u64, trap: u64) -> Result<Outcome, Exception> {
@@ -910,7 +916,7 @@ impl Inner {
             return Err(Exception::gp(0));
         }
         let checked = self.mode.aligned;
-        if checked && va & (mem::natural_alignment(size) - 1) != 0 {
+        if checked && !site.converts && va & (mem::natural_alignment(size) - 1) != 0 {
             return Err(Exception::ac());
         }
         let kind = if site.write { Kind::Write } else { Kind::Read };
@@ -1106,13 +1112,14 @@ impl Inner {
     fn commit(&mut self) -> Then {
         self.sync_in();
         if let Some(trial) = self.trial.take() {
-            let (e, rip, x87) = *trial;
-            if fpu::suppressed() {
-                return Then::Go;
+            if let Some(x87) = &trial.x87 {
+                if fpu::suppressed() {
+                    return Then::Go;
+                }
+                fpu::reload_x87(x87);
             }
-            fpu::reload_x87(&x87);
-            self.area.state.rip = rip;
-            self.raise(e);
+            self.area.state.rip = trial.rip;
+            self.raise(trial.fault);
             self.area.exit_code = ExitCode::Helper as u64;
             return Then::Exit;
         }
@@ -1184,6 +1191,8 @@ impl Inner {
         let pc = self.area.fault_pc;
         let signal = self.area.fault_signal as i32;
         let trap = std::mem::take(&mut self.area.fault_trap);
+        // A tried store raised its own exception.
+        self.trial = None;
         let rip = self.code.rip_at(pc);
         let Some(rip) = rip else { bug("a fault outside any block", pc) };
         self.area.state.rip = wrap(rip, self.mode.bits);
@@ -1198,6 +1207,15 @@ impl Inner {
         };
         self.raise(e);
     }
+}
+
+/// A faulting store that is made to the bounce buffer. If that raises no exception of its own and
+/// suppresses nothing, the fault is raised.
+struct Trial {
+    fault: Exception,
+    rip: u64,
+    /// x87 state from before, for stores that pop.
+    x87: Option<fpu::Fx>,
 }
 
 /// What is to be done in one round of the dispatcher.

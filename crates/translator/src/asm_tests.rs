@@ -47,6 +47,9 @@ fn ymm(n: u8) -> Register {
     Register::YMM0 + u32::from(n)
 }
 
+/// A form whose operands are chosen already.
+type Chosen<'a> = (Code, &'a dyn Fn(&mut Asm));
+
 /// All that was emitted, which has to be one instruction.
 fn only(emit: impl FnOnce(&mut Asm)) -> Instruction {
     let mut a = Asm::default();
@@ -142,7 +145,7 @@ fn a_register_and_memory() {
 #[test]
 fn memory_alone() {
     for (m, want) in operands() {
-        let forms: [(Code, &dyn Fn(&mut Asm)); 4] = [
+        let forms: [Chosen<'_>; 4] = [
             (Code::Jmp_rm64, &|a| a.jmp_mem(&m)),
             (Code::Push_rm64, &|a| a.push_mem(&m)),
             (Code::Pop_rm64, &|a| a.pop_mem(&m)),
@@ -203,7 +206,7 @@ fn two_registers() {
 #[test]
 fn one_register() {
     for r in 0..16 {
-        let forms: [(Code, &dyn Fn(&mut Asm)); 3] = [
+        let forms: [Chosen<'_>; 3] = [
             (Code::Push_r64, &|a| a.push(r)),
             (Code::Pop_r64, &|a| a.pop(r)),
             (Code::Call_rm64, &|a| a.call_reg(r)),

@@ -381,3 +381,6 @@ fn report_unencodable(ins: &Instruction, rip: u64, why: &str) {
         );
     }
 }
+
+#[cfg(test)]
+mod golden;

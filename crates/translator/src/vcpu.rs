@@ -1257,9 +1257,9 @@ fn too_long(bytes: &[u8], bits: u8) -> bool {
         let mut d =
             Decoder::new(u32::from(bits), bytes.get(k..).unwrap_or(&[]), DecoderOptions::NONE);
         let ins = d.decode();
-        if ins.is_invalid() && d.last_error() == DecoderError::NoMoreBytes
-            || !ins.is_invalid() && k + ins.len() > LONGEST
-        {
+        // Bytes that end at the end of the page do not make it long.
+        let cut = ins.is_invalid() && d.last_error() == DecoderError::NoMoreBytes;
+        if cut && bytes.len() >= LONGEST || !ins.is_invalid() && k + ins.len() > LONGEST {
             return true;
         }
     }

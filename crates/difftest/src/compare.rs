@@ -457,3 +457,7 @@ fn to_rflags(bits: u32) -> u64 {
     .filter(|(iced, _)| bits & iced != 0)
     .fold(0, |all, (_, flag)| all | flag)
 }
+
+#[cfg(test)]
+#[path = "compare_tests.rs"]
+mod tests;

@@ -53,11 +53,11 @@ impl Builder<'_> {
             let entry = self.catalog.pick(&mut self.rng);
             if entry.kind == crate::generate::catalog::Kind::Plain {
                 let length = self.items.len();
-                let regs = self.regs.clone();
+                let (regs, undefined) = (self.regs.clone(), self.undefined);
                 if self.plain(entry.code).is_none() {
-                    // A compare that defines flags may stay; nothing else was taken in.
+                    // Nothing of it stays, a compare that defines flags neither.
                     self.items.truncate(length.max(self.labels[start.0]));
-                    self.regs = regs;
+                    (self.regs, self.undefined) = (regs, undefined);
                 }
             }
         }
@@ -107,11 +107,11 @@ impl Builder<'_> {
         for _ in 0..self.rng.below(3) {
             let entry = self.catalog.pick(&mut self.rng);
             let length = self.items.len();
-            let regs = self.regs.clone();
+            let (regs, undefined) = (self.regs.clone(), self.undefined);
             let plain = entry.kind == crate::generate::catalog::Kind::Plain;
             if plain && self.plain(entry.code).is_none() {
                 self.items.truncate(length);
-                self.regs = regs;
+                (self.regs, self.undefined) = (regs, undefined);
             }
         }
         self.regs.protected &= !(1 << RSP);
@@ -150,11 +150,11 @@ impl Builder<'_> {
         for _ in 0..self.rng.below(3) {
             let entry = self.catalog.pick(&mut self.rng);
             let length = self.items.len();
-            let regs = self.regs.clone();
+            let (regs, undefined) = (self.regs.clone(), self.undefined);
             let plain = entry.kind == crate::generate::catalog::Kind::Plain;
             if plain && self.plain(entry.code).is_none() {
                 self.items.truncate(length);
-                self.regs = regs;
+                (self.regs, self.undefined) = (regs, undefined);
             }
         }
         let mut reg = self.rng.below(8) as usize;

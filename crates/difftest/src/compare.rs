@@ -7,13 +7,18 @@
 //! Also left out, with the source: the x87's last instruction and operand pointer and opcode
 //! (Intel SDM vol. 1, 8.1.8: deprecated, differs by processor), RF in saved flags (vol. 3, 18.3.1.1:
 //! by kind of exception), bit P of the error code for addresses of the kernel (Linux sets it to hide
-//! its page tables), which of two possible faults is taken, and vector registers and masks of a gather that faulted (vol. 2, VGATHER:
-//! elements above the faulting one may or may not be done).
+//! its page tables), which of two possible faults is taken where an instruction accesses memory in
+//! several places or pieces, the destination and mask of a gather that faulted (vol. 2, VGATHER:
+//! elements above the faulting one may or may not be done), the first eight bytes of a ten-byte store
+//! whose last two fault, and cases in which a REP MOVS or REP STOS writes over itself.
+
+use std::sync::OnceLock;
 
 use berth_x86::state::{XsaveArea, flags, vector};
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, RflagsBits};
 
 use crate::case::{Case, Final, Mode, Outcome};
+use crate::layout::base_image;
 
 /// One difference, as a line for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +37,10 @@ pub fn compare(case: &Case, native: &Outcome, other: &Outcome) -> Vec<Difference
     match (native, other) {
         // No counterpart in the guest, or no defined end: nothing can be said.
         (Outcome::SystemCall | Outcome::Timeout, _) => Vec::new(),
+        (Outcome::Stopped(a), Outcome::Stopped(b)) if strays(a, b) => Vec::new(),
+        (Outcome::Stopped(a), Outcome::Stopped(b)) if string_over_itself(case, [a, b]) => {
+            Vec::new()
+        }
         (Outcome::Stopped(a), Outcome::Stopped(b)) => finals(case, a, b),
         (a, b) if a == b => Vec::new(),
         (a, b) => vec![difference("end of the case", describe(a), describe(b))],
@@ -67,25 +76,20 @@ fn finals(case: &Case, native: &Final, other: &Final) -> Vec<Difference> {
     };
     if !either_fault(case, at.as_ref(), native, other) {
         check("exception", u64::from(native.fault.vector), u64::from(other.fault.vector));
-        let apart = native.fault.cr2.wrapping_sub(other.fault.cr2) as i64;
-        let other_page =
-            apart != 0 && apart.unsigned_abs() < 512 && at.as_ref().is_some_and(many_accesses);
+        let [x, y] = [native.fault.cr2, other.fault.cr2];
+        let either = x != y && at.as_ref().is_some_and(|i| either_piece(i, native, other));
         // The other page may be there and read-only where this one is missing.
-        let present = u32::from(other_page);
+        let present = u32::from(either && x >> 12 != y >> 12);
         let hidden = hidden_bits(&native.fault) | present;
         let error = |f: &Final| u64::from(f.fault.error & !hidden);
         check("error code", error(native), error(other));
-        if !other_page {
-            check("cr2", native.fault.cr2, other.fault.cr2);
+        if !either {
+            check("cr2", x, y);
         }
     }
     check("rip", native.rip, other.rip);
-    // When no element was moved, whether RCX, RSI and RDI lose their upper halves differs by
-    // processor.
-    let narrow = case.mode == Mode::Bits64 && at.as_ref().is_some_and(narrow_string);
     for (i, name) in NAMES.iter().enumerate() {
-        let shown = if narrow && matches!(i, 1 | 6 | 7) { 0xffff_ffff } else { u64::MAX };
-        check(name, native.gpr[i] & shown, other.gpr[i] & shown);
+        check(name, native.gpr[i], other.gpr[i]);
     }
     let mask = !(undefined_flags(case, native.rip) | flags::RF);
     check("rflags", native.rflags & mask, other.rflags & mask);
@@ -94,33 +98,143 @@ fn finals(case: &Case, native: &Final, other: &Final) -> Vec<Difference> {
     }
     check("fs base", native.fs_base, other.fs_base);
     check("gs base", native.gs_base, other.gs_base);
-    if !stopped_in_gather(case, native) {
-        let (mut a, mut b) = (normalize(&native.xsave), normalize(&other.xsave));
-        if at.as_ref().is_some_and(|i| i.mnemonic() == iced_x86::Mnemonic::Vcvtps2ph) {
-            // The conversion has set its flags when its store faults on some processors.
-            (a.0[24], b.0[24]) = (a.0[24] & 0xc0, b.0[24] & 0xc0);
-        }
-        xsave(&a, &b, &mut found);
+    let (mut a, mut b) = (normalize(&native.xsave), normalize(&other.xsave));
+    if let Some(gather) = at.as_ref().filter(|i| i.is_vsib() && native.fault.vector != vector::BP) {
+        hide_gather(gather, [&mut a, &mut b]);
     }
-    if !(image_elsewhere(case) || at.as_ref().is_some_and(|i| half_stored(i, native))) {
-        memory(case, native, other, &mut found);
-    }
+    xsave(&a, &b, &mut found);
+    let half = at.as_ref().and_then(|i| half_stored(i, case, native));
+    memory(case, native, other, half, &mut found);
     found
 }
 
-/// Whether an x87 image may lie elsewhere than the generator thought, because a branch skipped the
-/// instructions that computed its address: what it holds of the last x87 instruction is not masked
-/// then.
-fn image_elsewhere(case: &Case) -> bool {
-    use iced_x86::FlowControl;
-    !case.masked.is_empty()
-        && decode(case).iter().any(|i| i.flow_control() == FlowControl::ConditionalBranch)
+/// Whether the other backend faulted at an address where the native process has memory of its own
+/// (its program, libraries, stack), which a random address may hit.
+fn strays(native: &Final, other: &Final) -> bool {
+    let own = 0x5000_0000_0000..0x7fff_ffff_f000;
+    let page_fault = other.fault.vector == vector::PF && own.contains(&other.fault.cr2);
+    let same = (native.rip, native.fault) == (other.rip, other.fault);
+    page_fault && !same
 }
 
-/// A store of ten bytes whose last two fault: some processors have stored the first eight.
-fn half_stored(i: &Instruction, native: &Final) -> bool {
+/// Whether a REP MOVS or REP STOS has changed its own bytes. How many iterations the processor has
+/// begun when it takes notice differs (Intel SDM vol. 3, 12.6: what is modified is compared with
+/// what was fetched already; vol. 1, 7.3.9.3: fast strings work in groups of iterations); the
+/// translator looks after each.
+fn string_over_itself(case: &Case, finals: [&Final; 2]) -> bool {
+    use iced_x86::Mnemonic as M;
+    let moves = |i: &Instruction| {
+        i.has_rep_prefix()
+            && matches!(
+                i.mnemonic(),
+                M::Movsb
+                    | M::Movsw
+                    | M::Movsd
+                    | M::Movsq
+                    | M::Stosb
+                    | M::Stosw
+                    | M::Stosd
+                    | M::Stosq
+            )
+    };
+    let strings: Vec<Instruction> = decode(case).into_iter().filter(moves).collect();
+    if strings.is_empty() {
+        return false;
+    }
+    let changed = |at: u32| {
+        let shift = at % 8 * 8;
+        let was = original(case, at & !7) >> shift & 0xff;
+        let now = |f: &Final| f.memory.iter().find(|w| w.0 == at & !7).map(|w| w.1 >> shift & 0xff);
+        finals.iter().any(|f| now(f).is_some_and(|b| b != was))
+    };
+    strings.iter().any(|i| {
+        let start = case.world.image_offset(i.ip(), i.len() as u32);
+        start.is_some_and(|s| (s..s + i.len() as u32).any(changed))
+    })
+}
+
+/// The word at an aligned image offset before the case runs.
+fn original(case: &Case, at: u32) -> u64 {
+    static IMAGE: OnceLock<Vec<u8>> = OnceLock::new();
+    let image = IMAGE.get_or_init(base_image);
+    let mut word = [0; 8];
+    for (byte, place) in word.iter_mut().zip(at..) {
+        *byte = image.get(place as usize).copied().unwrap_or_default();
+        for (offset, data) in case.all_patches() {
+            let patched = place.checked_sub(offset).and_then(|i| data.get(i as usize));
+            *byte = patched.copied().unwrap_or(*byte);
+        }
+    }
+    u64::from_le_bytes(word)
+}
+
+/// Image offset of a store of ten bytes whose last two fault: some processors have stored the first
+/// eight.
+fn half_stored(i: &Instruction, case: &Case, native: &Final) -> Option<u32> {
     use iced_x86::Code;
-    matches!(i.code(), Code::Fbstp_m80bcd | Code::Fstp_m80fp) && native.fault.vector == vector::PF
+    let store = matches!(i.code(), Code::Fbstp_m80bcd | Code::Fstp_m80fp);
+    let at = operand(i, native).filter(|_| store && native.fault.vector == vector::PF)?;
+    case.world.image_offset(at, 8)
+}
+
+/// Address of the memory operand of the instruction that faulted.
+fn operand(i: &Instruction, end: &Final) -> Option<u64> {
+    use iced_x86::{OpKind as K, Register as R};
+    let memory = i.op_kinds().position(|k| {
+        matches!(k, K::Memory | K::MemorySegDI | K::MemorySegEDI | K::MemorySegRDI)
+    })?;
+    i.virtual_address(memory as u32, 0, |r, _, _| match r {
+        R::FS => Some(end.fs_base),
+        R::GS => Some(end.gs_base),
+        _ if r.is_segment_register() => Some(0),
+        _ if r.is_gpr() => {
+            let full = end.gpr.get((r.full_register() as usize).wrapping_sub(R::RAX as usize))?;
+            Some(if r.size() == 4 { full & 0xffff_ffff } else { *full })
+        }
+        _ => None,
+    })
+}
+
+/// Whether both faults are reported by an instruction that accesses its operand in pieces (masked
+/// moves, x87 and FXSAVE images), for bytes of that operand: which piece comes first differs by
+/// processor.
+fn either_piece(i: &Instruction, native: &Final, other: &Final) -> bool {
+    let (Some(size), Some(at)) = (pieces(i), operand(i, native)) else { return false };
+    let inside = |f: &Final| match f.fault.vector {
+        vector::PF => f.fault.cr2.wrapping_sub(at) < size,
+        // Some piece has no canonical address.
+        vector::GP | vector::SS => at < 1 << 47 && at + size > 1 << 47,
+        _ => false,
+    };
+    inside(native) && inside(other)
+}
+
+/// Bytes of an operand that is accessed in pieces, or only in part.
+fn pieces(i: &Instruction) -> Option<u64> {
+    use iced_x86::{MemorySize as S, Mnemonic as M};
+    match i.mnemonic() {
+        M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => Some(16),
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => Some(32),
+        M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => Some(512),
+        M::Fldenv | M::Fnstenv | M::Frstor | M::Fnsave => Some(match i.memory_size() {
+            S::FpuEnv14 => 14,
+            S::FpuEnv28 => 28,
+            S::FpuState94 => 94,
+            _ => 108,
+        }),
+        _ => None,
+    }
+}
+
+/// Destination and mask of a gather that faulted.
+fn hide_gather(gather: &Instruction, areas: [&mut XsaveArea; 2]) {
+    for area in areas {
+        for register in [gather.op0_register(), gather.op2_register()] {
+            let n = register.number();
+            area.0[160 + n * 16..176 + n * 16].fill(0);
+            area.0[576 + n * 16..592 + n * 16].fill(0);
+        }
+    }
 }
 
 /// A selector as far as it can be compared: the kernel's IRET to the signal handler makes 0 of any
@@ -183,7 +297,14 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().rev().fold(String::from("0x"), |text, b| text + &format!("{b:02x}"))
 }
 
-fn memory(case: &Case, native: &Final, other: &Final, found: &mut Vec<Difference>) {
+/// Compares what was written; `half`: eight bytes that may have been stored before a fault.
+fn memory(
+    case: &Case,
+    native: &Final,
+    other: &Final,
+    half: Option<u32>,
+    found: &mut Vec<Difference>,
+) {
     let (mut a, mut b) = (native.memory.iter().peekable(), other.memory.iter().peekable());
     loop {
         let at = match (a.peek(), b.peek()) {
@@ -194,13 +315,10 @@ fn memory(case: &Case, native: &Final, other: &Final, found: &mut Vec<Difference
         };
         let x = a.next_if(|w| w.0 == at).map(|w| w.1);
         let y = b.next_if(|w| w.0 == at).map(|w| w.1);
-        let shown = mask_of(case, at);
-        // A masked word may have changed in one backend only.
-        let same = match (x, y) {
-            (Some(x), Some(y)) => x & shown == y & shown,
-            _ => shown != u64::MAX && shown == 0,
-        };
-        if !same && (shown == u64::MAX || x.is_some() && y.is_some()) {
+        let shown = mask_of(case, half, at);
+        // A word may have changed in one backend only.
+        let [now_x, now_y] = [x, y].map(|w| w.unwrap_or_else(|| original(case, at)));
+        if now_x & shown != now_y & shown {
             let text = |v: Option<u64>| v.map_or("unchanged".to_owned(), |v| format!("{v:#018x}"));
             let linear = case.world.linear(at).unwrap_or_default();
             found.push(difference(format!("memory at {linear:#x}"), text(x), text(y)));
@@ -209,8 +327,9 @@ fn memory(case: &Case, native: &Final, other: &Final, found: &mut Vec<Difference
 }
 
 /// Which bits of the word at an image offset are compared.
-fn mask_of(case: &Case, at: u32) -> u64 {
-    let hidden = |byte: u32| case.masked.iter().any(|(o, l)| (*o..*o + *l).contains(&byte));
+fn mask_of(case: &Case, half: Option<u32>, at: u32) -> u64 {
+    let masked = || case.masked.iter().copied().chain(half.map(|o| (o, 8)));
+    let hidden = |byte: u32| masked().any(|(o, l)| (o..o + l).contains(&byte));
     (0..8).filter(|i| !hidden(at + i)).fold(0, |mask, i| mask | 0xff << (8 * i))
 }
 
@@ -234,53 +353,32 @@ fn hidden_bits(fault: &crate::case::Fault) -> u32 {
     u32::from(fault.vector == vector::PF && fault.cr2 >= 0x7fff_ffff_f000)
 }
 
-/// Whether the processor may choose between two faults: a string instruction with two bad operands,
-/// or an access beyond the end of a 4 GiB segment (Intel SDM vol. 3, 5.3: may or may not fault).
+/// Whether the processor may choose between two faults: an instruction that accesses memory in more
+/// than one place, both of them bad (Intel SDM vol. 3, 6.9: the order of faults within a class, and
+/// all faults of memory operands are in one, differs by processor), or an access beyond the end of a
+/// 4 GiB segment (vol. 3, 5.3: may or may not fault).
 fn either_fault(case: &Case, at: Option<&Instruction>, native: &Final, other: &Final) -> bool {
-    let fault = |f: &Final| matches!(f.fault.vector, vector::GP | vector::SS | vector::PF);
-    let two = at.is_some_and(|i| {
-        i.is_string_instruction() && i.op_kinds().all(|k| k != iced_x86::OpKind::Register)
-    });
-    let wraps = case.mode == Mode::Compat32
-        && native.fault.vector == vector::PF
-        && native.fault.cr2 > 0xffff_ffff - 64;
-    fault(native) && fault(other) && (two || wraps)
+    let fault =
+        |f: &Final| matches!(f.fault.vector, vector::GP | vector::SS | vector::PF | vector::AC);
+    if !fault(native) || !fault(other) {
+        return false;
+    }
+    let near_end = |address: u64| address.wrapping_add(64) & 0xffff_ffff < 128;
+    let page = |f: &Final| f.fault.vector == vector::PF && near_end(f.fault.cr2);
+    let memory = at.and_then(|i| operand(i, native)).is_some_and(near_end);
+    let wraps = case.mode == Mode::Compat32 && (page(native) || page(other) || memory);
+    let pieces = native.fault.vector != other.fault.vector
+        && at.is_some_and(|i| either_piece(i, native, other));
+    at.is_some_and(two_places) || wraps || pieces
 }
 
-/// A string instruction with the 67 prefix in 64-bit mode.
-fn narrow_string(i: &Instruction) -> bool {
-    use iced_x86::OpKind as K;
-    i.is_string_instruction()
-        && i.op_kinds().any(|k| matches!(k, K::MemorySegESI | K::MemoryESEDI | K::MemorySegEDI))
-}
-
-/// Instructions that access memory in pieces, or only some of it: which address is reported first
-/// differs by processor.
-fn many_accesses(i: &Instruction) -> bool {
-    use iced_x86::Mnemonic as M;
-    matches!(
-        i.mnemonic(),
-        M::Maskmovq
-            | M::Maskmovdqu
-            | M::Vmaskmovdqu
-            | M::Vmaskmovps
-            | M::Vmaskmovpd
-            | M::Vpmaskmovd
-            | M::Vpmaskmovq
-            | M::Fldenv
-            | M::Fnstenv
-            | M::Frstor
-            | M::Fnsave
-            | M::Fxsave
-            | M::Fxsave64
-            | M::Fxrstor
-            | M::Fxrstor64
-    )
-}
-
-fn stopped_in_gather(case: &Case, native: &Final) -> bool {
-    native.fault.vector != vector::BP
-        && decode(case).iter().any(|i| i.ip() == native.rip && i.is_vsib())
+/// Whether an instruction accesses memory in two places that have nothing to do with each other.
+fn two_places(i: &Instruction) -> bool {
+    use iced_x86::{Mnemonic as M, OpKind as K};
+    let memory = i.op_kinds().any(|k| k == K::Memory);
+    i.is_string_instruction() && i.op_kinds().all(|k| k != K::Register)
+        || memory && matches!(i.mnemonic(), M::Push | M::Pop | M::Call)
+        || i.mnemonic() == M::Enter
 }
 
 /// Flags that some path from the start to `rip` leaves undefined.
@@ -327,7 +425,7 @@ fn undefined_flags(case: &Case, rip: u64) -> u64 {
 }
 
 /// Whether the instruction may leave flags unchanged that it usually writes.
-fn conditional_flags(ins: &Instruction) -> bool {
+pub(crate) fn conditional_flags(ins: &Instruction) -> bool {
     use iced_x86::Mnemonic as M;
     ins.has_rep_prefix()
         || ins.has_repne_prefix()
@@ -359,3 +457,7 @@ fn to_rflags(bits: u32) -> u64 {
     .filter(|(iced, _)| bits & iced != 0)
     .fold(0, |all, (_, flag)| all | flag)
 }
+
+#[cfg(test)]
+#[path = "compare_tests.rs"]
+mod tests;

@@ -87,7 +87,15 @@ pub fn run(
         let others = other.run_batch(&cases);
         for ((number, case), (a, b)) in (start..end).zip(cases).zip(natively.iter().zip(&others)) {
             stats.count(&case, a);
-            let differences = compare(&case, a, b);
+            let mut differences = compare(&case, a, b);
+            if !differences.is_empty() {
+                // An interrupt of the host in the middle of a case makes 0 of null selectors that
+                // are not (Intel SDM vol. 2, IRET); the case may store them.
+                let again = native.run(&case);
+                if again != *a {
+                    differences = compare(&case, &again, b);
+                }
+            }
             if differences.is_empty() {
                 continue;
             }

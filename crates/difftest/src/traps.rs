@@ -473,6 +473,10 @@ fn faults() -> Result<Vec<Trap>, IcedError> {
             0,
             0,
         ),
+        Trap::at("LOCK on a register, up to the end of a page", 0xffa, |a| {
+            a.db(&[0xf0, 0x66, 0x81, 0xe3, 0x7c, 0x30])
+        })?
+        .stops(vector::UD, 0, 0),
         Trap::new("INT of a gate for the kernel", |a| a.int(0x20))?.stops(
             vector::GP,
             0x20 * 8 + 2,

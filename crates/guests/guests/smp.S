@@ -4,6 +4,7 @@
     .text
     .globl main, ap_main
 #define ROUNDS 20000
+#define SPLIT_ROUNDS 500
 #define TRAMPOLINE 0x8000
 main:
     mov dword ptr [APIC + 0xf0], 0x1ff  // software enable, spurious vector 0xff
@@ -61,6 +62,30 @@ main:
     PER_CPU "lock add m64 across cache lines", "qword ptr [c_line + 60]", ROUNDS
     ALL w_page
     PER_CPU "lock add m64 across pages", "qword ptr [c_page + 4092]", ROUNDS
+    // Two pages whose frames are not neighbours; some processors add to a number that lies across
+    // them, the others to its halves, each of which lies in one page.
+    lea rax, [s_pdpt + 7]
+    mov [pml4 + 8], rax
+    lea rax, [s_pd + 7]
+    mov [s_pdpt], rax
+    lea rax, [s_pt + 7]
+    mov [s_pd], rax
+    lea rax, [s_frames + 0x2000 + 3]
+    mov [s_pt], rax
+    lea rax, [s_frames + 3]
+    mov [s_pt + 8], rax
+    mov eax, [cpus]
+    inc eax
+    shr eax
+    mov [s_left], eax                   // processors 0, 2, ... add across
+    imul rax, rax, SPLIT_ROUNDS
+    mov [s_adds], rax
+    ALL w_split
+    mov eax, [s_adds]
+    mov ecx, [s_frames + 0x2ffc]
+    CHECK "lock add m64 across frames: the half in the first page", rcx, rax
+    mov ecx, [s_frames]
+    CHECK "lock add m64 across frames: the half in the second page", rcx, rax
     ALL w_xadd
     PER_CPU "lock xadd", "qword ptr [c_xadd]", ROUNDS
     // every ticket was drawn once: the sum of tickets
@@ -116,6 +141,13 @@ main:
     call start_all
     mov edi, 20
     call wait_ms
+    // They sleep now; nobody has to be woken for this.
+    mov rbx, 1 << 39
+    mov dword ptr [s_frames], 0
+    mov dword ptr [s_frames + 0x2ffc], -1
+    lock inc qword ptr [rbx + 0xffc]
+    mov eax, [s_frames]
+    CHECK "lock inc across frames while the others sleep", rax, 1
     mov dword ptr [APIC + 0x300], 0x000c40a0
     call wait_ipis
     mov eax, [ipis]
@@ -269,6 +301,30 @@ w_page:
     mov ecx, ROUNDS
 1:  lock add qword ptr [c_page + 4092], 1
     loop 1b
+    ret
+w_split:
+    test ebx, 1
+    jnz 3f
+    mov ecx, [cpus]
+    shr ecx
+2:  pause
+    cmp [s_counting], ecx               // all others are at it
+    jb 2b
+    mov ecx, SPLIT_ROUNDS
+    mov rdx, 1 << 39
+    mov rax, 0x0000000100000001
+1:  lock add [rdx + 0xffc], rax
+    loop 1b
+    lock dec dword ptr [s_left]
+    ret
+3:  lock inc dword ptr [s_counting]
+    xor eax, eax                        // the others count as long as that takes
+4:  lock inc dword ptr [s_frames + 0x2ffc]
+    lock inc dword ptr [s_frames]
+    inc rax
+    cmp dword ptr [s_left], 0
+    jne 4b
+    lock add [s_adds], rax
     ret
 w_xadd:
     mov ecx, ROUNDS
@@ -594,6 +650,14 @@ real_mode_seen: .skip 8
 work: .skip 8
     .align 4096
 c_page: .skip 8192
+s_pdpt: .skip 4096
+s_pd: .skip 4096
+s_pt: .skip 4096
+s_frames: .skip 3 * 4096
+s_adds: .skip 8
+s_left: .skip 8
+s_counting: .skip 8
+    .align 4096
 ap_tss: .skip 17 * 128
     .align 4096
 ap_stacks: .skip 17 * 16384

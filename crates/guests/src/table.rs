@@ -431,7 +431,7 @@ pub(crate) const GUESTS: &[Guest] = &[
             "code changed elsewhere: new after the protocol",
             "vol. 3, 8.1.3: TCG can keep a translation made between its invalidation and the store",
         )],
-        ..guest!("smp", [2, 4], Expect::Checks(29), [Need::Cmpxchg16b, Need::Speed])
+        ..guest!("smp", [2, 4], Expect::Checks(32), [Need::Cmpxchg16b, Need::Speed])
     },
     guest!("timers", [1], Expect::Checks(46), [Need::Speed]),
     Guest {

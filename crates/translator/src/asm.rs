@@ -333,3 +333,7 @@ impl Asm {
         self.lea(GUEST_RSP, &Mem::base(GUEST_RSP, n));
     }
 }
+
+#[cfg(test)]
+#[path = "asm_tests.rs"]
+mod tests;

@@ -78,6 +78,9 @@ pub struct Site {
     pub x87: bool,
     /// An MMX instruction.
     pub mmx: bool,
+    /// VCVTPH2PS or VCVTPS2PH: alignment is never checked, and what the store's own computation
+    /// raises comes before any fault.
+    pub converts: bool,
     /// Segment register (for faults and, when `segmented`, base and limit).
     pub seg: u8,
     /// The operand is written.

@@ -33,6 +33,7 @@ mod thunks;
 mod tlb;
 mod translate;
 mod vcpu;
+mod world;
 
 pub use exec::host_tsc;
 pub use shared::Shared;

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::ram::{PAGE, Ram};
+use crate::world::World;
 use crate::{Config, RamSlot, SetupError, signal};
 
 /// Most vCPUs of a machine.
@@ -45,6 +46,11 @@ impl Mailbox {
     /// Sets `flag` and makes the vCPU leave generated code at the next instruction boundary.
     pub fn poke(&self, flag: &AtomicBool) {
         flag.store(true, Ordering::SeqCst);
+        self.interrupt();
+    }
+
+    /// Makes the vCPU come to its dispatcher at the next block boundary.
+    pub fn interrupt(&self) {
         let run = lock(&self.run);
         let (word, thread) = *run;
         if word == 0 {
@@ -87,8 +93,8 @@ pub struct Shared {
     /// For each page of RAM: the vCPUs that have blocks made from it.
     code: Box<[AtomicU16]>,
     code_lock: Mutex<()>,
-    /// Held from read to write by a read-modify-write of bytes in two pages that are apart.
-    split: AtomicBool,
+    /// Which vCPUs run.
+    pub(crate) world: World,
     boxes: Mutex<Vec<Arc<Mailbox>>>,
 }
 
@@ -107,7 +113,7 @@ impl Shared {
             config,
             code,
             code_lock: Mutex::new(()),
-            split: AtomicBool::new(false),
+            world: World::default(),
             boxes: Mutex::new(Vec::new()),
         }))
     }
@@ -148,16 +154,15 @@ impl Shared {
         self.code.get(page as usize).is_some_and(|c| c.load(Ordering::SeqCst) != 0)
     }
 
-    /// Waits until no other vCPU is in the middle of a read-modify-write of two pages.
-    pub(crate) fn enter_split(&self) {
-        while self.split.swap(true, Ordering::Acquire) {
-            std::thread::yield_now();
-        }
-    }
-
-    /// Ends what [`Shared::enter_split`] began.
-    pub(crate) fn leave_split(&self) {
-        self.split.store(false, Ordering::Release);
+    /// Stops all vCPUs but number `index`, which runs, until [`World::resume`].
+    pub(crate) fn stop_others(&self, index: usize) {
+        self.world.stop(|| {
+            for (i, m) in lock(&self.boxes).iter().enumerate() {
+                if i != index {
+                    m.interrupt();
+                }
+            }
+        });
     }
 
     /// Records that vCPU `index` is about to read a page in order to translate it.

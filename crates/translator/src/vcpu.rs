@@ -97,15 +97,14 @@ pub struct Inner {
     pub(crate) irq_maybe: bool,
     /// What `run` is to return.
     pub(crate) exit: Option<Exit>,
-    /// Between the read and the write of a bounced read-modify-write.
+    /// Between the read and the write of a bounced read-modify-write: the other vCPUs stand still.
     in_split: bool,
     /// Bounced store to be committed.
     bounced: Pieces,
     /// The bounced store is x87's: an unmasked exception suppresses it.
     bounced_x87: bool,
-    /// An x87 store that is tried on the bounce buffer to see whether its own exception suppresses
-    /// it; if not, it raises this at this RIP, with the registers as they were.
-    trial: Option<Box<(Exception, u64, fpu::Fx)>>,
+    /// A store that faults, tried on the bounce buffer because its own exception comes first.
+    trial: Option<Box<Trial>>,
     /// Blocks look for accesses that cross into another page: there are too many pages to guard.
     checked: bool,
     /// `checked` is to be set before the next block.
@@ -362,11 +361,14 @@ impl Inner {
         self.irq_maybe = true;
         fpu::load(&mut self.area);
         self.mailbox.set_thread(signal::this_thread());
+        let shared = self.lin.shared.clone();
+        let running = shared.world.enter();
         let exit = loop {
             if let Some(exit) = self.dispatch() {
                 break exit;
             }
         };
+        drop(running);
         self.mailbox.set_thread(0);
         fpu::save(&mut self.area);
         exit
@@ -381,6 +383,11 @@ impl Inner {
     fn dispatch(&mut self) -> Option<Exit> {
         self.area.run = 1;
         std::sync::atomic::fence(Ordering::SeqCst);
+        // An instruction that faulted on the bounce buffer has no commit.
+        self.end_split();
+        if self.lin.shared.world.stopped() {
+            self.lin.shared.world.park();
+        }
         if let Some(e) = self.exit.take() {
             return Some(e);
         }
@@ -898,8 +905,9 @@ impl Inner {
                 self.area.exit_code = ExitCode::Helper as u64;
                 Then::Exit
             }
-            Err(e) if site.x87 && site.write && !site.mmx && fpu::unmasked() && !fpu::pending() => {
-                self.trial = Some(Box::new((e, rip, fpu::store_x87())));
+            Err(fault) if self.own_exception_first(&site) => {
+                let x87 = site.x87.then(fpu::store_x87);
+                self.trial = Some(Box::new(Trial { fault, rip, x87 }));
                 self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
                 Then::Bounce
             }
@@ -915,6 +923,12 @@ impl Inner {
                 Then::Exit
             }
         }
+    }
+
+    /// Whether a store may raise, or be suppressed by, an exception of its own computation.
+    fn own_exception_first(&self, site: &Site) -> bool {
+        let x87 = site.x87 && site.write && !site.mmx && fpu::unmasked() && !fpu::pending();
+        x87 || site.converts && site.write
     }
 
     fn access(&mut self, site: &Site, ea: u64, trap: u64) -> Result<Outcome, Exception> {
@@ -934,7 +948,7 @@ impl Inner {
             return Err(Exception::gp(0));
         }
         let checked = self.mode.aligned;
-        if checked && va & (mem::natural_alignment(size) - 1) != 0 {
+        if checked && !site.converts && va & (mem::natural_alignment(size) - 1) != 0 {
             return Err(Exception::ac());
         }
         let kind = if site.write { Kind::Write } else { Kind::Read };
@@ -984,8 +998,8 @@ impl Inner {
         }
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
         if site.read && site.write && p.second.len != 0 {
-            // Atomic towards others that do the same; a plain store in between is not held back.
-            self.lin.shared.enter_split();
+            // The host cannot do this atomically: nobody else may run from here to the write.
+            self.lin.shared.stop_others(self.lin.index);
             self.in_split = true;
         }
         if site.read {
@@ -1130,13 +1144,14 @@ impl Inner {
     fn commit(&mut self, ret: u64) -> Then {
         self.sync_in();
         if let Some(trial) = self.trial.take() {
-            let (e, rip, x87) = *trial;
-            if fpu::suppressed() {
-                return Then::Go;
+            if let Some(x87) = &trial.x87 {
+                if fpu::suppressed() {
+                    return Then::Go;
+                }
+                fpu::reload_x87(x87);
             }
-            fpu::reload_x87(&x87);
-            self.area.state.rip = rip;
-            self.raise(e);
+            self.area.state.rip = trial.rip;
+            self.raise(trial.fault);
             self.area.exit_code = ExitCode::Helper as u64;
             return Then::Exit;
         }
@@ -1148,9 +1163,7 @@ impl Inner {
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
         buf[..len].copy_from_slice(&self.area.bounce.0[..len]);
         self.lin.write_pieces(&p, &buf[..len]);
-        if std::mem::take(&mut self.in_split) {
-            self.lin.shared.leave_split();
-        }
+        self.end_split();
         let stop = self.after_rust();
         if stop || self.area.run == 0 || self.interrupt_due() {
             if !self.in_single
@@ -1169,6 +1182,13 @@ impl Inner {
     fn interrupt_due(&mut self) -> bool {
         self.irq_maybe &= self.lin.platform.interrupt_pending();
         self.irq_maybe && self.area.state.rflags & flags::IF != 0
+    }
+
+    /// Lets the other vCPUs run again after a bounced read-modify-write.
+    fn end_split(&mut self) {
+        if std::mem::take(&mut self.in_split) {
+            self.lin.shared.world.resume();
+        }
     }
 
     // ---- instructions in Rust ----
@@ -1215,6 +1235,8 @@ impl Inner {
         let pc = self.area.fault_pc;
         let signal = self.area.fault_signal as i32;
         let trap = std::mem::take(&mut self.area.fault_trap);
+        // A tried store raised its own exception.
+        self.trial = None;
         let rip = self.code.rip_at(pc);
         let Some(rip) = rip else { bug("a fault outside any block", pc) };
         self.area.state.rip = wrap(rip, self.mode.bits);
@@ -1229,6 +1251,15 @@ impl Inner {
         };
         self.raise(e);
     }
+}
+
+/// A faulting store that is made to the bounce buffer. If that raises no exception of its own and
+/// suppresses nothing, the fault is raised.
+struct Trial {
+    fault: Exception,
+    rip: u64,
+    /// x87 state from before, for stores that pop.
+    x87: Option<fpu::Fx>,
 }
 
 /// What is to be done in one round of the dispatcher.
@@ -1270,9 +1301,9 @@ fn too_long(bytes: &[u8], bits: u8) -> bool {
         let mut d =
             Decoder::new(u32::from(bits), bytes.get(k..).unwrap_or(&[]), DecoderOptions::NONE);
         let ins = d.decode();
-        if ins.is_invalid() && d.last_error() == DecoderError::NoMoreBytes
-            || !ins.is_invalid() && k + ins.len() > LONGEST
-        {
+        // Bytes that end at the end of the page do not make it long.
+        let cut = ins.is_invalid() && d.last_error() == DecoderError::NoMoreBytes;
+        if cut && bytes.len() >= LONGEST || !ins.is_invalid() && k + ins.len() > LONGEST {
             return true;
         }
     }

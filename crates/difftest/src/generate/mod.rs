@@ -18,6 +18,7 @@ use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Op
 use berth_x86::state::XsaveArea;
 
 use crate::case::{Case, Mode, Patch};
+use crate::compare::conditional_flags;
 use crate::generate::assemble::{Item, Label, assemble};
 use crate::generate::catalog::{Catalog, Kind};
 use crate::generate::registers::{RSP, Registers};
@@ -331,7 +332,9 @@ impl<'a> Builder<'a> {
             self.define_flags();
         }
         self.note_registers(&ins)?;
-        self.undefined &= !(ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set());
+        if !conditional_flags(&ins) {
+            self.undefined &= !(ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set());
+        }
         self.undefined |= ins.rflags_undefined();
         let next = self.items.len() + 1;
         self.items.push(item);

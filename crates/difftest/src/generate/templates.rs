@@ -1,7 +1,7 @@
 //! Short sequences that random choice would not find: loops, self-modifying stores, save images,
 //! calls with returns, flag images, segment loads.
 
-use iced_x86::{Code, Instruction, OpKind, Register};
+use iced_x86::{Code, FlowControl, Instruction, OpKind, Register};
 
 use crate::case::{Mode, selector};
 use crate::generate::assemble::Item;
@@ -53,11 +53,11 @@ impl Builder<'_> {
             let entry = self.catalog.pick(&mut self.rng);
             if entry.kind == crate::generate::catalog::Kind::Plain {
                 let length = self.items.len();
-                let regs = self.regs.clone();
+                let (regs, undefined) = (self.regs.clone(), self.undefined);
                 if self.plain(entry.code).is_none() {
-                    // A compare that defines flags may stay; nothing else was taken in.
+                    // Nothing of it stays, a compare that defines flags neither.
                     self.items.truncate(length.max(self.labels[start.0]));
-                    self.regs = regs;
+                    (self.regs, self.undefined) = (regs, undefined);
                 }
             }
         }
@@ -107,11 +107,11 @@ impl Builder<'_> {
         for _ in 0..self.rng.below(3) {
             let entry = self.catalog.pick(&mut self.rng);
             let length = self.items.len();
-            let regs = self.regs.clone();
+            let (regs, undefined) = (self.regs.clone(), self.undefined);
             let plain = entry.kind == crate::generate::catalog::Kind::Plain;
             if plain && self.plain(entry.code).is_none() {
                 self.items.truncate(length);
-                self.regs = regs;
+                (self.regs, self.undefined) = (regs, undefined);
             }
         }
         self.regs.protected &= !(1 << RSP);
@@ -150,11 +150,11 @@ impl Builder<'_> {
         for _ in 0..self.rng.below(3) {
             let entry = self.catalog.pick(&mut self.rng);
             let length = self.items.len();
-            let regs = self.regs.clone();
+            let (regs, undefined) = (self.regs.clone(), self.undefined);
             let plain = entry.kind == crate::generate::catalog::Kind::Plain;
             if plain && self.plain(entry.code).is_none() {
                 self.items.truncate(length);
-                self.regs = regs;
+                (self.regs, self.undefined) = (regs, undefined);
             }
         }
         let mut reg = self.rng.below(8) as usize;
@@ -260,11 +260,45 @@ impl Builder<'_> {
         let mut ins = Instruction::default();
         ins.set_code(code);
         ins.set_op0_kind(OpKind::Memory);
-        self.address(&mut ins, target)?;
+        if self.items.iter().all(|i| i.ins.flow_control() == FlowControl::Next) {
+            self.address(&mut ins, target)?;
+        } else {
+            self.certain_address(&mut ins, target)?;
+        }
         self.emit(Item::from(ins))?;
         let offset = self.world.image_offset(target, size)?;
         self.masked.push((offset + hidden.0, hidden.1 - hidden.0));
         self.no_memory = true;
+        Some(())
+    }
+
+    /// An address that holds whatever was skipped by earlier branches: they all end here, and the base
+    /// is loaded after that.
+    fn certain_address(&mut self, ins: &mut Instruction, target: u64) -> Option<()> {
+        let here = self.items.len();
+        for (label, _) in std::mem::take(&mut self.pending) {
+            self.labels[label.0] = here;
+        }
+        let mut reg = self.rng.below(8) as usize;
+        if reg == RSP {
+            reg = 3;
+        }
+        let mut load = Instruction::default();
+        load.set_code(if self.wide() { Code::Mov_r64_imm64 } else { Code::Mov_r32_imm32 });
+        load.set_op0_kind(OpKind::Register);
+        load.set_op0_register(self.reg(reg));
+        if self.wide() {
+            load.set_op1_kind(OpKind::Immediate64);
+            load.set_immediate64(target);
+        } else {
+            load.set_op1_kind(OpKind::Immediate32);
+            load.set_immediate32(target as u32);
+        }
+        self.emit(Item::from(load))?;
+        self.regs.written(reg, Some(target));
+        ins.set_memory_base(self.reg(reg));
+        ins.set_memory_index(Register::None);
+        ins.set_memory_index_scale(1);
         Some(())
     }
 

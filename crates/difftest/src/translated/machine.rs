@@ -119,6 +119,8 @@ impl Builder<'_> {
         for (i, entry) in (0u64..).zip(gdt) {
             self.put(GDT + i * 8, &entry.to_le_bytes());
         }
+        // Its number of the processor: read-only data that user code may load (the limit says which).
+        self.put(GDT + 0x78, &0x0040_f500_0000_0000u64.to_le_bytes());
         let base = SYSTEM + TSS;
         let low = 0x67 | (base & 0xff_ffff) << 16 | 0x8b << 40 | (base >> 24 & 0xff) << 56;
         self.put(GDT + 0x40, &low.to_le_bytes());

@@ -84,7 +84,7 @@ impl Inner {
         buf: &mut [u8],
     ) -> Result<(), Exception> {
         let va = self.linear(seg, offset, buf.len(), false)?;
-        self.check_alignment(va, buf.len())?;
+        self.check_aligned(seg, va, buf.len())?;
         self.read_linear(seg, va, buf)
     }
 
@@ -111,7 +111,7 @@ impl Inner {
     /// Writes memory with the rights of the running code.
     pub(super) fn write_mem(&mut self, seg: u8, offset: u64, data: &[u8]) -> Result<(), Exception> {
         let va = self.linear(seg, offset, data.len(), true)?;
-        self.check_alignment(va, data.len())?;
+        self.check_aligned(seg, va, data.len())?;
         self.write_linear(seg, va, data)
     }
 
@@ -135,7 +135,13 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) fn check_alignment(&self, va: u64, len: usize) -> Result<(), Exception> {
+    /// #GP or #SS for an address that is not canonical, then #AC for one that is not aligned.
+    pub(super) fn check_aligned(&self, seg: u8, va: u64, len: usize) -> Result<(), Exception> {
+        mem::check_canonical(&self.area.state, va, usize::from(seg) == sreg::SS)?;
+        self.check_alignment(va, len)
+    }
+
+    fn check_alignment(&self, va: u64, len: usize) -> Result<(), Exception> {
         let aligned = va & (mem::natural_alignment(len) - 1) == 0;
         if !aligned && mem::alignment_checked(&self.area.state) {
             return Err(Exception::ac());

@@ -1,11 +1,13 @@
 //! FXSAVE and XSAVE families, masked moves and gathers.
 
 use berth_x86::Exception;
-use berth_x86::state::reg;
+use berth_x86::paging::{Kind, Rights};
+use berth_x86::state::{reg, sreg};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::{Done, Flow};
 use crate::fpu;
+use crate::mem::check_canonical;
 use crate::translate::GuestReg;
 use crate::vcpu::Inner;
 
@@ -227,9 +229,9 @@ fn x87_image(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
     if store {
         // Nothing may change if the store faults.
         let va = v.linear(seg, off, size, true)?;
-        v.check_alignment(va, size)?;
+        v.check_aligned(seg, va, size)?;
         let s = &v.area.state;
-        let rights = berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
+        let rights = Rights::explicit(s, Kind::Write);
         v.lin.resolve(s, va, size, rights, usize::from(seg) == 2)?;
         let mut image = [0u8; 108];
         if regs {
@@ -320,10 +322,11 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
             r => crate::translate::sreg_index(r),
         };
         // All bytes are checked, as the processors do, even those that are not selected.
+        // Alignment to 8 bytes is checked whatever the mask.
         let va = v.linear(seg, base, n, true)?;
-        v.check_alignment(va, n)?;
+        v.check_aligned(seg, va, 8)?;
         let s = &v.area.state;
-        let rights = berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
+        let rights = Rights::explicit(s, Kind::Write);
         v.lin.resolve(s, va, n, rights, false)?;
         for i in 0..n {
             if mask[i] & 0x80 != 0 {
@@ -334,35 +337,36 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
     }
     let width = if matches!(m, M::Vmaskmovps | M::Vpmaskmovd) { 4 } else { 8 };
     let (seg, off) = v.address(ins);
+    let stack = usize::from(seg) == sreg::SS;
     let mask = v.area.ymm[vector(ins.op1_register())];
-    if ins.op0_kind() == OpKind::Memory {
-        let data = v.area.ymm[vector(ins.op2_register())];
-        let n = ins.op2_register().size() / width;
+    let store = ins.op0_kind() == OpKind::Memory;
+    let register = if store { ins.op2_register() } else { ins.op0_register() };
+    let selected = (0..register.size() / width)
+        .filter(|i| mask[i * width + width - 1] & 0x80 != 0)
+        .map(|i| i * width);
+    // No page is looked at when an element has no canonical address.
+    for at in selected.clone() {
+        let va = v.linear(seg, off.wrapping_add(at as u64), width, store)?;
+        check_canonical(&v.area.state, va, stack)?;
+        check_canonical(&v.area.state, va.wrapping_add(width as u64 - 1), stack)?;
+    }
+    if store {
+        let data = v.area.ymm[vector(register)];
         // Nothing is stored when any element faults.
-        for i in 0..n {
-            if mask[i * width + width - 1] & 0x80 != 0 {
-                let va = v.linear(seg, off.wrapping_add((i * width) as u64), width, true)?;
-                let s = &v.area.state;
-                let rights = berth_x86::paging::Rights::explicit(s, berth_x86::paging::Kind::Write);
-                v.lin.resolve(s, va, width, rights, usize::from(seg) == 2)?;
-            }
+        for at in selected.clone() {
+            let va = v.linear(seg, off.wrapping_add(at as u64), width, true)?;
+            let s = &v.area.state;
+            v.lin.resolve(s, va, width, Rights::explicit(s, Kind::Write), stack)?;
         }
-        for i in 0..n {
-            if mask[i * width + width - 1] & 0x80 != 0 {
-                let at = off.wrapping_add((i * width) as u64);
-                v.write_unaligned(seg, at, &data[i * width..(i + 1) * width])?;
-            }
+        for at in selected {
+            v.write_unaligned(seg, off.wrapping_add(at as u64), &data[at..at + width])?;
         }
     } else {
-        let n = ins.op0_register().size() / width;
         let mut out = [0u8; 32];
-        for i in 0..n {
-            if mask[i * width + width - 1] & 0x80 != 0 {
-                let at = off.wrapping_add((i * width) as u64);
-                v.read_unaligned(seg, at, &mut out[i * width..(i + 1) * width])?;
-            }
+        for at in selected {
+            v.read_unaligned(seg, off.wrapping_add(at as u64), &mut out[at..at + width])?;
         }
-        v.area.ymm[vector(ins.op0_register())] = out;
+        v.area.ymm[vector(register)] = out;
     }
     Ok(Flow::Next)
 }

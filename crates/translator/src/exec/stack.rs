@@ -209,8 +209,9 @@ fn enter(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
             v.push(frame & mask(size), size)?;
         }
         let new = v.sp().wrapping_sub(alloc) & mask(w);
-        // The new top must be writable.
+        // The new top must be writable, and aligned when that is checked.
         let va = v.linear(sreg::SS as u8, new, size, true)?;
+        v.check_aligned(sreg::SS as u8, va, size)?;
         let s = &v.area.state;
         let rights = paging::Rights::explicit(s, paging::Kind::Write);
         v.lin.resolve(s, va, size, rights, true)?;

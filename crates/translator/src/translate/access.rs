@@ -240,6 +240,7 @@ impl Translation {
             align: self.align,
             x87: self.x87,
             mmx: self.mmx,
+            converts: self.converts,
             seg,
             write: want.write,
             read: want.read,
@@ -275,10 +276,12 @@ impl Translation {
         self.x87 = matches!(unit(&ins), Unit::X87 | Unit::Mmx)
             && !matches!(ins.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
         self.mmx = unit(&ins) == Unit::Mmx;
+        self.converts = matches!(ins.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph);
         self.renamed(&ins);
         self.align = 1;
         self.x87 = false;
         self.mmx = false;
+        self.converts = false;
     }
 
     /// Re-encodes an instruction with its registers renamed and its memory operand looked up.

@@ -153,6 +153,8 @@ pub struct Translation {
     x87: bool,
     /// The current instruction belongs to MMX.
     mmx: bool,
+    /// The current instruction is VCVTPH2PS or VCVTPS2PH.
+    converts: bool,
     /// What the current branch took from RSP.
     rsp_taken: i32,
     /// Link jumps to be bound to their stubs: (jump, cold number).
@@ -181,6 +183,7 @@ impl Translation {
             align: 1,
             x87: false,
             mmx: false,
+            converts: false,
             rsp_taken: 0,
             near: Vec::new(),
         }
@@ -367,3 +370,6 @@ fn report_unencodable(ins: &Instruction, rip: u64, why: &str) {
         );
     }
 }
+
+#[cfg(test)]
+mod golden;

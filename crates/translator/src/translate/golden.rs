@@ -1,0 +1,248 @@
+//! Small blocks and the host code made of them, pinned in the text files of `golden/`.
+//!
+//! `BERTH_GOLDEN=write cargo test -p berth-translator golden` writes the files anew; the change is
+//! then to be read like any other. No address of the host is in them: places in the block are
+//! offsets, fixed pieces and fields of the area have names.
+
+use std::fmt::Write;
+use std::mem::offset_of;
+use std::path::Path;
+
+use berth_x86::{CpuState, Segment};
+use iced_x86::{
+    Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Register, SymbolResolver,
+    SymbolResult,
+};
+
+use super::{Mode, Translation, classify};
+use crate::code::{BlockKey, CodeCache};
+use crate::layout::{Area, ExitCode, JC_TAGS, JC_TARGETS, disp, gpr_disp, state_disp};
+use crate::thunks::{Then, Thunks};
+
+/// Where the guest's code is.
+const RIP: u64 = 0x40_1000;
+
+/// A block: name of its file, mode, guest bytes.
+struct Golden {
+    name: &'static str,
+    mode: Mode,
+    code: &'static [u8],
+}
+
+const USER64: Mode = Mode::flat(64, true);
+const KERNEL64: Mode = Mode::flat(64, false);
+
+const BLOCKS: &[Golden] = &[
+    // add eax, [rdi + rcx*4 + 8]; mov [rsp + 16], rax; jne to the start
+    Golden {
+        name: "load_store_branch",
+        mode: USER64,
+        code: b"\x03\x44\x8f\x08\x48\x89\x44\x24\x10\x75\xf5",
+    },
+    // mov [rsp + 16], rax, where accesses look for crossings themselves
+    Golden {
+        name: "checked",
+        mode: Mode { checked: true, ..USER64 },
+        code: b"\x48\x89\x44\x24\x10",
+    },
+    // push rbx; pop r10; ret
+    Golden { name: "stack", mode: USER64, code: b"\x53\x41\x5a\xc3" },
+    // call to another page
+    Golden { name: "call", mode: KERNEL64, code: b"\xe8\x00\x10\x00\x00" },
+    // jmp rax
+    Golden { name: "indirect", mode: USER64, code: b"\xff\xe0" },
+    // add r10, r11; xchg r15, r14; mov al, r14b; mov ah, r10b is not encodable, mov cl, ah is
+    Golden {
+        name: "registers_in_memory",
+        mode: USER64,
+        code: b"\x4d\x01\xda\x4d\x87\xf7\x44\x88\xf0\x88\xe1",
+    },
+    // shl rax, cl; shr dword ptr [rdi], cl
+    Golden { name: "shift_by_cl", mode: USER64, code: b"\x48\xd3\xe0\xd3\x2f" },
+    // lock cmpxchg [rsi], rcx; lock cmpxchg16b [rdi]
+    Golden { name: "locked", mode: KERNEL64, code: b"\xf0\x48\x0f\xb1\x0e\xf0\x48\x0f\xc7\x0f" },
+    // bts [rdi], eax
+    Golden { name: "bit_string", mode: USER64, code: b"\x0f\xab\x07" },
+    // movaps xmm0, [rsi]; pcmpeqd xmm0, xmm1; vaddps ymm0, ymm0, [r11]
+    Golden {
+        name: "vectors",
+        mode: USER64,
+        code: b"\x0f\x28\x06\x66\x0f\x76\xc1\xc4\xc1\x7c\x58\x03",
+    },
+    // fld qword ptr [rdi]; fstp dword ptr [rsi]
+    Golden { name: "x87", mode: USER64, code: b"\xdd\x07\xd9\x1e" },
+    // mov rax, fs:[0x28]; cpuid; inc eax
+    Golden {
+        name: "segment_and_helper",
+        mode: USER64,
+        code: b"\x64\x48\x8b\x04\x25\x28\x00\x00\x00\x0f\xa2\xff\xc0",
+    },
+    // push eax; mov eax, [esp + 4]; inc eax
+    Golden { name: "protected_32", mode: Mode::flat(32, false), code: b"\x50\x8b\x44\x24\x04\x40" },
+    // mov ax, [bx + si]; loop to the start
+    Golden {
+        name: "real_16",
+        mode: Mode { flat: false, fpu: false, sse: false, avx: false, ..Mode::flat(16, false) },
+        code: b"\x8b\x00\xe2\xfc",
+    },
+];
+
+extern "C" fn never(_: u64, _: u64, _: u64) -> Then {
+    Then::Exit
+}
+
+/// Names of what host code refers to.
+struct Names {
+    thunks: Thunks,
+    at: u64,
+    len: u64,
+}
+
+impl Names {
+    fn place(&self, address: u64) -> String {
+        if let Some(offset) = address.checked_sub(self.at).filter(|o| *o <= self.len) {
+            return format!("+{offset:x}");
+        }
+        let t = &self.thunks;
+        let exits = [
+            (ExitCode::Link, "exit_link"),
+            (ExitCode::Indirect, "exit_indirect"),
+            (ExitCode::Interrupt, "exit_interrupt"),
+            (ExitCode::Helper, "exit_helper"),
+            (ExitCode::Fault, "exit_fault"),
+        ];
+        let calls = [(t.mem, "mem"), (t.commit, "commit"), (t.helper, "helper")];
+        let mut all = exits.map(|(code, name)| (t.exit(code), name)).into_iter().chain(calls);
+        all.find(|(a, _)| *a == address).map_or("elsewhere".into(), |(_, name)| name.into())
+    }
+
+    /// What is at a displacement from the GS base.
+    fn field(displacement: i32) -> Option<String> {
+        for n in 0..16u8 {
+            if displacement == gpr_disp(n) {
+                return Some(format!("guest_{:?}", Register::RAX + u32::from(n)).to_lowercase());
+            }
+        }
+        for (n, name) in ["es", "cs", "ss", "ds", "fs", "gs"].iter().enumerate() {
+            let base = offset_of!(CpuState, seg) + n * size_of::<Segment>();
+            if displacement == state_disp(base + offset_of!(Segment, base)) {
+                return Some(format!("guest_{name}_base"));
+            }
+        }
+        let words = [
+            (offset_of!(Area, page_mask), 2, "page_mask"),
+            (offset_of!(Area, slot_mask), crate::layout::MAX_ACCESS_SHIFT + 1, "slot_mask"),
+            (offset_of!(Area, bit_mask), 4, "bit_mask"),
+        ];
+        for (offset, count, name) in words {
+            for i in 0..count {
+                if displacement == disp(offset + i * 8) {
+                    return Some(format!("{name}_{i}"));
+                }
+            }
+        }
+        let single = [
+            (disp(offset_of!(Area, run)), "run"),
+            (disp(offset_of!(Area, exit_arg)), "exit_arg"),
+            (disp(offset_of!(Area, exit_rip)), "exit_rip"),
+            (disp(offset_of!(Area, branch_rip)), "branch_rip"),
+            (disp(offset_of!(Area, tmp)), "tmp"),
+            (JC_TAGS, "jump_cache_tags"),
+            (JC_TARGETS, "jump_cache_targets"),
+        ];
+        single.iter().find(|(d, _)| *d == displacement).map(|(_, name)| (*name).into())
+    }
+}
+
+impl SymbolResolver for Names {
+    fn symbol(
+        &mut self,
+        ins: &Instruction,
+        _: u32,
+        operand: Option<u32>,
+        address: u64,
+        _: u32,
+    ) -> Option<SymbolResult<'_>> {
+        let kind = operand.map(|n| ins.op_kind(n));
+        if kind == Some(iced_x86::OpKind::NearBranch64) {
+            return Some(SymbolResult::with_string(address, self.place(address)));
+        }
+        let gs = kind == Some(iced_x86::OpKind::Memory) && ins.segment_prefix() == Register::GS;
+        let name = Self::field(address as i32).filter(|_| gs)?;
+        Some(SymbolResult::with_string(address, name))
+    }
+}
+
+fn list(text: &mut String, bits: u8, code: &[u8], at: u64, shown: u64, names: Option<Names>) {
+    let resolver = names.map(|n| Box::new(n) as Box<dyn SymbolResolver>);
+    let mut formatter = IntelFormatter::with_options(resolver, None);
+    let options = formatter.options_mut();
+    options.set_space_after_operand_separator(true);
+    options.set_branch_leading_zeros(false);
+    options.set_show_symbol_address(false);
+    for ins in &mut Decoder::with_ip(u32::from(bits), code, at, DecoderOptions::NONE) {
+        let mut line = String::new();
+        formatter.format(&ins, &mut line);
+        writeln!(text, "{:6x}  {line}", ins.ip() - at + shown).unwrap();
+    }
+}
+
+/// The block as text.
+fn listing(golden: &Golden) -> String {
+    let mut cache = CodeCache::new(4 << 20).unwrap();
+    let thunks = Thunks::new(&mut cache, never, never, never);
+    let Mode { bits, user, .. } = golden.mode;
+    let rip = if bits == 16 { RIP & 0xffff } else { RIP };
+    let key = BlockKey { rip, gpa: RIP, mode: golden.mode.pack() };
+    let mut t = Translation::new(&cache, thunks, key, golden.mode);
+    let mut ended = false;
+    for ins in &mut Decoder::with_ip(u32::from(bits), golden.code, rip, DecoderOptions::NONE) {
+        assert!(!ins.is_invalid() && !ended, "{}: {ins:?}", golden.name);
+        ended = t.instruction(&ins, classify(&ins, golden.mode, true));
+    }
+    if !ended {
+        t.continue_at(rip + golden.code.len() as u64);
+    }
+    let at = cache.next_host();
+    let code = t.finish().code;
+    let mut text = format!("guest, {bits} bits, {}\n", if user { "user" } else { "supervisor" });
+    list(&mut text, bits, golden.code, rip, rip, None);
+    text.push_str("host\n");
+    let names = Names { thunks, at, len: code.len() as u64 };
+    list(&mut text, 64, &code, at, 0, Some(names));
+    text
+}
+
+#[test]
+fn golden() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/translate/golden");
+    let write = std::env::var("BERTH_GOLDEN").as_deref() == Ok("write");
+    let mut wrong = Vec::new();
+    for golden in BLOCKS {
+        let path = dir.join(golden.name).with_extension("txt");
+        let now = listing(golden);
+        if write {
+            std::fs::write(&path, now).unwrap();
+            continue;
+        }
+        let then = std::fs::read_to_string(&path).unwrap_or_default();
+        if now != then {
+            println!("{}: was\n{then}is\n{now}", path.display());
+            wrong.push(golden.name);
+        }
+    }
+    let hint = "BERTH_GOLDEN=write cargo test -p berth-translator golden";
+    assert!(wrong.is_empty(), "other host code than in {wrong:?}; if it is meant: {hint}");
+}
+
+/// What is pinned does not depend on where the code happens to lie.
+#[test]
+fn golden_listings_have_names_for_all_places() {
+    for golden in BLOCKS {
+        let text = listing(golden);
+        assert!(!text.contains("elsewhere"), "{text}");
+        for operand in text.split("gs:[").skip(1).filter_map(|rest| rest.split(']').next()) {
+            assert!(!operand.contains("FFFF"), "{}: {operand}", golden.name);
+        }
+    }
+}

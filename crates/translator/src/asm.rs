@@ -268,6 +268,11 @@ impl Asm {
         self.bytes(&[0xe9, 0, 0, 0, 0]);
         Near(self.pos())
     }
+    /// `call rel32` forward.
+    pub fn call(&mut self) -> Near {
+        self.bytes(&[0xe8, 0, 0, 0, 0]);
+        Near(self.pos())
+    }
     /// `jcc rel32` forward, `cc` 0 to 15.
     pub fn jcc(&mut self, cc: u8) -> Near {
         self.bytes(&[0x0f, 0x80 | cc, 0, 0, 0, 0]);

@@ -121,6 +121,8 @@ pub struct Made {
     pub code: Vec<u8>,
     /// Links, in order of their numbers.
     pub links: Vec<Link>,
+    /// Returns, in order of their numbers: address and what they took from RSP.
+    pub returns: Vec<(u64, i32)>,
     /// Accesses, in order of their numbers.
     pub sites: Vec<Site>,
     /// Instructions for helpers, in order of their numbers.
@@ -154,6 +156,7 @@ pub struct CodeCache {
     map: FastMap<BlockKey, BlockId>,
     pages: FastMap<u64, Vec<BlockId>>,
     links: Vec<Link>,
+    returns: Vec<(u64, i32)>,
     /// Accesses of all blocks, in the order of the blocks.
     sites: Vec<Site>,
     /// Instructions that helpers execute.
@@ -192,6 +195,7 @@ impl CodeCache {
             map: FastMap::default(),
             pages: FastMap::default(),
             links: Vec::new(),
+            returns: Vec::new(),
             sites: Vec::new(),
             helpers: Vec::new(),
             far_links: Vec::new(),
@@ -240,6 +244,7 @@ impl CodeCache {
         self.map.clear();
         self.pages.clear();
         self.links.clear();
+        self.returns.clear();
         self.sites.clear();
         self.helpers.clear();
         self.far_links.clear();
@@ -248,7 +253,7 @@ impl CodeCache {
 
     /// Appends a block; `register`: make it findable.
     pub fn push_block(&mut self, made: Made, register: bool) -> BlockId {
-        let Made { mut block, code: bytes, links, sites, helpers } = made;
+        let Made { mut block, code: bytes, links, returns, sites, helpers } = made;
         block.sites = (self.sites.len() as u32, sites.len() as u32);
         self.sites.extend(sites);
         self.helpers.extend(helpers);
@@ -259,6 +264,7 @@ impl CodeCache {
         self.write(block.host, &bytes);
         self.used = (self.used + bytes.len()).next_multiple_of(16);
         self.links.extend(links);
+        self.returns.extend(returns);
         if register {
             self.map.insert(block.key, id);
             self.pages.entry(block.key.gpa >> 12).or_default().push(id);
@@ -273,6 +279,16 @@ impl CodeCache {
     /// Number the next link gets.
     pub fn next_link(&self) -> u32 {
         self.links.len() as u32
+    }
+
+    /// Number the next return gets.
+    pub fn next_return(&self) -> u32 {
+        self.returns.len() as u32
+    }
+
+    /// A return by number: its address and what it took from RSP.
+    pub fn return_of(&self, n: u64) -> Option<(u64, i32)> {
+        self.returns.get(usize::try_from(n).ok()?).copied()
     }
 
     /// Number the next access gets.

@@ -80,6 +80,9 @@ pub enum ExitCode {
     Helper = 4,
     /// A host signal at [`Area::fault_pc`].
     Fault = 5,
+    /// A return went to where no call is known and missed the jump cache; the target is in
+    /// [`Area::exit_rip`], the number of the return in [`Area::return_number`].
+    Return = 6,
 }
 
 /// What generated code and helpers share. Addressed relative to GS; see the module.
@@ -97,12 +100,18 @@ pub struct Area {
     /// Zero when the vCPU has to leave generated code at the next instruction boundary. Looked at on
     /// the way into generated code; whoever zeroes it from outside sends a signal, too.
     pub run: u64,
-    /// Host stack pointer in a thunk that calls Rust; it points to the return address.
+    /// Stack pointer of generated code in a thunk that calls Rust; it points to the return address.
     pub thunk_sp: u64,
     /// The signal handler steps to the next instruction boundary.
     pub stepping: u64,
     /// Host stack pointer at entry.
     pub host_rsp: u64,
+    /// Stack pointer of generated code: the return stack (see [`crate::returns`]).
+    pub return_sp: u64,
+    /// The return stack's pointer when it is empty.
+    pub return_top: u64,
+    /// Number of the last return instruction.
+    pub return_number: u64,
     /// The `VcpuInner` that owns this area.
     pub owner: u64,
     /// Scratch registers at a call of a thunk.

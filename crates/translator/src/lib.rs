@@ -26,6 +26,7 @@ mod fuzz;
 mod layout;
 mod mem;
 mod ram;
+mod returns;
 mod shared;
 mod signal;
 mod sys;

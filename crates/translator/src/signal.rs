@@ -138,7 +138,7 @@ pub enum Stop {
     Step,
 }
 
-extern "C" fn handler(sig: i32, _info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
+extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid ucontext to an SA_SIGINFO handler.
     let uc = unsafe { &mut *ctx.cast::<libc::ucontext_t>() };
     let regs = &mut uc.uc_mcontext.gregs;
@@ -159,7 +159,7 @@ extern "C" fn handler(sig: i32, _info: *mut libc::siginfo_t, ctx: *mut libc::c_v
     // lies before it; this thread was in generated code and holds no reference to it.
     unsafe {
         if sig == stop_signal() || sig == libc::SIGTRAP && (*area).stepping != 0 {
-            let stop = crate::vcpu::stop_target((*area).owner, pc);
+            let stop = crate::vcpu::stop_target((*area).owner, pc, sig == libc::SIGTRAP);
             (*area).stepping = u64::from(matches!(stop, Stop::Step));
             regs[libc::REG_EFL as usize] &= !TF;
             match stop {
@@ -172,6 +172,12 @@ extern "C" fn handler(sig: i32, _info: *mut libc::siginfo_t, ctx: *mut libc::c_v
                     }
                 }
             }
+            return;
+        }
+        if sig == libc::SIGSEGV
+            && crate::vcpu::return_stack_full((*area).owner, (*info).si_addr() as u64)
+        {
+            regs[libc::REG_RSP as usize] = (*area).return_top as i64;
             return;
         }
         let trap = regs[libc::REG_TRAPNO as usize] as u64;

@@ -3,14 +3,16 @@
 //! All of them keep the same discipline. On the way out every guest register goes to the
 //! [`Area`], the direction flag is cleared, the upper halves of the vector registers are zeroed and
 //! MXCSR is set to the host's; on the way back everything is loaded again. x87 state stays in the
-//! processor: Rust code does not touch it.
+//! processor: Rust code does not touch it. Generated code has a stack of its own
+//! ([`crate::returns`]); Rust runs on the thread's.
 
 use std::mem::offset_of;
 
 use crate::asm::{Asm, Mem};
 use crate::code::CodeCache;
 use crate::layout::{
-    Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, disp, gpr_disp, host, mapped,
+    Area, ExitCode, GUEST_RCX, GUEST_RSP, JC_TAGS, JC_TARGETS, S0, S1, SC, disp, gpr_disp, host,
+    mapped,
 };
 
 /// What a helper tells its thunk.
@@ -39,7 +41,9 @@ pub struct Thunks {
     pub helper: u64,
     /// Entry from Rust: `extern "C" fn()`.
     pub enter: u64,
-    exits: [u64; 6],
+    /// Where a return goes when the return stack is empty.
+    pub unexpected: u64,
+    exits: [u64; 7],
     /// Where code begins and ends that goes (back) into generated code after a look at
     /// [`Area::run`], and which can be begun again.
     tails: [(u64, u64); 4],
@@ -95,11 +99,12 @@ fn restore(a: &mut Asm) {
     a.bytes(&[0x9d]); // popfq
 }
 
-const CALLEE_SAVED: [u8; 6] = [host::RBX, host::RBP, host::R12, host::R13, host::R14, host::R15];
+/// RAX is there for the alignment of the stack.
+const CALLEE_SAVED: [u8; 7] =
+    [host::RAX, host::RBX, host::RBP, host::R12, host::R13, host::R14, host::R15];
 
 /// Back to Rust; everything is saved.
 fn leave(a: &mut Asm) {
-    a.load(host::RSP, &field(offset_of!(Area, host_rsp)));
     for r in CALLEE_SAVED.iter().rev() {
         a.pop(*r);
     }
@@ -108,18 +113,23 @@ fn leave(a: &mut Asm) {
 
 /// Gives the offset where the tail begins.
 fn call(a: &mut Asm, f: HelperFn, leave_at: usize) -> usize {
-    save(a);
     a.store(&field(offset_of!(Area, thunk_sp)), host::RSP);
+    a.load(host::RSP, &field(offset_of!(Area, host_rsp)));
+    save(a);
     a.load(host::RDI, &field(offset_of!(Area, owner)));
-    a.load(host::RSI, &Mem::base(host::RSP, 0));
+    a.load(host::RSI, &field(offset_of!(Area, thunk_sp)));
+    a.load(host::RSI, &Mem::base(host::RSI, 0));
     a.mov(host::RDX, S0);
     a.mov_imm(host::RAX, f as usize as u64);
     a.call_reg(host::RAX);
+    a.load(SC, &field(offset_of!(Area, thunk_sp)));
+    a.lea(S0, &Mem::base(SC, 8));
+    a.store(&field(offset_of!(Area, return_sp)), S0);
     a.bytes(&[0x83, 0xf8, 0x01]); // cmp eax, 1
     let above = a.jcc(7);
     a.bind_near_to(above, leave_at);
     let below = a.jcc(2);
-    a.op_mem(true, &[0x83], 0, &Mem::base(host::RSP, 0)); // add qword [rsp], 5
+    a.op_mem(true, &[0x83], 0, &Mem::base(SC, 0)); // add qword [rcx], 5
     a.bytes(&[5]);
     a.bind_near(below);
     let tail = a.pos();
@@ -134,8 +144,24 @@ fn call(a: &mut Asm, f: HelperFn, leave_at: usize) -> usize {
     a.bytes(&0x100u32.to_le_bytes());
     a.bind_near(go);
     restore(a);
+    a.load(host::RSP, &field(offset_of!(Area, thunk_sp)));
     a.ret();
     tail
+}
+
+/// Looks the guest address in [`S0`] up in the jump cache and goes there; falls through when it is
+/// not in there.
+pub fn through_jump_cache(a: &mut Asm) {
+    a.movzx16(SC, S0);
+    a.lea(S1, &Mem::base_index(SC, SC, 0, 0));
+    a.load(SC, &Mem::gs_index8(S1, JC_TAGS));
+    a.lea(SC, &Mem::base_index(SC, S0, 0, 0));
+    let hit = a.jrcxz();
+    let miss = a.jmp();
+    let ok = a.bind_short(hit);
+    debug_assert!(ok);
+    a.jmp_mem(&Mem::gs_index8(S1, JC_TARGETS));
+    a.bind_near(miss);
 }
 
 impl Thunks {
@@ -164,6 +190,7 @@ impl Thunks {
         a.ret();
         a.bind_near(go);
         restore(&mut a);
+        a.load(host::RSP, &field(offset_of!(Area, return_sp)));
         a.jmp_mem(&field(offset_of!(Area, enter_pc)));
         tails[0] = (base + tail as u64, base + a.pos() as u64);
         let leave_at = a.pos();
@@ -179,7 +206,7 @@ impl Thunks {
         let mem = thunk(&mut a, mem);
         let commit = thunk(&mut a, commit);
         let helper = thunk(&mut a, helper);
-        let mut exits = [0; 6];
+        let mut exits = [0; 7];
         let common = a.pos();
         save(&mut a);
         leave(&mut a);
@@ -189,20 +216,28 @@ impl Thunks {
             ExitCode::Interrupt,
             ExitCode::Helper,
             ExitCode::Fault,
+            ExitCode::Return,
         ] {
             exits[code as usize] = base + a.pos() as u64;
+            a.store(&field(offset_of!(Area, return_sp)), host::RSP);
+            a.load(host::RSP, &field(offset_of!(Area, host_rsp)));
             a.store_imm(&field(offset_of!(Area, exit_code)), code as i32);
             a.jmp_to(common);
         }
+        let unexpected = base + a.pos() as u64;
+        a.load(host::RSP, &field(offset_of!(Area, return_top)));
+        through_jump_cache(&mut a);
+        a.store(&field(offset_of!(Area, exit_rip)), S0);
+        a.near_abs(0xe9, exits[ExitCode::Return as usize], base);
         let end = base + a.pos() as u64;
         cache.push_permanent(&a.buf);
-        Self { mem, commit, helper, enter, exits, tails, start: base, end }
+        Self { mem, commit, helper, enter, unexpected, exits, tails, start: base, end }
     }
 
-    /// The beginning of the tail that `pc` is in, and whether it is that of the entry.
-    pub fn tail_of(&self, pc: u64) -> Option<(u64, bool)> {
-        let found = self.tails.iter().enumerate().find(|(_, t)| pc >= t.0 && pc < t.1);
-        found.map(|(i, t)| (t.0, i == 0))
+    /// The beginning of the tail that `pc` is in. Tails run on the thread's stack, where it was when
+    /// generated code was entered.
+    pub fn tail_of(&self, pc: u64) -> Option<u64> {
+        self.tails.iter().find(|t| pc >= t.0 && pc < t.1).map(|t| t.0)
     }
 
     /// Whether `pc` is in the fixed pieces.

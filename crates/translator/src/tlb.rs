@@ -175,6 +175,10 @@ pub struct Tlb {
     /// 2 MiB regions and 1 GiB regions that were entered from large pages.
     large: HashSet<u64>,
     huge: HashSet<u64>,
+    /// The return stack is to be forgotten.
+    pub returns_stale: bool,
+    /// Translations of kernel addresses that are not global are in jump caches.
+    jc_local: bool,
     /// Full flushes because of the limits.
     pub overflows: u64,
     /// Jump caches cleared.
@@ -259,6 +263,8 @@ impl Tlb {
             last_open: !0,
             large: HashSet::new(),
             huge: HashSet::new(),
+            returns_stale: true,
+            jc_local: false,
             overflows: 0,
             jc_clears: 0,
         })
@@ -475,6 +481,7 @@ impl Tlb {
             self.flush_slot(slot);
         }
         self.flush_kernel_local();
+        self.returns_stale = true;
     }
 
     fn flush_slot(&mut self, slot: usize) {
@@ -485,6 +492,9 @@ impl Tlb {
 
     /// Drops what belongs to no PCID and is not global.
     fn flush_kernel_local(&mut self) {
+        if std::mem::take(&mut self.jc_local) {
+            self.clear_kernel_jcs();
+        }
         if !self.low.journal.is_empty() || !self.low.journal_pages.is_empty() {
             self.low.clear();
             self.clear_jc(View::Kernel);
@@ -554,6 +564,7 @@ impl Tlb {
     }
 
     fn clear_jc(&mut self, view: View) {
+        self.returns_stale = true;
         let journal = std::mem::take(&mut self.jc(view).journal);
         if journal.is_empty() {
             return;
@@ -586,7 +597,8 @@ impl Tlb {
     }
 
     /// Remembers where the translation of `rip` begins, for indirect jumps on a view.
-    pub fn jc_insert(&mut self, view: View, rip: u64, host: u64) {
+    pub fn jc_insert(&mut self, view: View, rip: u64, host: u64, global: bool) {
+        self.jc_local |= !global && !matches!(view, View::User(_));
         if self.jc(view).journal.len() > JC_ENTRIES {
             self.clear_jc(view);
         }

@@ -29,6 +29,7 @@ use crate::fpu;
 use crate::layout::{Area, ExitCode, MAX_ACCESS_SHIFT};
 use crate::mem::{self, Lin, Pieces};
 use crate::ram::PAGE;
+use crate::returns::Returns;
 use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
 use crate::signal::Stop;
 use crate::thunks::{Then, Thunks};
@@ -74,6 +75,7 @@ pub struct Inner {
     pub(crate) tlb: Tlb,
     pub(crate) code: CodeCache,
     thunks: Thunks,
+    returns: Returns,
     pub(crate) lin: Lin,
     pub(crate) mailbox: Arc<Mailbox>,
     pub(crate) cpuid: CpuidTable,
@@ -121,17 +123,23 @@ pub struct Inner {
 extern "C" fn mem_helper(owner: u64, ret: u64, ea: u64) -> Then {
     // SAFETY: generated code passes the `owner` of its area: the `Inner` that entered it on this
     // thread, to which no reference is live while generated code runs.
-    unsafe { &mut *(owner as *mut Inner) }.slow_access(ret, ea)
+    let inner = unsafe { &mut *(owner as *mut Inner) };
+    let then = inner.slow_access(ret, ea);
+    inner.back(then)
 }
 
 extern "C" fn commit_helper(owner: u64, ret: u64, _ea: u64) -> Then {
     // SAFETY: as in `mem_helper`.
-    unsafe { &mut *(owner as *mut Inner) }.commit(ret)
+    let inner = unsafe { &mut *(owner as *mut Inner) };
+    let then = inner.commit(ret);
+    inner.back(then)
 }
 
 extern "C" fn instr_helper(owner: u64, ret: u64, _ea: u64) -> Then {
     // SAFETY: as in `mem_helper`.
-    unsafe { &mut *(owner as *mut Inner) }.helper(ret)
+    let inner = unsafe { &mut *(owner as *mut Inner) };
+    let then = inner.helper(ret);
+    inner.back(then)
 }
 
 /// Where a thread with a signal at `pc` goes on; called by the signal handler.
@@ -152,17 +160,28 @@ pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32) -> u64 {
     inner.thunks.exit(ExitCode::Fault)
 }
 
+/// Whether an access at `address` is a push to a full return stack; called by the signal handler.
+///
+/// # Safety
+/// As for [`signal_target`].
+pub unsafe fn return_stack_full(owner: u64, address: u64) -> bool {
+    // SAFETY: by the caller.
+    unsafe { &*(owner as *const Inner) }.returns.is_full_at(address)
+}
+
 /// How a thread that was interrupted at `pc` leaves generated code; called by the signal handler.
 ///
 /// # Safety
 /// `owner` is the vCPU whose generated code was interrupted on this thread.
-pub unsafe fn stop_target(owner: u64, pc: u64) -> Stop {
+pub unsafe fn stop_target(owner: u64, pc: u64, stepped: bool) -> Stop {
     // SAFETY: by the caller; generated code was running, so no reference is live.
     let inner = unsafe { &mut *(owner as *mut Inner) };
     if inner.thunks.contain(pc) {
         return match inner.thunks.tail_of(pc) {
-            Some((tail, true)) => Stop::Go(tail, Some(inner.area.host_rsp)),
-            Some((tail, false)) => Stop::Go(tail, Some(inner.area.thunk_sp)),
+            // The flags have been loaded: on to the end of the guest's instruction.
+            Some(_) if stepped => Stop::Step,
+            Some(tail) => Stop::Go(tail, Some(inner.area.host_rsp)),
+            None if pc >= inner.thunks.unexpected => Stop::Step,
             None => Stop::Later,
         };
     }
@@ -193,6 +212,8 @@ impl Inner {
         tlb.init_jcs();
         let mut code = CodeCache::new(shared.config.code_cache_bytes)?;
         let thunks = Thunks::new(&mut code, mem_helper, commit_helper, instr_helper);
+        let returns = Returns::new(thunks.unexpected)
+            .map_err(|source| SetupError::Map { what: "the return stack", source })?;
         if !signal::register(code.range()) {
             return Err(SetupError::TooManyVcpus);
         }
@@ -203,6 +224,8 @@ impl Inner {
             area.slot_mask[shift] = 0xfff & !((1 << shift) - 1);
         }
         area.bit_mask = [7, 15, 31, 63];
+        area.return_top = returns.top();
+        area.return_sp = returns.top();
         area.host_mxcsr = 0x1f80;
         let allowed = Allowed::new(cpuid.features());
         let mut inner = Box::new(Self {
@@ -210,6 +233,7 @@ impl Inner {
             tlb,
             code,
             thunks,
+            returns,
             lin: Lin {
                 shared,
                 index,
@@ -272,6 +296,14 @@ impl Inner {
 
     // ---- between generated code and Rust ----
 
+    /// Before Rust returns to its thunk.
+    fn back(&mut self, then: Then) -> Then {
+        if then != Then::Exit && std::mem::take(&mut self.tlb.returns_stale) {
+            self.returns.forget(&mut self.area, true);
+        }
+        then
+    }
+
     fn sync_in(&mut self) {
         let host = self.area.host_flags & (flags::ARITH | flags::DF);
         let f = &mut self.area.state.rflags;
@@ -296,7 +328,11 @@ impl Inner {
 
     /// Puts the GS base to the view the state asks for.
     fn update_view(&mut self) {
-        self.view = self.wanted_view();
+        let view = self.wanted_view();
+        if matches!(view, View::User(_)) != matches!(self.view, View::User(_)) {
+            self.tlb.returns_stale = true;
+        }
+        self.view = view;
         let base = self.tlb.base(self.view);
         if base != self.gs_base {
             self.gs_base = base;
@@ -572,6 +608,9 @@ impl Inner {
     fn enter(&mut self, host: u64) {
         let mut host = host;
         for _ in 0..1 << 16 {
+            if std::mem::take(&mut self.tlb.returns_stale) {
+                self.returns.forget(&mut self.area, false);
+            }
             self.sync_out();
             self.area.enter_pc = host;
             self.area.exit_rip = self.area.state.rip;
@@ -612,7 +651,13 @@ impl Inner {
             None => self.area.exit_rip,
         };
         self.area.state.rip = rip;
-        if code == ExitCode::Indirect as u64
+        if code == ExitCode::Return as u64
+            && let Some((at, taken)) = self.code.return_of(self.area.return_number)
+        {
+            self.area.branch_rip = at;
+            self.area.exit_arg = i64::from(taken) as u64;
+        }
+        if (code == ExitCode::Indirect as u64 || code == ExitCode::Return as u64)
             && mem::check_canonical(&self.area.state, rip, false).is_err()
         {
             // The branch itself faults: undo what it did to the stack pointer.
@@ -646,7 +691,8 @@ impl Inner {
                 if split { self.detour(n, rip) } else { self.connect(n, id, rip) }
             }
         } else if self.mode.bits == 64 || self.mode.flat {
-            self.tlb.jc_insert(self.view, rip, host);
+            let global = self.fetched_globally(rip);
+            self.tlb.jc_insert(self.view, rip, host, global);
         }
         Some(host)
     }
@@ -664,12 +710,19 @@ impl Inner {
         let Some(l) = self.code.link(n) else { return };
         if l.linkable {
             self.code.connect(n, id, false);
-        } else if !self.mode.user && self.mode.bits == 64 && target >> 63 != 0 {
-            let e = self.fetch[(target >> 12) as usize % FETCH_ENTRIES];
-            if e.page == target >> 12 && e.global {
-                self.code.connect(n, id, true);
-            }
+        } else if !self.mode.user
+            && self.mode.bits == 64
+            && target >> 63 != 0
+            && self.fetched_globally(target)
+        {
+            self.code.connect(n, id, true);
         }
+    }
+
+    /// Whether the last fetch from the page of `rip` went through a global mapping.
+    fn fetched_globally(&self, rip: u64) -> bool {
+        let e = self.fetch[(rip >> 12) as usize % FETCH_ENTRIES];
+        e.page == rip >> 12 && e.global
     }
 
     // ---- finding and making blocks ----

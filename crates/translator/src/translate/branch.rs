@@ -7,14 +7,14 @@ use super::regs::GuestReg;
 use super::{Cold, Translation};
 use crate::asm::{Mem, Near};
 use crate::code::Link;
-use crate::layout::{
-    Area, ExitCode, GUEST_RCX, GUEST_RSP, JC_TAGS, JC_TARGETS, S0, S1, SC, disp, gpr_disp, mapped,
-};
+use crate::layout::{Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, disp, gpr_disp, mapped};
+use crate::thunks::through_jump_cache;
 
 const TMP: i32 = disp(std::mem::offset_of!(Area, tmp));
 
 impl Translation {
-    pub(super) fn branch(&mut self, ins: &Instruction) {
+    /// Translates a branch; tells whether the block ends with it.
+    pub(super) fn branch(&mut self, ins: &Instruction) -> bool {
         let next = ins.next_ip();
         self.rsp_taken = 0;
         if ins.is_jmp_short_or_near() {
@@ -31,6 +31,13 @@ impl Translation {
         } else if ins.is_call_near() {
             let target = self.direct_target(ins);
             self.push_return(next);
+            if !self.mode.single {
+                self.reserve(32);
+                let call = self.asm.call();
+                self.link(call, target);
+                self.returned(next);
+                return false;
+            }
             self.jump_to(target);
         } else if ins.is_jmp_near_indirect() {
             self.load_target(ins);
@@ -41,10 +48,39 @@ impl Translation {
             self.push_return(next);
             self.asm.load(S0, &Mem::gs(TMP));
             self.rsp_taken = 8;
+            if !self.mode.single {
+                self.reserve(32);
+                let call = self.asm.call();
+                self.near.push((call, self.cold.len()));
+                let rip = self.here();
+                self.cold.push(Cold::Jump { rip, taken: self.rsp_taken });
+                self.returned(next);
+                return false;
+            }
             self.indirect();
         } else {
             self.near_return(ins);
         }
+        true
+    }
+
+    /// Address of the current instruction.
+    fn here(&self) -> u64 {
+        self.block.key.rip.wrapping_add(u64::from(self.rip_off))
+    }
+
+    /// What follows a host call: some guest return came here, with its target in [`S0`]. Goes on in
+    /// the block if this is where it wanted to go.
+    fn returned(&mut self, next: u64) {
+        self.reserve(32);
+        self.asm.mov_imm(SC, !next);
+        self.asm.lea(SC, &Mem::base_index(SC, S0, 0, 1));
+        let expected = self.asm.jrcxz();
+        let other = self.asm.jmp();
+        self.near.push((other, self.cold.len()));
+        self.cold.push(Cold::Unexpected);
+        let ok = self.asm.bind_short(expected);
+        debug_assert!(ok);
     }
 
     fn direct_target(&self, ins: &Instruction) -> u64 {
@@ -186,31 +222,27 @@ impl Translation {
         self.asm.add_guest_rsp(8 + i32::from(extra));
         self.end_access(a);
         self.rsp_taken = -(8 + i32::from(extra));
-        self.indirect();
+        if self.mode.single {
+            self.indirect();
+            return;
+        }
+        let number = self.return_base + self.returns.len() as u32;
+        self.returns.push((self.here(), self.rsp_taken));
+        let field = Mem::gs(disp(std::mem::offset_of!(Area, return_number)));
+        self.asm.store_imm(&field, i32::try_from(number).unwrap_or(i32::MAX));
+        self.asm.ret();
     }
 
     /// Jumps to the guest address in [`S0`] through the jump cache.
     pub(super) fn indirect(&mut self) {
         self.reserve(70);
-        if self.mode.single {
-            let miss = self.asm.jmp();
-            self.near.push((miss, self.cold.len()));
-            let rip = self.block.key.rip.wrapping_add(u64::from(self.rip_off));
-            self.cold.push(Cold::Miss { rip, taken: self.rsp_taken });
-            return;
+        if !self.mode.single {
+            through_jump_cache(&mut self.asm);
         }
-        self.asm.movzx16(SC, S0);
-        self.asm.lea(S1, &Mem::base_index(SC, SC, 0, 0));
-        self.asm.load(SC, &Mem::gs_index8(S1, JC_TAGS));
-        self.asm.lea(SC, &Mem::base_index(SC, S0, 0, 0));
-        let hit = self.asm.jrcxz();
         let miss = self.asm.jmp();
         self.near.push((miss, self.cold.len()));
-        let rip = self.block.key.rip.wrapping_add(u64::from(self.rip_off));
+        let rip = self.here();
         self.cold.push(Cold::Miss { rip, taken: self.rsp_taken });
-        let ok = self.asm.bind_short(hit);
-        debug_assert!(ok);
-        self.asm.jmp_mem(&Mem::gs_index8(S1, JC_TARGETS));
     }
 }
 

@@ -110,6 +110,7 @@ impl Names {
             (ExitCode::Interrupt, "exit_interrupt"),
             (ExitCode::Helper, "exit_helper"),
             (ExitCode::Fault, "exit_fault"),
+            (ExitCode::Return, "exit_return"),
         ];
         let calls = [(t.mem, "mem"), (t.commit, "commit"), (t.helper, "helper")];
         let mut all = exits.map(|(code, name)| (t.exit(code), name)).into_iter().chain(calls);
@@ -145,6 +146,7 @@ impl Names {
             (disp(offset_of!(Area, run)), "run"),
             (disp(offset_of!(Area, exit_arg)), "exit_arg"),
             (disp(offset_of!(Area, exit_rip)), "exit_rip"),
+            (disp(offset_of!(Area, return_number)), "return_number"),
             (disp(offset_of!(Area, branch_rip)), "branch_rip"),
             (disp(offset_of!(Area, tmp)), "tmp"),
             (JC_TAGS, "jump_cache_tags"),

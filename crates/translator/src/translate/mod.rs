@@ -29,7 +29,7 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 use crate::asm::{Asm, Mem, Near, Short};
 use crate::code::{Block, BlockKey, CodeCache, Link, Made, Site};
 use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
-use crate::thunks::Thunks;
+use crate::thunks::{Thunks, through_jump_cache};
 
 pub use access::{access_size, segment_of, sreg_index};
 pub use decode::{Class, Unit, classify, unit};
@@ -119,6 +119,10 @@ enum Cold {
     Link { link: usize },
     /// Indirect jump that missed the jump cache; the target is in [`S0`].
     Miss { rip: u64, taken: i32 },
+    /// A jump to the address in [`S0`] by the jump cache.
+    Jump { rip: u64, taken: i32 },
+    /// A return that did not want to go where it came; its target is in [`S0`].
+    Unexpected,
     /// Direct jump to another page, whose mapping may change: by the jump cache.
     Far { target: u64 },
 }
@@ -135,9 +139,13 @@ pub struct Translation {
     mode: Mode,
     /// Number of the first link.
     link_base: u32,
+    /// Number of the first return.
+    return_base: u32,
     /// The record.
     pub block: Block,
     links: Vec<Link>,
+    /// Returns: address and what they took from RSP.
+    returns: Vec<(u64, i32)>,
     sites: Vec<Site>,
     helpers: Vec<Instruction>,
     /// Numbers of the first access and of the first instruction for a helper.
@@ -172,8 +180,10 @@ impl Translation {
             infos: InstructionInfoFactory::new(),
             mode,
             link_base: cache.next_link(),
+            return_base: cache.next_return(),
             block: CodeCache::record(key),
             links: Vec::new(),
+            returns: Vec::new(),
             sites: Vec::new(),
             helpers: Vec::new(),
             bases: (cache.next_site(), cache.next_helper()),
@@ -201,10 +211,7 @@ impl Translation {
                 self.plain(ins);
                 false
             }
-            Class::Branch => {
-                self.branch(ins);
-                true
-            }
+            Class::Branch => self.branch(ins),
             Class::Helper => {
                 self.helper(ins);
                 false
@@ -240,6 +247,7 @@ impl Translation {
             block: self.block,
             code: self.asm.buf,
             links: self.links,
+            returns: self.returns,
             sites: self.sites,
             helpers: self.helpers,
         }
@@ -267,6 +275,19 @@ impl Translation {
                     i32::try_from(number).unwrap_or(i32::MAX),
                 );
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Link), self.at);
+            }
+            Cold::Jump { rip, taken } => {
+                let (rip, taken) = (*rip, *taken);
+                through_jump_cache(&mut self.asm);
+                let cold = self.cold.len();
+                self.cold.push(Cold::Miss { rip, taken });
+                let miss = self.asm.jmp();
+                self.near.push((miss, cold));
+            }
+            Cold::Unexpected => {
+                through_jump_cache(&mut self.asm);
+                self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, exit_rip))), S0);
+                self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Return), self.at);
             }
             Cold::Miss { rip, taken } => {
                 let (rip, taken) = (*rip, *taken);

@@ -48,11 +48,13 @@ pub struct Short(usize);
 #[derive(Clone, Copy, Debug)]
 pub struct Near(usize);
 
-/// Bytes being assembled; offsets are relative to the start of the buffer.
+/// Bytes being assembled.
 #[derive(Default)]
 pub struct Asm {
     /// What has been emitted.
     pub buf: Vec<u8>,
+    /// Offset of the first byte of the buffer: code in two buffers may share one numbering.
+    start: usize,
 }
 
 #[allow(
@@ -61,9 +63,19 @@ pub struct Asm {
     reason = "encoding takes numbers apart"
 )]
 impl Asm {
+    /// An empty buffer whose first byte has an offset.
+    pub fn starting_at(start: usize) -> Self {
+        Self { buf: Vec::new(), start }
+    }
+
     /// Current offset.
     pub fn pos(&self) -> usize {
-        self.buf.len()
+        self.start + self.buf.len()
+    }
+
+    /// Whether the buffer holds the displacement of a jump.
+    pub fn holds(&self, n: Near) -> bool {
+        (self.start + 4..=self.pos()).contains(&n.0)
     }
 
     /// Appends raw bytes.
@@ -254,7 +266,7 @@ impl Asm {
     pub fn bind_short(&mut self, s: Short) -> bool {
         let d = self.pos() - s.0;
         let ok = d <= 127;
-        if ok && let Some(b) = self.buf.get_mut(s.0 - 1) {
+        if ok && let Some(b) = self.buf.get_mut(s.0 - 1 - self.start) {
             *b = d as u8;
         }
         ok
@@ -291,7 +303,8 @@ impl Asm {
     /// Binds a near jump to an offset.
     pub fn bind_near_to(&mut self, n: Near, target: usize) {
         let rel = (target as i64 - n.0 as i64) as i32;
-        self.buf[n.0 - 4..n.0].copy_from_slice(&rel.to_le_bytes());
+        let at = n.0 - self.start;
+        self.buf[at - 4..at].copy_from_slice(&rel.to_le_bytes());
     }
     /// `jmp` or `call` to an absolute host address, given the address this buffer will be at.
     pub fn near_abs(&mut self, opcode: u8, target: u64, buffer_at: u64) {

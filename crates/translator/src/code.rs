@@ -1,9 +1,9 @@
 //! The code cache: host code, what it came from, and how blocks are linked.
 //!
 //! Host code is written through one mapping and run through another (never both writable and
-//! executable). The cache belongs to one vCPU and is filled front to back; when it is full,
-//! everything is dropped. Blocks stay in the order of their host addresses, so that a host PC is
-//! found by binary search.
+//! executable). The cache belongs to one vCPU and has two parts, for the bodies of blocks and for
+//! what is rarely executed, each filled front to back; when one is full, everything is dropped.
+//! Blocks stay in the order of their host addresses, so that a host PC is found by binary search.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -103,6 +103,10 @@ pub struct Block {
     pub host: u64,
     /// Host bytes.
     pub len: u32,
+    /// Host address of what is rarely executed; offsets in it count from `host`, too.
+    pub cold: u64,
+    /// Host bytes of that.
+    pub cold_len: u32,
     /// Where each guest instruction begins: host offset, offset from the block's RIP.
     pub insns: Vec<(u32, u16)>,
     /// Memory accesses: the first of them in [`CodeCache::site`]'s numbering, and how many.
@@ -119,6 +123,8 @@ pub struct Made {
     pub block: Block,
     /// Host code.
     pub code: Vec<u8>,
+    /// Host code that is rarely executed.
+    pub cold: Vec<u8>,
     /// Links, in order of their numbers.
     pub links: Vec<Link>,
     /// Returns, in order of their numbers: address and what they took from RSP.
@@ -152,6 +158,9 @@ pub struct CodeCache {
     /// Where blocks begin (behind the thunks).
     start: usize,
     used: usize,
+    /// Where cold code begins, so that hot code lies together.
+    cold_start: usize,
+    cold_used: usize,
     blocks: Vec<Block>,
     map: FastMap<BlockKey, BlockId>,
     pages: FastMap<u64, Vec<BlockId>>,
@@ -191,6 +200,8 @@ impl CodeCache {
             size,
             start: 0,
             used: 0,
+            cold_start: size / 8 * 3,
+            cold_used: size / 8 * 3,
             blocks: Vec::new(),
             map: FastMap::default(),
             pages: FastMap::default(),
@@ -211,6 +222,11 @@ impl CodeCache {
     /// Host address the next code will have.
     pub fn next_host(&self) -> u64 {
         self.rx + self.used as u64
+    }
+
+    /// Host address the next cold code will have.
+    pub fn next_cold(&self) -> u64 {
+        self.rx + self.cold_used as u64
     }
 
     fn write(&mut self, host: u64, bytes: &[u8]) {
@@ -234,12 +250,13 @@ impl CodeCache {
 
     /// Whether `bytes` more bytes fit.
     pub fn fits(&self, bytes: usize) -> bool {
-        self.used + bytes <= self.size
+        self.used + bytes <= self.cold_start && self.cold_used + bytes <= self.size
     }
 
     /// Drops all blocks.
     pub fn flush(&mut self) {
         self.used = self.start;
+        self.cold_used = self.cold_start;
         self.blocks.clear();
         self.map.clear();
         self.pages.clear();
@@ -253,15 +270,19 @@ impl CodeCache {
 
     /// Appends a block; `register`: make it findable.
     pub fn push_block(&mut self, made: Made, register: bool) -> BlockId {
-        let Made { mut block, code: bytes, links, returns, sites, helpers } = made;
+        let Made { mut block, code: bytes, cold, links, returns, sites, helpers } = made;
         block.sites = (self.sites.len() as u32, sites.len() as u32);
         self.sites.extend(sites);
         self.helpers.extend(helpers);
         let id = BlockId(self.blocks.len() as u32);
         block.host = self.next_host();
         block.len = bytes.len() as u32;
+        block.cold = self.next_cold();
+        block.cold_len = cold.len() as u32;
         block.valid = register;
         self.write(block.host, &bytes);
+        self.write(block.cold, &cold);
+        self.cold_used = (self.cold_used + cold.len()).next_multiple_of(16);
         self.used = (self.used + bytes.len()).next_multiple_of(16);
         self.links.extend(links);
         self.returns.extend(returns);
@@ -366,6 +387,8 @@ impl CodeCache {
             second_page: None,
             host: 0,
             len: 0,
+            cold: 0,
+            cold_len: 0,
             insns: Vec::new(),
             sites: (0, 0),
             incoming: Vec::new(),
@@ -385,9 +408,12 @@ impl CodeCache {
 
     /// The block whose code contains host address `pc`.
     pub fn block_at(&self, pc: u64) -> Option<&Block> {
-        let i = self.blocks.partition_point(|b| b.host <= pc);
+        let cold = pc >= self.rx + self.cold_start as u64;
+        let start = |b: &Block| if cold { b.cold } else { b.host };
+        let i = self.blocks.partition_point(|b| start(b) <= pc);
         let b = self.blocks.get(i.checked_sub(1)?)?;
-        (pc <= b.host + u64::from(b.len)).then_some(b)
+        let len = if cold { b.cold_len } else { b.len };
+        (pc <= start(b) + u64::from(len)).then_some(b)
     }
 
     /// A link by number.
@@ -421,9 +447,9 @@ impl CodeCache {
         if !self.fits(code.len()) {
             return;
         }
-        let host = self.next_host();
+        let host = self.next_cold();
         self.write(host, code);
-        self.used = (self.used + code.len()).next_multiple_of(16);
+        self.cold_used = (self.cold_used + code.len()).next_multiple_of(16);
         self.patch(&link, host);
     }
 

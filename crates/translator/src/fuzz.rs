@@ -46,7 +46,8 @@ pub fn translate_only(bytes: &[u8], bits: u8) -> Result<usize, SetupError> {
         if !ended {
             t.continue_at(0x1000 + at as u64);
         }
-        total += t.finish().code.len();
+        let made = t.finish();
+        total += made.code.len() + made.cold.len();
     }
     Ok(total)
 }

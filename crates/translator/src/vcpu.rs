@@ -864,7 +864,7 @@ impl Inner {
         let made = t.finish();
         self.stats.blocks += 1;
         self.stats.guest_instructions += count as u64;
-        self.stats.host_bytes += made.code.len() as u64;
+        self.stats.host_bytes += (made.code.len() + made.cold.len()) as u64;
         Ok(self.code.push_block(made, !mode.single))
     }
 

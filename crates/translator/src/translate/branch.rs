@@ -12,6 +12,9 @@ use crate::thunks::through_jump_cache;
 
 const TMP: i32 = disp(std::mem::offset_of!(Area, tmp));
 
+/// A block goes on behind a conditional branch that is among its first so many instructions.
+const GOES_ON: usize = 24;
+
 impl Translation {
     /// Translates a branch; tells whether the block ends with it.
     pub(super) fn branch(&mut self, ins: &Instruction) -> bool {
@@ -25,6 +28,9 @@ impl Translation {
             self.reserve(40);
             let jump = self.asm.jcc(cc(ins.condition_code()));
             self.link(jump, target);
+            if self.mode.bits == 64 && !self.mode.single && self.block.insns.len() < GOES_ON {
+                return false;
+            }
             self.jump_to(next);
         } else if super::decode::is_loop(ins) {
             self.loop_instruction(ins);

@@ -197,6 +197,8 @@ fn listing(golden: &Golden) -> String {
     let rip = if bits == 16 { RIP & 0xffff } else { RIP };
     let key = BlockKey { rip, gpa: RIP, mode: golden.mode.pack() };
     let mut t = Translation::new(&cache, thunks, key, golden.mode);
+    // Body and cold parts in one piece, whatever the size of the cache.
+    t.cold_start = None;
     let mut ended = false;
     for ins in &mut Decoder::with_ip(u32::from(bits), golden.code, rip, DecoderOptions::NONE) {
         assert!(!ins.is_invalid() && !ended, "{}: {ins:?}", golden.name);
@@ -206,7 +208,8 @@ fn listing(golden: &Golden) -> String {
         t.continue_at(rip + golden.code.len() as u64);
     }
     let at = cache.next_host();
-    let code = t.finish().code;
+    let made = t.finish();
+    let code = [made.code, made.cold].concat();
     let mut text = format!("guest, {bits} bits, {}\n", if user { "user" } else { "supervisor" });
     list(&mut text, bits, golden.code, rip, rip, None);
     text.push_str("host\n");

@@ -94,14 +94,17 @@ impl Mode {
     }
 }
 
-/// Code at the end of `cache` that goes on at `target` by way of the jump cache.
+/// Code at the end of the cold part of `cache` that goes on at `target` by way of the jump cache.
 pub fn detour(cache: &CodeCache, thunks: Thunks, target: u64) -> Vec<u8> {
     let key = BlockKey { rip: target, gpa: 0, mode: 0 };
     let mode = Mode::flat(64, false);
     let mut t = Translation::new(cache, thunks, key, mode);
+    t.at = cache.next_cold();
+    t.cold_start = None;
     t.asm.mov_imm(S0, target);
     t.indirect();
-    t.finish().code
+    let made = t.finish();
+    [made.code, made.cold].concat()
 }
 
 /// Something emitted behind the block's body.
@@ -130,8 +133,12 @@ enum Cold {
 /// The translation of one block in the making.
 pub struct Translation {
     asm: Asm,
+    /// The body, while the cold parts are emitted.
+    body: Asm,
     /// Host address of the first byte.
     at: u64,
+    /// Offset of the cold parts, which lie elsewhere; `None`: right behind the body.
+    cold_start: Option<usize>,
     thunks: Thunks,
     encoder: Encoder,
     infos: InstructionInfoFactory,
@@ -174,7 +181,9 @@ impl Translation {
     pub fn new(cache: &CodeCache, thunks: Thunks, key: BlockKey, mode: Mode) -> Self {
         Self {
             asm: Asm::default(),
+            body: Asm::default(),
             at: cache.next_host(),
+            cold_start: Some((cache.next_cold() - cache.next_host()) as usize),
             thunks,
             encoder: Encoder::new(64),
             infos: InstructionInfoFactory::new(),
@@ -235,9 +244,11 @@ impl Translation {
         self.asm.pos()
     }
 
-    /// Emits what is behind the body; the block is complete then.
+    /// Emits the cold parts; the block is complete then.
     pub fn finish(mut self) -> Made {
         self.islands();
+        let start = self.cold_start.unwrap_or(self.asm.pos());
+        self.body = std::mem::replace(&mut self.asm, Asm::starting_at(start));
         let mut done = 0;
         while done < self.cold.len() {
             self.cold_part(done);
@@ -245,7 +256,8 @@ impl Translation {
         }
         Made {
             block: self.block,
-            code: self.asm.buf,
+            code: self.body.buf,
+            cold: self.asm.buf,
             links: self.links,
             returns: self.returns,
             sites: self.sites,
@@ -258,7 +270,8 @@ impl Translation {
         for i in (0..self.near.len()).rev() {
             if self.near[i].1 == n {
                 let (jump, _) = self.near.swap_remove(i);
-                self.asm.bind_near_to(jump, pos);
+                let asm = if self.body.holds(jump) { &mut self.body } else { &mut self.asm };
+                asm.bind_near_to(jump, pos);
             }
         }
         match &self.cold[n] {
@@ -314,7 +327,7 @@ impl Translation {
                 self.sites[site].ret = self.asm.pos() as u32;
                 self.asm.jmp_to(s.op as usize);
                 if s.write {
-                    let tail = self.asm.buf[s.op as usize..s.op_end as usize].to_vec();
+                    let tail = self.body.buf[s.op as usize..s.op_end as usize].to_vec();
                     self.asm.bytes(&tail);
                     self.asm.near_abs(0xe8, self.thunks.commit, self.at);
                     self.sites[site].commit_ret = self.asm.pos() as u32;

@@ -63,9 +63,10 @@ pub struct Asm {
     reason = "encoding takes numbers apart"
 )]
 impl Asm {
-    /// An empty buffer whose first byte has an offset.
-    pub fn starting_at(start: usize) -> Self {
-        Self { buf: Vec::new(), start }
+    /// Empties the buffer; its first byte gets an offset.
+    pub fn restart(&mut self, start: usize) {
+        self.buf.clear();
+        self.start = start;
     }
 
     /// Current offset.
@@ -174,6 +175,10 @@ impl Asm {
     /// `mov dst32, src32`.
     pub fn mov32(&mut self, dst: u8, src: u8) {
         self.op_reg(false, &[0x8b], dst, src);
+    }
+    /// `not r` (no flags).
+    pub fn not(&mut self, r: u8) {
+        self.op_reg(true, &[0xf7], 2, r);
     }
     /// `movzx dst32, src16`.
     pub fn movzx16(&mut self, dst: u8, src: u8) {

@@ -89,9 +89,15 @@ pub struct Site {
     pub read: bool,
     /// The address is an offset in a segment that is not flat.
     pub segmented: bool,
+    /// Traps because the access crossed into another page.
+    pub crossings: u8,
+    /// Host offsets of cold code that looks whether the next page follows in the host: where it
+    /// begins and ends, and where it goes on when a look-up faults.
+    pub cross: [u32; 3],
 }
 
 /// A translated block.
+#[derive(Clone, Copy)]
 pub struct Block {
     /// What it is found by.
     pub key: BlockKey,
@@ -107,33 +113,42 @@ pub struct Block {
     pub cold: u64,
     /// Host bytes of that.
     pub cold_len: u32,
-    /// Where each guest instruction begins: host offset, offset from the block's RIP.
-    pub insns: Vec<(u32, u16)>,
+    /// Instructions: the first of them in the cache's list, and how many.
+    insns: (u32, u32),
     /// Memory accesses: the first of them in [`CodeCache::site`]'s numbering, and how many.
     pub sites: (u32, u32),
-    /// Links that jump here.
-    incoming: Vec<u32>,
+    /// The last link that was made to jump here; the others follow it in `CodeCache::listed`.
+    incoming: u32,
     /// Still to be found.
     pub valid: bool,
 }
 
 /// A finished translation.
-pub struct Made {
+pub struct Made<'a> {
     /// The record.
     pub block: Block,
+    /// Where each guest instruction begins: host offset, offset from the block's RIP.
+    pub insns: &'a [(u32, u16)],
     /// Host code.
-    pub code: Vec<u8>,
+    pub code: &'a [u8],
     /// Host code that is rarely executed.
-    pub cold: Vec<u8>,
+    pub cold: &'a [u8],
     /// Links, in order of their numbers.
-    pub links: Vec<Link>,
+    pub links: &'a [Link],
     /// Returns, in order of their numbers: address and what they took from RSP.
-    pub returns: Vec<(u64, i32)>,
+    pub returns: &'a [(u64, i32)],
     /// Accesses, in order of their numbers.
-    pub sites: Vec<Site>,
+    pub sites: &'a [Site],
     /// Instructions for helpers, in order of their numbers.
-    pub helpers: Vec<Instruction>,
+    pub helpers: &'a [Instruction],
 }
+
+/// Traps of one access at page ends after which its block is translated again, with a look first.
+const CROSSINGS_MAX: u8 = 4;
+/// No link.
+const NO_LINK: u32 = u32::MAX;
+/// What is noted of a link in no list.
+const NOT_LISTED: (u32, u32) = (NO_LINK, u32::MAX);
 
 /// A direct jump that can be pointed at its target's translation.
 #[derive(Clone, Copy, Debug)]
@@ -164,7 +179,10 @@ pub struct CodeCache {
     blocks: Vec<Block>,
     map: FastMap<BlockKey, BlockId>,
     pages: FastMap<u64, Vec<BlockId>>,
+    insns: Vec<(u32, u16)>,
     links: Vec<Link>,
+    /// For each link in a block's list of incoming ones: the one made before it, and the block.
+    listed: Vec<(u32, u32)>,
     returns: Vec<(u64, i32)>,
     /// Accesses of all blocks, in the order of the blocks.
     sites: Vec<Site>,
@@ -205,7 +223,9 @@ impl CodeCache {
             blocks: Vec::new(),
             map: FastMap::default(),
             pages: FastMap::default(),
+            insns: Vec::new(),
             links: Vec::new(),
+            listed: Vec::new(),
             returns: Vec::new(),
             sites: Vec::new(),
             helpers: Vec::new(),
@@ -260,7 +280,9 @@ impl CodeCache {
         self.blocks.clear();
         self.map.clear();
         self.pages.clear();
+        self.insns.clear();
         self.links.clear();
+        self.listed.clear();
         self.returns.clear();
         self.sites.clear();
         self.helpers.clear();
@@ -269,23 +291,26 @@ impl CodeCache {
     }
 
     /// Appends a block; `register`: make it findable.
-    pub fn push_block(&mut self, made: Made, register: bool) -> BlockId {
-        let Made { mut block, code: bytes, cold, links, returns, sites, helpers } = made;
+    pub fn push_block(&mut self, made: Made<'_>, register: bool) -> BlockId {
+        let Made { mut block, insns, code: bytes, cold, links, returns, sites, helpers } = made;
         block.sites = (self.sites.len() as u32, sites.len() as u32);
-        self.sites.extend(sites);
-        self.helpers.extend(helpers);
+        block.insns = (self.insns.len() as u32, insns.len() as u32);
+        self.insns.extend_from_slice(insns);
+        self.sites.extend_from_slice(sites);
+        self.helpers.extend_from_slice(helpers);
         let id = BlockId(self.blocks.len() as u32);
         block.host = self.next_host();
         block.len = bytes.len() as u32;
         block.cold = self.next_cold();
         block.cold_len = cold.len() as u32;
         block.valid = register;
-        self.write(block.host, &bytes);
-        self.write(block.cold, &cold);
+        self.write(block.host, bytes);
+        self.write(block.cold, cold);
         self.cold_used = (self.cold_used + cold.len()).next_multiple_of(16);
         self.used = (self.used + bytes.len()).next_multiple_of(16);
-        self.links.extend(links);
-        self.returns.extend(returns);
+        self.links.extend_from_slice(links);
+        self.listed.resize(self.links.len(), NOT_LISTED);
+        self.returns.extend_from_slice(returns);
         if register {
             self.map.insert(block.key, id);
             self.pages.entry(block.key.gpa >> 12).or_default().push(id);
@@ -338,6 +363,11 @@ impl CodeCache {
         self.sites.get(first..first + count).unwrap_or_default()
     }
 
+    fn insns_of(&self, block: &Block) -> &[(u32, u16)] {
+        let (first, count) = (block.insns.0 as usize, block.insns.1 as usize);
+        self.insns.get(first..first + count).unwrap_or_default()
+    }
+
     /// Address of the guest instruction that host address `pc` belongs to.
     pub fn rip_at(&self, pc: u64) -> Option<u64> {
         let block = self.block_at(pc)?;
@@ -347,8 +377,9 @@ impl CodeCache {
         if let Some(s) = self.sites_of(block).iter().find(in_cold) {
             return Some(s.rip);
         }
-        let i = block.insns.partition_point(|&(h, _)| h <= off);
-        let r = block.insns.get(i.wrapping_sub(1)).map_or(0, |&(_, r)| r);
+        let insns = self.insns_of(block);
+        let i = insns.partition_point(|&(h, _)| h <= off);
+        let r = insns.get(i.wrapping_sub(1)).map_or(0, |&(_, r)| r);
         Some(block.key.rip.wrapping_add(u64::from(r)))
     }
 
@@ -362,8 +393,9 @@ impl CodeCache {
             let first = sites.iter().find(|f| f.rip == s.rip)?;
             return (first.cold == s.cold).then_some(s.rip);
         }
-        let i = block.insns.partition_point(|&(h, _)| h <= off).checked_sub(1)?;
-        let &(start, r) = block.insns.get(i)?;
+        let insns = self.insns_of(block);
+        let i = insns.partition_point(|&(h, _)| h <= off).checked_sub(1)?;
+        let &(start, r) = insns.get(i)?;
         let rip = block.key.rip.wrapping_add(u64::from(r));
         let before = || sites.iter().find(|s| s.rip == rip).is_some_and(|s| off <= s.op);
         (start == off || before()).then_some(rip)
@@ -375,7 +407,7 @@ impl CodeCache {
         let block = self.block_at(ret)?;
         let off = ret.wrapping_sub(block.host) as u32;
         let site = self.sites_of(block).iter().find(|s| s.commit_ret == off)?;
-        let &(_, r) = block.insns.iter().find(|i| i.0 == site.op_end)?;
+        let &(_, r) = self.insns_of(block).iter().find(|i| i.0 == site.op_end)?;
         Some(block.key.rip.wrapping_add(u64::from(r)))
     }
 
@@ -389,9 +421,9 @@ impl CodeCache {
             len: 0,
             cold: 0,
             cold_len: 0,
-            insns: Vec::new(),
+            insns: (0, 0),
             sites: (0, 0),
-            incoming: Vec::new(),
+            incoming: NO_LINK,
             valid: true,
         }
     }
@@ -433,11 +465,35 @@ impl CodeCache {
         if !b.valid {
             return;
         }
-        b.incoming.push(n);
         let host = b.host;
+        self.list(n, to.0);
         self.patch(&link, host);
         if far {
             self.far_links.push(n);
+        }
+    }
+
+    /// Puts link `n` into the list of a block. Undone links may still be in one.
+    fn list(&mut self, n: u32, block: u32) {
+        let Some(&(next, owner)) = self.listed.get(n as usize) else { return };
+        if owner == block {
+            return;
+        }
+        if let Some(old) = self.blocks.get_mut(owner as usize) {
+            let mut at = old.incoming;
+            if at == n {
+                old.incoming = next;
+            }
+            while let Some(entry) = self.listed.get_mut(at as usize) {
+                if entry.0 == n {
+                    entry.0 = next;
+                }
+                at = entry.0;
+            }
+        }
+        if let Some(b) = self.blocks.get_mut(block as usize) {
+            let before = std::mem::replace(&mut b.incoming, n);
+            self.listed[n as usize] = (before, block);
         }
     }
 
@@ -453,6 +509,32 @@ impl CodeCache {
         self.patch(&link, host);
     }
 
+    /// Notes that an access trapped because it crossed into another page; gives the block's key and
+    /// takes the block out of use once that has happened too often for a trap each.
+    pub fn crossed(&mut self, n: u64, pc: u64) -> Option<BlockKey> {
+        let site = self.sites.get_mut(usize::try_from(n).ok()?)?;
+        site.crossings = site.crossings.saturating_add(1);
+        if site.crossings != CROSSINGS_MAX {
+            return None;
+        }
+        let key = self.block_at(pc)?.key;
+        self.retire(&key);
+        Some(key)
+    }
+
+    /// Makes a block unfindable. Code that runs in it may go on.
+    fn retire(&mut self, key: &BlockKey) {
+        let Some(id) = self.map.remove(key) else { return };
+        let Some(b) = self.blocks.get_mut(id.0 as usize) else { return };
+        b.valid = false;
+        let mut incoming = std::mem::replace(&mut b.incoming, NO_LINK);
+        while let Some(l) = self.link(incoming) {
+            self.patch(&l, l.stub);
+            let entry = self.listed.get_mut(incoming as usize);
+            incoming = entry.map_or(NO_LINK, |e| std::mem::replace(e, NOT_LISTED).0);
+        }
+    }
+
     /// Undoes all links between different pages.
     pub fn disconnect_far(&mut self) {
         for n in std::mem::take(&mut self.far_links) {
@@ -466,17 +548,8 @@ impl CodeCache {
     pub fn invalidate_page(&mut self, page: u64) -> bool {
         let Some(ids) = self.pages.remove(&page) else { return false };
         for id in &ids {
-            let Some(b) = self.blocks.get_mut(id.0 as usize) else { continue };
-            if !std::mem::replace(&mut b.valid, false) {
-                continue;
-            }
-            let key = b.key;
-            let incoming = std::mem::take(&mut b.incoming);
-            self.map.remove(&key);
-            for n in incoming {
-                if let Some(l) = self.link(n) {
-                    self.patch(&l, l.stub);
-                }
+            if let Some(key) = self.block(*id).filter(|b| b.valid).map(|b| b.key) {
+                self.retire(&key);
             }
         }
         true

@@ -23,10 +23,11 @@ pub fn translate_only(bytes: &[u8], bits: u8) -> Result<usize, SetupError> {
     let bits = if matches!(bits, 16 | 32) { bits } else { 64 };
     let mode = Mode::flat(bits, true);
     let code = bytes.get(..bytes.len().min(PAGE as usize)).unwrap_or_default();
+    let mut t = Translation::new(thunks);
     let (mut at, mut total) = (0, 0);
     while at < code.len() {
         let key = BlockKey { rip: 0x1000 + at as u64, gpa: 0x1000 + at as u64, mode: mode.pack() };
-        let mut t = Translation::new(&cache, thunks, key, mode);
+        t.begin(&cache, key, mode);
         let mut ended = false;
         for _ in 0..MAX_INSNS {
             let rest = code.get(at..).unwrap_or_default();

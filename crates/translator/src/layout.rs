@@ -138,6 +138,8 @@ pub struct Area {
     pub slot_mask: [u64; MAX_ACCESS_SHIFT + 1],
     /// PEXT masks of a bit index within 1, 2, 4, 8 bytes.
     pub bit_mask: [u64; 4],
+    /// The second scratch register while cold code needs it.
+    pub look_s1: u64,
     /// A value that has to survive a second access of the same instruction.
     pub tmp: u64,
     /// Address of the indirect branch that missed the jump cache.

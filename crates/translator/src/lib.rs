@@ -159,6 +159,8 @@ pub struct Stats {
     pub cache_flushes: u64,
     /// Accesses that came to the slow path by a signal.
     pub signals: u64,
+    /// Accesses that look for page crossings because they trapped too often.
+    pub crossings: u64,
     /// Times the limit of guarded pages was met (see `ram`).
     pub guard_overflows: u64,
 }

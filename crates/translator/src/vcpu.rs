@@ -22,7 +22,7 @@ use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
 use berth_x86::{CpuState, Exception, Segment};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 
-use crate::code::{BlockId, BlockKey, CodeCache, Site};
+use crate::code::{BlockId, BlockKey, CodeCache, FastMap, Site};
 use crate::exec::{self, Flow};
 use crate::features::Allowed;
 use crate::fpu;
@@ -75,6 +75,7 @@ pub struct Inner {
     pub(crate) tlb: Tlb,
     pub(crate) code: CodeCache,
     thunks: Thunks,
+    translation: Translation,
     returns: Returns,
     pub(crate) lin: Lin,
     pub(crate) mailbox: Arc<Mailbox>,
@@ -109,6 +110,8 @@ pub struct Inner {
     trial: Option<Box<Trial>>,
     /// Blocks look for accesses that cross into another page: there are too many pages to guard.
     checked: bool,
+    /// Physical addresses of instructions whose accesses cross pages often.
+    crossing: FastMap<u64, ()>,
     /// `checked` is to be set before the next block.
     check_from_now_on: bool,
     /// Set by whoever changed the state from outside.
@@ -153,8 +156,14 @@ pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32) -> u64 {
         && let Some(b) = inner.code.block_at(pc)
     {
         let off = (pc - b.host) as u32;
-        if let Some(s) = inner.code.sites_of(b).iter().find(|s| off >= s.look && off < s.op_end) {
-            return b.host + u64::from(s.cold);
+        for s in inner.code.sites_of(b) {
+            if off >= s.look && off < s.op_end {
+                return b.host + u64::from(s.cold);
+            }
+            let [start, end, fix] = s.cross;
+            if off >= start && off < end {
+                return b.host + u64::from(fix);
+            }
         }
     }
     inner.thunks.exit(ExitCode::Fault)
@@ -233,6 +242,7 @@ impl Inner {
             tlb,
             code,
             thunks,
+            translation: Translation::new(thunks),
             returns,
             lin: Lin {
                 shared,
@@ -272,6 +282,7 @@ impl Inner {
             trial: None,
             checked: false,
             check_from_now_on: false,
+            crossing: FastMap::default(),
             state_changed: true,
             no_step_trap: false,
             step_trap: false,
@@ -701,7 +712,7 @@ impl Inner {
     /// that page's mapping may change.
     fn detour(&mut self, n: u32, target: u64) {
         if self.mode.bits == 64 || self.mode.flat {
-            let code = detour(&self.code, self.thunks, target);
+            let code = detour(&mut self.translation, &self.code, target);
             self.code.connect_to(n, &code);
         }
     }
@@ -805,40 +816,39 @@ impl Inner {
         self.lin.read_phys(page, &mut bytes[..avail]);
         let mut second_page = None;
         let options = DecoderOptions::NONE;
-        let mut t = Translation::new(&self.code, self.thunks, key, mode);
+        self.translation.begin(&self.code, key, mode);
         let mut at = start;
         let mut count = 0;
         let mut end_rip = key.rip;
         let max = if mode.single { 1 } else { MAX_INSNS };
         let mut ended = false;
-        while count < max && t.len() < MAX_BLOCK_BYTES / 3 {
-            if at >= PAGE as usize {
-                break;
+        let ends_early = |bytes: &[u8]| {
+            let mut d = Decoder::new(u32::from(mode.bits), bytes, options);
+            d.decode().is_invalid() && d.last_error() == DecoderError::NoMoreBytes
+        };
+        if avail - at < LONGEST && ends_early(&bytes[at..avail]) {
+            // The first instruction of the block crosses into the next page.
+            let next = (va & !(PAGE - 1)).wrapping_add(PAGE);
+            let gpa = self.fetch_page(next)?;
+            if !mode.single {
+                self.lin.shared.mark_code(gpa >> 12, self.lin.index);
+                // The first page may have changed before its mark was seen by all.
+                self.lin.read_phys(page, &mut bytes[..PAGE as usize]);
             }
-            let mut d = Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
+            avail = PAGE as usize + 15;
+            self.lin.read_phys(gpa, &mut bytes[PAGE as usize..avail]);
+            second_page = Some(gpa);
+        }
+        let mut d = Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
+        while count < max && at < PAGE as usize && self.translation.len() < MAX_BLOCK_BYTES / 3 {
+            d.set_ip(end_rip);
             let mut ins = d.decode();
             if ins.is_invalid()
                 && d.last_error() == DecoderError::NoMoreBytes
-                && avail - at < LONGEST
                 && second_page.is_none()
+                && count > 0
             {
-                if count > 0 {
-                    break;
-                }
-                // The first instruction of the block crosses into the next page.
-                let next = (va & !(PAGE - 1)).wrapping_add(PAGE);
-                let gpa = self.fetch_page(next)?;
-                if !mode.single {
-                    self.lin.shared.mark_code(gpa >> 12, self.lin.index);
-                    // The first page may have changed before its mark was seen by all.
-                    self.lin.read_phys(page, &mut bytes[..PAGE as usize]);
-                }
-                avail = PAGE as usize + 15;
-                self.lin.read_phys(gpa, &mut bytes[PAGE as usize..avail]);
-                second_page = Some(gpa);
-                let mut d =
-                    Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
-                ins = d.decode();
+                break;
             }
             if ins.is_invalid() {
                 // The helper raises #UD at this address, or #GP for more than 15 bytes.
@@ -849,7 +859,8 @@ impl Inner {
                 ins = bad;
             }
             let class = classify(&ins, mode, self.allowed.instruction(&ins));
-            ended = t.instruction(&ins, class);
+            self.translation.looks = self.crossing.contains_key(&instruction_gpa(&key, end_rip));
+            ended = self.translation.instruction(&ins, class);
             at += ins.len();
             end_rip = wrap(end_rip.wrapping_add(ins.len() as u64), mode.bits);
             count += 1;
@@ -858,10 +869,10 @@ impl Inner {
             }
         }
         if !ended {
-            t.continue_at(end_rip);
+            self.translation.continue_at(end_rip);
         }
-        t.block.second_page = second_page.filter(|_| at > PAGE as usize);
-        let made = t.finish();
+        self.translation.block.second_page = second_page.filter(|_| at > PAGE as usize);
+        let made = self.translation.finish();
         self.stats.blocks += 1;
         self.stats.guest_instructions += count as u64;
         self.stats.host_bytes += (made.code.len() + made.cold.len()) as u64;
@@ -938,10 +949,14 @@ impl Inner {
         self.stats.slow_accesses += 1;
         let trap = std::mem::take(&mut self.area.fault_trap);
         self.stats.signals += u64::from(trap != 0);
+        let number = self.area.sc;
         let Some(&site) = self.code.site(self.area.sc) else {
             bug("a slow access from an unknown place", ret);
         };
         let rip = wrap(site.rip, self.mode.bits);
+        if trap != 0 && (ea & (PAGE - 1)) + u64::from(site.size) > PAGE {
+            self.crossed(number, &site, ret);
+        }
         match self.access(&site, ea, trap) {
             Ok(Outcome::Direct(host)) => {
                 self.area.sc = host.wrapping_sub(ea);
@@ -1065,6 +1080,20 @@ impl Inner {
             self.area.run = 0;
         }
         Ok(Outcome::Bounce)
+    }
+
+    /// An access trapped at the end of a page. Those that do so often look first from now on.
+    fn crossed(&mut self, number: u64, site: &Site, ret: u64) {
+        /// Instructions remembered before all are forgotten.
+        const MAX: usize = 1 << 16;
+        let Some(key) = self.code.crossed(number, ret) else { return };
+        // Instructions in the second page of a block are rare and stay as they are.
+        if self.crossing.len() >= MAX {
+            self.crossing.clear();
+        }
+        self.crossing.insert(instruction_gpa(&key, site.rip), ());
+        self.tlb.clear_all_jcs();
+        self.stats.crossings += 1;
     }
 
     /// With breakpoints on data: whether the access has to be made alone, so that the trap comes
@@ -1330,6 +1359,11 @@ enum Outcome {
     Bounce,
     /// The instruction has to run alone.
     Alone,
+}
+
+/// Physical address of an instruction of a block.
+const fn instruction_gpa(key: &BlockKey, rip: u64) -> u64 {
+    key.gpa.wrapping_add(rip.wrapping_sub(key.rip))
 }
 
 /// Cuts an instruction pointer to the size of the mode.

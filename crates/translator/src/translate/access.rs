@@ -1,5 +1,7 @@
 //! Memory operands, and instructions that are emitted as they are.
 
+use std::ops::Range;
+
 use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpAccess, OpKind, Register};
 
 use berth_x86::CpuState;
@@ -190,7 +192,7 @@ impl Translation {
             self.asm.lea(S0, &Mem::base_index(ea, S1, 0, 0));
             ea = S0;
         }
-        let code = self.asm.buf[start..].to_vec();
+        let code = start..self.asm.pos();
         self.look_up(ea, want, seg, segmented, code)
     }
 
@@ -206,23 +208,26 @@ impl Translation {
         want: Want,
         seg: u8,
         segmented: bool,
-        ea_code: Vec<u8>,
+        ea_code: Range<usize>,
     ) -> Access {
         self.reserve(48);
         let cold = self.cold.len();
         let look = self.asm.pos() as u32;
+        let mut looked = None;
         let shift = want.size.next_power_of_two().trailing_zeros() as usize;
         if segmented || self.mode.aligned || shift > MAX_ACCESS_SHIFT {
             let jump = self.asm.jmp();
             self.near.push((jump, cold));
         } else {
-            if shift > 0 && self.mode.checked {
+            if shift > 0 && (self.mode.checked || self.looks) {
                 // In the last slot of the page? Then it may cross.
                 let slot = std::mem::offset_of!(Area, slot_mask) + shift * 8;
                 self.asm.pext_gs(SC, ea, disp(slot));
                 self.asm.lea(SC, &Mem::base(SC, -((4096 >> shift) - 1)));
                 let s = self.asm.jrcxz();
+                let go_on = self.asm.pos();
                 self.pending.push((s, cold));
+                looked = Some(go_on);
             }
             let mask = std::mem::offset_of!(Area, page_mask) + usize::from(!self.mode.user) * 8;
             self.asm.pext_gs(SC, ea, disp(mask));
@@ -245,7 +250,14 @@ impl Translation {
             write: want.write,
             read: want.read,
             segmented,
+            crossings: 0,
+            cross: [0; 3],
         });
+        if let Some(go_on) = looked {
+            // Before the slow path, to which it jumps forwards.
+            let last = want.size as i32 - 1;
+            self.cold.push(Cold::Look { site, ea, last, go_on, mem: cold + 1 });
+        }
         self.cold.push(Cold::Mem { site, ea_code, ea });
         Access { site, ea }
     }
@@ -485,7 +497,7 @@ impl Translation {
         }
         let mask = std::mem::offset_of!(Area, bit_mask) + usize::from(shift) * 8;
         self.asm.pext_gs(S1, S1, disp(mask));
-        let code = self.asm.buf[start..].to_vec();
+        let code = start..self.asm.pos();
         let write = ins.mnemonic() != Mnemonic::Bt;
         let a = self.look_up(S0, Want { size, read: true, write }, seg, segmented, code);
         let mut out = *ins;
@@ -500,7 +512,7 @@ impl Translation {
         let imm = (ins.op0_kind() != OpKind::Register).then(|| ins.immediate(0));
         let reg = GuestReg::of(ins.op0_register());
         self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
-        let code = self.asm.buf[start..].to_vec();
+        let code = start..self.asm.pos();
         let a = self.look_up(S0, Want { size: 8, read: false, write: true }, 2, false, code);
         let to = Mem::base_index(S0, SC, 0, 0);
         if let Some(imm) = imm {
@@ -515,13 +527,7 @@ impl Translation {
 
     fn pop(&mut self, ins: &Instruction) {
         let Some(g) = GuestReg::of(ins.op0_register()) else { return };
-        let a = self.look_up(
-            GUEST_RSP,
-            Want { size: 8, read: true, write: false },
-            2,
-            false,
-            Vec::new(),
-        );
+        let a = self.look_up(GUEST_RSP, Want { size: 8, read: true, write: false }, 2, false, 0..0);
         let from = Mem::base_index(GUEST_RSP, SC, 0, 0);
         match mapped(g.n) {
             Some(GUEST_RSP) => self.asm.load(GUEST_RSP, &from),
@@ -539,13 +545,7 @@ impl Translation {
     }
 
     fn leave(&mut self) {
-        let a = self.look_up(
-            host::RBP,
-            Want { size: 8, read: true, write: false },
-            2,
-            false,
-            Vec::new(),
-        );
+        let a = self.look_up(host::RBP, Want { size: 8, read: true, write: false }, 2, false, 0..0);
         self.asm.load(S1, &Mem::base_index(host::RBP, SC, 0, 0));
         self.asm.lea(GUEST_RSP, &Mem::base(host::RBP, 8));
         self.asm.mov(host::RBP, S1);

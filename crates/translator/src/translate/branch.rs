@@ -13,7 +13,7 @@ use crate::thunks::through_jump_cache;
 const TMP: i32 = disp(std::mem::offset_of!(Area, tmp));
 
 /// A block goes on behind a conditional branch that is among its first so many instructions.
-const GOES_ON: usize = 24;
+const GOES_ON: usize = 12;
 
 impl Translation {
     /// Translates a branch; tells whether the block ends with it.
@@ -28,7 +28,7 @@ impl Translation {
             self.reserve(40);
             let jump = self.asm.jcc(cc(ins.condition_code()));
             self.link(jump, target);
-            if self.mode.bits == 64 && !self.mode.single && self.block.insns.len() < GOES_ON {
+            if self.mode.bits == 64 && !self.mode.single && self.insns.len() < GOES_ON {
                 return false;
             }
             self.jump_to(next);
@@ -191,7 +191,7 @@ impl Translation {
         self.reserve(64);
         let start = start.max(self.asm.pos());
         self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
-        let code = self.asm.buf[start..].to_vec();
+        let code = start..self.asm.pos();
         let a = self.look_up(S0, Want { size: 8, read: false, write: true }, 2, false, code);
         self.asm.mov_imm(S1, next);
         self.asm.store(&Mem::base_index(S0, SC, 0, 0), S1);
@@ -217,13 +217,7 @@ impl Translation {
 
     fn near_return(&mut self, ins: &Instruction) {
         let extra = if ins.op_count() > 0 { ins.immediate16() } else { 0 };
-        let a = self.look_up(
-            GUEST_RSP,
-            Want { size: 8, read: true, write: false },
-            2,
-            false,
-            Vec::new(),
-        );
+        let a = self.look_up(GUEST_RSP, Want { size: 8, read: true, write: false }, 2, false, 0..0);
         self.asm.load(S0, &Mem::base_index(GUEST_RSP, SC, 0, 0));
         self.asm.add_guest_rsp(8 + i32::from(extra));
         self.end_access(a);

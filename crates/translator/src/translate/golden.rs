@@ -146,6 +146,7 @@ impl Names {
             (disp(offset_of!(Area, run)), "run"),
             (disp(offset_of!(Area, exit_arg)), "exit_arg"),
             (disp(offset_of!(Area, exit_rip)), "exit_rip"),
+            (disp(offset_of!(Area, look_s1)), "look_s1"),
             (disp(offset_of!(Area, return_number)), "return_number"),
             (disp(offset_of!(Area, branch_rip)), "branch_rip"),
             (disp(offset_of!(Area, tmp)), "tmp"),
@@ -196,7 +197,8 @@ fn listing(golden: &Golden) -> String {
     let Mode { bits, user, .. } = golden.mode;
     let rip = if bits == 16 { RIP & 0xffff } else { RIP };
     let key = BlockKey { rip, gpa: RIP, mode: golden.mode.pack() };
-    let mut t = Translation::new(&cache, thunks, key, golden.mode);
+    let mut t = Translation::new(thunks);
+    t.begin(&cache, key, golden.mode);
     // Body and cold parts in one piece, whatever the size of the cache.
     t.cold_start = None;
     let mut ended = false;

@@ -22,6 +22,7 @@ mod branch;
 pub(crate) mod decode;
 pub(crate) mod regs;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
@@ -95,10 +96,10 @@ impl Mode {
 }
 
 /// Code at the end of the cold part of `cache` that goes on at `target` by way of the jump cache.
-pub fn detour(cache: &CodeCache, thunks: Thunks, target: u64) -> Vec<u8> {
+pub fn detour(t: &mut Translation, cache: &CodeCache, target: u64) -> Vec<u8> {
     let key = BlockKey { rip: target, gpa: 0, mode: 0 };
     let mode = Mode::flat(64, false);
-    let mut t = Translation::new(cache, thunks, key, mode);
+    t.begin(cache, key, mode);
     t.at = cache.next_cold();
     t.cold_start = None;
     t.asm.mov_imm(S0, target);
@@ -112,9 +113,20 @@ enum Cold {
     /// Slow path of an access.
     Mem {
         site: usize,
-        /// Code that computes the address again.
-        ea_code: Vec<u8>,
+        /// The code of the body that computes the address, to be run again.
+        ea_code: Range<usize>,
         ea: u8,
+    },
+    /// An access that may cross into another page: goes on if that page follows in the host, too.
+    Look {
+        site: usize,
+        ea: u8,
+        /// Offset of the last byte.
+        last: i32,
+        /// Where the body looks up the address.
+        go_on: usize,
+        /// The slow path, among the cold parts.
+        mem: usize,
     },
     /// Back to the dispatcher.
     Interrupt { rip: u64 },
@@ -150,6 +162,8 @@ pub struct Translation {
     return_base: u32,
     /// The record.
     pub block: Block,
+    /// Where each guest instruction begins: host offset, offset from the block's RIP.
+    insns: Vec<(u32, u16)>,
     links: Vec<Link>,
     /// Returns: address and what they took from RSP.
     returns: Vec<(u64, i32)>,
@@ -170,6 +184,8 @@ pub struct Translation {
     mmx: bool,
     /// The current instruction is VCVTPH2PS or VCVTPS2PH.
     converts: bool,
+    /// Accesses of the current instruction look whether they may cross into another page.
+    pub looks: bool,
     /// What the current branch took from RSP.
     rsp_taken: i32,
     /// Link jumps to be bound to their stubs: (jump, cold number).
@@ -177,25 +193,28 @@ pub struct Translation {
 }
 
 impl Translation {
-    /// Starts a block that will be put at the end of `cache`.
-    pub fn new(cache: &CodeCache, thunks: Thunks, key: BlockKey, mode: Mode) -> Self {
+    /// Makes an idle one; blocks are made one after the other with the same, which saves
+    /// allocations.
+    pub fn new(thunks: Thunks) -> Self {
+        let key = BlockKey { rip: 0, gpa: 0, mode: 0 };
         Self {
             asm: Asm::default(),
             body: Asm::default(),
-            at: cache.next_host(),
-            cold_start: Some((cache.next_cold() - cache.next_host()) as usize),
+            at: 0,
+            cold_start: None,
             thunks,
             encoder: Encoder::new(64),
             infos: InstructionInfoFactory::new(),
-            mode,
-            link_base: cache.next_link(),
-            return_base: cache.next_return(),
+            mode: Mode::flat(64, false),
+            link_base: 0,
+            return_base: 0,
             block: CodeCache::record(key),
+            insns: Vec::new(),
             links: Vec::new(),
             returns: Vec::new(),
             sites: Vec::new(),
             helpers: Vec::new(),
-            bases: (cache.next_site(), cache.next_helper()),
+            bases: (0, 0),
             cold: Vec::new(),
             pending: Vec::new(),
             rip_off: 0,
@@ -203,16 +222,38 @@ impl Translation {
             x87: false,
             mmx: false,
             converts: false,
+            looks: false,
             rsp_taken: 0,
             near: Vec::new(),
         }
+    }
+
+    /// Begins a block that will be put at the end of `cache`.
+    pub fn begin(&mut self, cache: &CodeCache, key: BlockKey, mode: Mode) {
+        self.asm.restart(0);
+        self.at = cache.next_host();
+        self.cold_start = Some((cache.next_cold() - cache.next_host()) as usize);
+        self.mode = mode;
+        self.link_base = cache.next_link();
+        self.return_base = cache.next_return();
+        self.block = CodeCache::record(key);
+        self.insns.clear();
+        self.links.clear();
+        self.returns.clear();
+        self.sites.clear();
+        self.helpers.clear();
+        self.bases = (cache.next_site(), cache.next_helper());
+        self.cold.clear();
+        self.pending.clear();
+        self.near.clear();
+        self.rsp_taken = 0;
     }
 
     /// Translates one instruction; tells whether the block ends with it.
     pub fn instruction(&mut self, ins: &Instruction, class: Class) -> bool {
         self.rip_off = ins.ip().wrapping_sub(self.block.key.rip) as u16;
         self.reserve(0);
-        self.block.insns.push((self.asm.pos() as u32, self.rip_off));
+        self.insns.push((self.asm.pos() as u32, self.rip_off));
         self.block.guest_len = self.rip_off + ins.len() as u16;
         match class {
             Class::Nothing => false,
@@ -245,10 +286,11 @@ impl Translation {
     }
 
     /// Emits the cold parts; the block is complete then.
-    pub fn finish(mut self) -> Made {
+    pub fn finish(&mut self) -> Made<'_> {
         self.islands();
         let start = self.cold_start.unwrap_or(self.asm.pos());
-        self.body = std::mem::replace(&mut self.asm, Asm::starting_at(start));
+        std::mem::swap(&mut self.body, &mut self.asm);
+        self.asm.restart(start);
         let mut done = 0;
         while done < self.cold.len() {
             self.cold_part(done);
@@ -256,12 +298,13 @@ impl Translation {
         }
         Made {
             block: self.block,
-            code: self.body.buf,
-            cold: self.asm.buf,
-            links: self.links,
-            returns: self.returns,
-            sites: self.sites,
-            helpers: self.helpers,
+            insns: &self.insns,
+            code: &self.body.buf,
+            cold: &self.asm.buf,
+            links: &self.links,
+            returns: &self.returns,
+            sites: &self.sites,
+            helpers: &self.helpers,
         }
     }
 
@@ -289,6 +332,34 @@ impl Translation {
                 );
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Link), self.at);
             }
+            Cold::Look { site, ea, last, go_on, mem } => {
+                let (site, ea, last, go_on, mem) = (*site, *ea, *last, *go_on, *mem);
+                let mask =
+                    disp(std::mem::offset_of!(Area, page_mask) + usize::from(!self.mode.user) * 8);
+                let saved = Mem::gs(disp(std::mem::offset_of!(Area, look_s1)));
+                self.asm.store(&saved, S1);
+                self.asm.pext_gs(S1, ea, mask);
+                self.asm.load(S1, &Mem::gs_index8(S1, 0));
+                self.asm.not(S1);
+                self.asm.lea(SC, &Mem::base(ea, last));
+                self.asm.pext_gs(SC, SC, mask);
+                self.asm.load(SC, &Mem::gs_index8(SC, 0));
+                self.asm.lea(SC, &Mem::base_index(SC, S1, 0, 1));
+                self.asm.load(S1, &saved);
+                let same = self.asm.jrcxz();
+                // The look-ups may fault; the handler goes on here.
+                let end = self.asm.pos();
+                let other = self.asm.jmp();
+                self.near.push((other, mem));
+                let ok = self.asm.bind_short(same);
+                debug_assert!(ok);
+                self.asm.jmp_to(go_on);
+                let fix = self.asm.pos();
+                self.asm.load(S1, &saved);
+                let other = self.asm.jmp();
+                self.near.push((other, mem));
+                self.sites[site].cross = [pos as u32, end as u32, fix as u32];
+            }
             Cold::Jump { rip, taken } => {
                 let (rip, taken) = (*rip, *taken);
                 through_jump_cache(&mut self.asm);
@@ -315,8 +386,8 @@ impl Translation {
                 self.indirect();
             }
             Cold::Mem { site, ea_code, ea } => {
-                let (site, ea) = (*site, *ea);
-                self.asm.bytes(&ea_code.clone());
+                let (site, ea, ea_code) = (*site, *ea, ea_code.clone());
+                self.asm.bytes(&self.body.buf[ea_code]);
                 if ea != S0 {
                     self.asm.mov(S0, ea);
                 }
@@ -327,8 +398,7 @@ impl Translation {
                 self.sites[site].ret = self.asm.pos() as u32;
                 self.asm.jmp_to(s.op as usize);
                 if s.write {
-                    let tail = self.body.buf[s.op as usize..s.op_end as usize].to_vec();
-                    self.asm.bytes(&tail);
+                    self.asm.bytes(&self.body.buf[s.op as usize..s.op_end as usize]);
                     self.asm.near_abs(0xe8, self.thunks.commit, self.at);
                     self.sites[site].commit_ret = self.asm.pos() as u32;
                     self.asm.jmp_to(s.op_end as usize);

@@ -17,8 +17,12 @@ Examples:
   berth doctor                              what this host can do";
 
 const RUN_EXAMPLES: &str = "\
-Exit status: 0 when the guest powers off; 1 when it resets or fails; the value written when the
---debug-exit port is used; with -- CMD the status of that command.
+Exit status: 0 when the guest powers off; 1 when it resets, fails or is stopped; 2 when the command
+line is wrong; with --debug-exit twice the value written plus one; with -- CMD the status of that
+command, as in shells: 127 when the guest has no such command, 126 when it cannot run it, 128 plus
+the signal's number when a signal ended it.
+
+Ctrl-] then `.` stops the machine of a shell or a console.
 
 Examples:
   berth vm run debian
@@ -94,7 +98,7 @@ pub struct RunArgs {
     /// Virtual processors, 1 to 16
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub cpus: u8,
-    /// Memory: bytes, or with K, M or G
+    /// Memory: bytes, or with K, M, G or T
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub memory: Size,
     /// What runs the guest's instructions

@@ -29,7 +29,9 @@ pub enum CommandError {
     #[error("the guest's agent did not answer within {} seconds", AGENT_WAIT.as_secs())]
     NoAnswer(#[source] ClientError),
     /// The machine ended first.
-    #[error("the guest ended before its agent answered")]
+    #[error(
+        "the guest ended before its agent answered; it may need more --memory, and --append loglevel=7 with --serial file=PATH shows its kernel's messages"
+    )]
     GuestEnded,
     /// The guest refused, or the connection broke.
     #[error(transparent)]
@@ -46,6 +48,12 @@ pub enum CommandError {
 }
 
 impl CommandError {
+    /// Whether the guest said no before anything ran.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Agent(ClientError::Refused(_)))
+    }
+
     /// As shells have it: 127 for a command that does not exist, 126 for one that cannot run.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {

@@ -66,6 +66,9 @@ pub fn list(root: &Path, json: bool) -> Result<ExitCode, CliError> {
         true => Store::open(root)?.images()?,
         false => Vec::new(),
     };
+    if images.is_empty() && !json {
+        eprintln!("berth: no images yet; make one with `berth image bootstrap debian bookworm`");
+    }
     let text = match json {
         true => as_json(&images)?,
         false => as_table(&images),

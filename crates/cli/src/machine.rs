@@ -40,7 +40,7 @@ const AGENT_GREETING: &str = "berth: init";
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
     /// It could not be started.
-    #[error("cannot start {name}")]
+    #[error("cannot start the machine {name}")]
     Start {
         /// The machine's name.
         name: String,
@@ -60,6 +60,9 @@ pub enum MachineError {
         /// The end of its console, when nobody saw it.
         console: String,
     },
+    /// The guest has no such command, or cannot run it: its console has nothing to add.
+    #[error(transparent)]
+    Refused(CommandError),
     /// The guest's command.
     #[error("the command in the guest did not finish{console}")]
     Command {
@@ -75,7 +78,7 @@ impl MachineError {
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Command { source, .. } => source.exit_code(),
+            Self::Command { source, .. } | Self::Refused(source) => source.exit_code(),
             _ => ExitCode::Failure,
         }
     }
@@ -187,8 +190,10 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
         Some(exec) => {
             let mut guest = Guest { ends, ending };
             let result = command::run(&mut guest, exec);
-            let status = result
-                .map_err(|source| MachineError::Command { source, console: console_tail(plan) });
+            let status = result.map_err(|source| match source.is_refusal() {
+                true => MachineError::Refused(source),
+                false => MachineError::Command { source, console: console_tail(plan) },
+            });
             power_off(&mut guest, machine);
             status
         }

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use berth_api::agent::message::Exec;
+use berth_api::agent::message::{Exec, TerminalSize};
 use berth_image::agent::{self, NoAgent};
 use berth_image::disk::ThrowawayDisk;
 use berth_image::initramfs::{self, InitramfsError};
@@ -19,6 +19,8 @@ use crate::terminal;
 const MEMORY_BYTES_MIN: u64 = 1 << 20;
 const PAGE_BYTES: u64 = 4096;
 const SECTOR_BYTES: u64 = 512;
+/// Of a terminal that does not know its size, as behind a serial line or in `script`.
+const TERMINAL_SIZE_DEFAULT: TerminalSize = TerminalSize { rows: 24, cols: 80 };
 /// A Linux host name.
 const NAME_BYTES_MAX: usize = 63;
 /// What Linux takes as its command line on x86.
@@ -259,7 +261,17 @@ fn console(asked: &ConsoleArg) -> Result<Console, PlanError> {
     Ok(match asked {
         ConsoleArg::Stdio => Console::Stdio,
         ConsoleArg::None => Console::Nowhere,
-        ConsoleArg::Socket(path) => Console::Socket(path.clone()),
+        ConsoleArg::Socket(path) => {
+            // Listening would only say that the address is in use.
+            if fs::symlink_metadata(path).is_ok_and(|meta| !meta.file_type().is_socket()) {
+                return Err(PlanError::Unfit {
+                    role: "a console's socket",
+                    path: path.clone(),
+                    reason: "it exists and is no socket; try another path".to_owned(),
+                });
+            }
+            Console::Socket(path.clone())
+        }
         ConsoleArg::File(path) => {
             // Opening it would wait for a reader.
             if fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo()) {
@@ -384,7 +396,7 @@ fn command(args: &RunArgs) -> Option<Exec> {
     }
     let mut exec = Exec { argv: args.command.clone(), ..Exec::default() };
     if terminal::is_interactive() {
-        exec.tty = terminal::size();
+        exec.tty = Some(terminal::size().unwrap_or(TERMINAL_SIZE_DEFAULT));
         if let Ok(term) = std::env::var("TERM") {
             exec.env.push(("TERM".into(), term));
         }

@@ -19,6 +19,8 @@ use crate::store::{IMAGE_FORMAT, Image, ImageInfo, ImageName, Store, StoreError,
 
 /// The size of a root disk unless asked otherwise; sparse, so only what is used is stored.
 pub const DISK_BYTES_DEFAULT: u64 = 4 << 30;
+/// Below this a Debian does not fit, which would show only at the end.
+const DISK_BYTES_MIN: u64 = 512 << 20;
 /// What a small Debian lacks that people miss within a minute.
 const PACKAGES: &str = "ca-certificates,iproute2,iputils-ping,less,nano,procps";
 /// The package whose dependency is the newest cloud kernel.
@@ -38,6 +40,9 @@ pub enum BootstrapError {
     /// Not a package's name.
     #[error("`{0}` is no package name")]
     Package(String),
+    /// Nothing fits on such a disk.
+    #[error("a root disk of {} MiB is too small for Debian; the least is {} MiB", .0 >> 20, DISK_BYTES_MIN >> 20)]
+    DiskSize(u64),
     /// A program is not installed.
     #[error("{program} is not installed; try `apt-get install {package}`")]
     NoTool {
@@ -95,7 +100,8 @@ impl Request {
     /// The image's name.
     ///
     /// # Errors
-    /// [`BootstrapError`] when the distribution, the suite, a package or the name cannot be.
+    /// [`BootstrapError`] when the distribution, the suite, a package, the size or the name cannot
+    /// be.
     pub fn name(&self) -> Result<ImageName, BootstrapError> {
         if self.distribution != "debian" {
             return Err(BootstrapError::Distribution(self.distribution.clone()));
@@ -106,6 +112,9 @@ impl Request {
         }
         if let Some(bad) = self.include.iter().find(|package| !is_package(package)) {
             return Err(BootstrapError::Package(bad.clone()));
+        }
+        if self.disk_bytes < DISK_BYTES_MIN {
+            return Err(BootstrapError::DiskSize(self.disk_bytes));
         }
         Ok(match &self.name {
             Some(name) => ImageName::parse(name)?,
@@ -214,9 +223,12 @@ impl Drop for Workspace {
 }
 
 fn require_tools() -> Result<(), BootstrapError> {
-    for (program, package) in
-        [("mmdebstrap", "mmdebstrap"), ("mke2fs", "e2fsprogs"), ("dpkg-deb", "dpkg")]
-    {
+    for (program, package) in [
+        ("mmdebstrap", "mmdebstrap"),
+        ("mke2fs", "e2fsprogs"),
+        ("dpkg-deb", "dpkg"),
+        ("unshare", "util-linux"),
+    ] {
         if find_program(program).is_none() {
             return Err(BootstrapError::NoTool { program, package });
         }
@@ -254,9 +266,9 @@ fn make_root(
     let packages: Vec<&str> =
         [PACKAGES].into_iter().chain(request.include.iter().map(String::as_str)).collect();
     let area = work.root_area.display();
-    let mut command = tool("mmdebstrap");
     let (mode, format, target) =
         if work.is_root { ("root", "directory", "root") } else { ("unshare", "tar", "root.tar") };
+    let mut command = if work.is_root { with_own_mounts("mmdebstrap") } else { tool("mmdebstrap") };
     command
         .args(["--variant=minbase", "--architectures=amd64"])
         .arg(format!("--mode={mode}"))
@@ -427,6 +439,26 @@ fn tool(name: &str) -> Command {
     command
 }
 
+/// A program whose mounts nobody else sees, and which end with it. mmdebstrap binds the host's
+/// `/dev/shm` into the root it makes; interrupted, it leaves that where the next removal walks in.
+fn with_own_mounts(name: &str) -> Command {
+    let mut command = tool("unshare");
+    command.args(["--mount", "--propagation", "private"]);
+    command.arg(find_program(name).unwrap_or_else(|| name.into()));
+    command
+}
+
+/// The program a command is about, for messages.
+fn program_name(command: &Command) -> String {
+    let name = |path: &OsStr| {
+        Path::new(path).file_name().unwrap_or_default().to_string_lossy().into_owned()
+    };
+    match name(command.get_program()).as_str() {
+        "unshare" => command.get_args().nth(3).map_or_else(|| "unshare".to_owned(), name),
+        plain => plain.to_owned(),
+    }
+}
+
 /// Runs a program; what it says goes line by line to `heard`, and its end into the error if it fails.
 fn run(
     mut command: Command,
@@ -434,8 +466,7 @@ fn run(
     hint: &'static str,
     heard: &dyn Fn(&str),
 ) -> Result<(), BootstrapError> {
-    let program = Path::new(command.get_program()).file_name().unwrap_or_default();
-    let program = program.to_string_lossy().into_owned();
+    let program = program_name(&command);
     let start = |source| BootstrapError::Start { program: program.clone(), source };
     command.stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(start)?;
@@ -496,6 +527,19 @@ mod tests {
         for bad in ["", "-o", "a b", "a,b", "A", "$(x)", "./a.deb"] {
             assert!(with(None, bad).name().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_disk_too_small_is_refused_before_work_begins() {
+        let small = Request { disk_bytes: 10 << 20, ..request("debian", "bookworm") };
+        let error = small.name().unwrap_err().to_string();
+        assert!(error.contains("10 MiB") && error.contains("512 MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_program_with_its_own_mounts_is_named_in_messages() {
+        assert_eq!(program_name(&with_own_mounts("mmdebstrap")), "mmdebstrap");
+        assert_eq!(program_name(&tool("sh")), "sh");
     }
 
     #[test]

@@ -50,6 +50,12 @@ impl Returns {
         (self.space.addr()..self.space.addr() + GUARD as u64).contains(&address)
     }
 
+    /// Makes a thunk that waits for Rust return to `host` instead of to its call.
+    pub fn return_to(&self, area: &Area, host: u64) {
+        // SAFETY: the thunk was called with its return address at `thunk_sp`, in the stack.
+        unsafe { (area.thunk_sp as *mut u64).write(host) };
+    }
+
     /// Forgets everything while generated code does not run, or, with `called`, while it waits for
     /// Rust to return to it.
     pub fn forget(&self, area: &mut Area, called: bool) {

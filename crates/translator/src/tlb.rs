@@ -596,6 +596,13 @@ impl Tlb {
         self.clear_all_jcs();
     }
 
+    /// Where the translation of `rip` begins, if the jump cache of a view knows.
+    pub fn jc_find(&self, view: View, rip: u64) -> Option<u64> {
+        // SAFETY: as in `clear_jc`.
+        let [tag, host] = unsafe { self.jc_entry(view, rip as u16).read() };
+        (tag.wrapping_add(rip) == 0).then_some(host)
+    }
+
     /// Remembers where the translation of `rip` begins, for indirect jumps on a view.
     pub fn jc_insert(&mut self, view: View, rip: u64, host: u64, global: bool) {
         self.jc_local |= !global && !matches!(view, View::User(_));

@@ -567,6 +567,14 @@ impl Inner {
                 return None;
             }
         };
+        let rip = self.area.state.rip;
+        if !mode.single
+            && (mode.bits == 64 || mode.flat)
+            && self.tlb.jc_find(self.view, rip) != Some(host)
+        {
+            let global = self.fetched_globally(rip);
+            self.tlb.jc_insert(self.view, rip, host, global);
+        }
         self.area.state.rflags &= !flags::RF;
         self.no_step_trap = false;
         self.enter(host);
@@ -986,9 +994,7 @@ impl Inner {
                 if site.mmx && site.write && !waits {
                     fpu::clear_top();
                 }
-                self.raise(if waits { Exception::mf() } else { e });
-                self.area.exit_code = ExitCode::Helper as u64;
-                Then::Exit
+                self.raise_and_resume(if waits { Exception::mf() } else { e })
             }
         }
     }
@@ -1303,13 +1309,64 @@ impl Inner {
                 self.sync_out();
                 Then::Go
             }
-            Ok(Flow::Jump) => Then::Exit,
+            Ok(Flow::Jump) if stop => Then::Exit,
+            Ok(Flow::Jump) => self.resume(),
             Err(e) => {
                 self.area.state.rip = ins.ip();
-                self.raise(e);
-                Then::Exit
+                self.raise_and_resume(e)
             }
         }
+    }
+
+    /// Delivers an exception of the instruction at RIP and goes on in its handler.
+    fn raise_and_resume(&mut self, e: Exception) -> Then {
+        self.area.exit_code = ExitCode::Helper as u64;
+        if self.in_single || self.lin.watch_hits != 0 {
+            self.raise(e);
+            return Then::Exit;
+        }
+        match self.deliver(Event::Exception(e)) {
+            Step::Leave(exit) => {
+                self.exit = Some(exit);
+                Then::Exit
+            }
+            Step::Go | Step::Again => self.resume(),
+        }
+    }
+
+    /// Lets a thunk return to the translation of what is at RIP now, when it is in the jump cache and
+    /// nothing else has to be done before; otherwise the dispatcher sees to it.
+    fn resume(&mut self) -> Then {
+        let s = &self.area.state;
+        if self.pending.is_some()
+            || self.exit.is_some()
+            || self.in_single
+            || self.step_trap
+            || self.lin.watch_hits != 0
+            || self.area.run == 0
+            || s.halted != 0
+            || s.nmi_pending != 0
+            || self.interrupt_due()
+        {
+            return Then::Exit;
+        }
+        let mode = self.mode_of_state();
+        if mode.single || !(mode.bits == 64 || mode.flat) {
+            return Then::Exit;
+        }
+        self.update_view();
+        if !self.view_modes.contains(&(self.view, mode.pack())) {
+            return Then::Exit;
+        }
+        let Some(host) = self.tlb.jc_find(self.view, self.area.state.rip) else {
+            return Then::Exit;
+        };
+        self.mode = mode;
+        self.area.state.rflags &= !flags::RF;
+        self.no_step_trap = false;
+        self.returns.return_to(&self.area, host);
+        self.sync_out();
+        Then::Go
     }
 
     /// A signal that is no memory access: an arithmetic fault of the guest's instruction.

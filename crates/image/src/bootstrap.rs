@@ -18,6 +18,7 @@ use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::disk::copy_sparse;
+use crate::mounts::remove_tree;
 use crate::sources;
 use crate::store::{IMAGE_FORMAT, Image, ImageInfo, ImageName, Store, StoreError, failed};
 
@@ -205,7 +206,7 @@ impl Workspace {
 impl Drop for Workspace {
     fn drop(&mut self) {
         // What cannot be removed now is swept by the next bootstrap.
-        let _ = fs::remove_dir_all(&self.directory);
+        let _ = remove_tree(&self.directory);
         if !self.is_root {
             // The files belong to the namespace's users; only inside it can they be removed.
             let mut command = tool("mmdebstrap");

@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::mounts::remove_tree;
+
 /// The format of `image.json` this program writes and reads.
 pub const IMAGE_FORMAT: u32 = 1;
 /// A name is part of a path and of a table.
@@ -302,7 +304,7 @@ impl Store {
         for entry in fs::read_dir(&path).map_err(failed("reading", &path))? {
             let entry = entry.map_err(failed("reading", &path))?.path();
             if entry.is_dir() {
-                fs::remove_dir_all(&entry).map_err(failed("removing", &entry))?;
+                remove_tree(&entry).map_err(failed("removing", &entry))?;
             }
         }
         Ok(())

@@ -27,6 +27,7 @@ use crate::exit::{CliError, ExitCode};
 pub fn main() -> std::process::ExitCode {
     let args = Args::parse();
     log_to_stderr();
+    meet_limits();
     match run(args) {
         Ok(code) => code.into(),
         Err(error) if error.is_broken_pipe() => ExitCode::Success.into(),
@@ -36,6 +37,19 @@ pub fn main() -> std::process::ExitCode {
             error.exit_code().into()
         }
     }
+}
+
+/// As many open files as we may have: a machine needs about 40, and some shells allow fewer at first.
+/// Files that would grow beyond the limit are errors where they are written, as on a full disk, and
+/// not the end of a program that has changed the terminal.
+fn meet_limits() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut files = getrlimit(Resource::Nofile);
+    files.current = files.maximum;
+    // Then it stays as it is, and what fails says so.
+    let _ = setrlimit(Resource::Nofile, files);
+    let never = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, never);
 }
 
 /// Warnings of the machine go to standard error; `BERTH_LOG` chooses others (`BERTH_LOG=debug`).

@@ -277,6 +277,10 @@ pub(crate) const GUESTS: &[Guest] = &[
     },
     guest!("paging_tlb", [1], Expect::Checks(45), []),
     Guest {
+        qemu_skips: Some("the error code of read-modify-write accesses, in each of these checks"),
+        ..guest!("paging_random", [1], Expect::Checks(4), [Need::FullEmulation])
+    },
+    Guest {
         qemu_differs: &[
             differs(
                 "add m crossing",

@@ -3,6 +3,10 @@
 //!
 //! Root works in a directory; any other user in mmdebstrap's user namespace, where the files belong
 //! to subordinate ids and only a second step inside the namespace can read them all.
+//!
+//! What is started ends with us, however we end: the kernel ends the child, and where PID namespaces
+//! can be made the child is the first process of one, so that its own children go with it. Otherwise
+//! they would go on writing into a directory that the next bootstrap removes.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -14,6 +18,7 @@ use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::disk::copy_sparse;
+use crate::mounts::remove_tree;
 use crate::sources;
 use crate::store::{IMAGE_FORMAT, Image, ImageInfo, ImageName, Store, StoreError, failed};
 
@@ -210,7 +215,7 @@ impl Workspace {
 impl Drop for Workspace {
     fn drop(&mut self) {
         // What cannot be removed now is swept by the next bootstrap.
-        let _ = fs::remove_dir_all(&self.directory);
+        let _ = remove_tree(&self.directory);
         if !self.is_root {
             // The files belong to the namespace's users; only inside it can they be removed.
             let mut command = tool("mmdebstrap");
@@ -227,6 +232,7 @@ fn require_tools() -> Result<(), BootstrapError> {
         ("mmdebstrap", "mmdebstrap"),
         ("mke2fs", "e2fsprogs"),
         ("dpkg-deb", "dpkg"),
+        ("setpriv", "util-linux"),
         ("unshare", "util-linux"),
     ] {
         if find_program(program).is_none() {
@@ -266,9 +272,11 @@ fn make_root(
     let packages: Vec<&str> =
         [PACKAGES].into_iter().chain(request.include.iter().map(String::as_str)).collect();
     let area = work.root_area.display();
+    let mut command = bound_tool("mmdebstrap");
+    // What it leaves there when it is killed goes with the rest.
+    command.env("TMPDIR", &work.root_area);
     let (mode, format, target) =
         if work.is_root { ("root", "directory", "root") } else { ("unshare", "tar", "root.tar") };
-    let mut command = if work.is_root { with_own_mounts("mmdebstrap") } else { tool("mmdebstrap") };
     command
         .args(["--variant=minbase", "--architectures=amd64"])
         .arg(format!("--mode={mode}"))
@@ -314,7 +322,7 @@ fn make_disk(work: &Workspace, disk_bytes: u64) -> Result<PathBuf, BootstrapErro
         "lazy_itable_init=0,lazy_journal_init=0",
     ];
     if work.is_root {
-        let mut command = tool("mke2fs");
+        let mut command = bound_tool("mke2fs");
         command.args(options).arg("-d").arg(work.root_area.join("root")).arg(&disk).arg(kib);
         run(command, None, "", &|_| {})?;
     } else {
@@ -322,7 +330,7 @@ fn make_disk(work: &Workspace, disk_bytes: u64) -> Result<PathBuf, BootstrapErro
         let script = "set -eu; cd \"$1\"; shift; mkdir root; \
                       tar -C root --exclude='./dev/*' -xf root.tar; \
                       mke2fs \"$@\"; chmod 0644 root.ext4";
-        let mut command = tool("mmdebstrap");
+        let mut command = bound_tool("mmdebstrap");
         command
             .args(["--unshare-helper", "sh", "-c", script, "sh"])
             .arg(&work.root_area)
@@ -439,24 +447,43 @@ fn tool(name: &str) -> Command {
     command
 }
 
-/// A program whose mounts nobody else sees, and which end with it. mmdebstrap binds the host's
-/// `/dev/shm` into the root it makes; interrupted, it leaves that where the next removal walks in.
-fn with_own_mounts(name: &str) -> Command {
-    let mut command = tool("unshare");
-    command.args(["--mount", "--propagation", "private"]);
-    command.arg(find_program(name).unwrap_or_else(|| name.into()));
-    command
+/// The program that a command is about: behind those that bind it to us.
+fn name_of(command: &Command) -> String {
+    let binds = |word: &OsStr| {
+        let name = Path::new(word).file_name().unwrap_or_default();
+        name == "setpriv" || name == "unshare"
+    };
+    let program = command.get_program();
+    let program = if binds(program) {
+        let mut words = command.get_args().skip(2);
+        words.find(|word| !word.as_encoded_bytes().starts_with(b"--") && !binds(word))
+    } else {
+        None
+    }
+    .unwrap_or(program);
+    Path::new(program).file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// The program a command is about, for messages.
-fn program_name(command: &Command) -> String {
-    let name = |path: &OsStr| {
-        Path::new(path).file_name().unwrap_or_default().to_string_lossy().into_owned()
-    };
-    match name(command.get_program()).as_str() {
-        "unshare" => command.get_args().nth(3).map_or_else(|| "unshare".to_owned(), name),
-        plain => plain.to_owned(),
+/// A program that ends when we do, with all that it started if the kernel lets us see to it.
+fn bound_tool(name: &str) -> Command {
+    const NAMESPACE: [&str; 4] = ["--pid", "--fork", "--kill-child", "--mount-proc"];
+    let namespaces = rustix::process::geteuid().is_root()
+        && tool("unshare")
+            .args(NAMESPACE)
+            .arg("true")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success());
+    let mut command = tool("setpriv");
+    if namespaces {
+        command.args(["--pdeathsig", "KILL", "unshare"]).args(NAMESPACE);
+    } else {
+        // mmdebstrap may ignore it while it waits, and then ends later, by itself.
+        command.args(["--pdeathsig", "TERM"]);
     }
+    command.arg(find_program(name).unwrap_or_else(|| name.into()));
+    command
 }
 
 /// Runs a program; what it says goes line by line to `heard`, and its end into the error if it fails.
@@ -466,7 +493,7 @@ fn run(
     hint: &'static str,
     heard: &dyn Fn(&str),
 ) -> Result<(), BootstrapError> {
-    let program = program_name(&command);
+    let program = name_of(&command);
     let start = |source| BootstrapError::Start { program: program.clone(), source };
     command.stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(start)?;
@@ -537,18 +564,38 @@ mod tests {
     }
 
     #[test]
-    fn a_program_with_its_own_mounts_is_named_in_messages() {
-        assert_eq!(program_name(&with_own_mounts("mmdebstrap")), "mmdebstrap");
-        assert_eq!(program_name(&tool("sh")), "sh");
-    }
-
-    #[test]
     fn a_failed_program_is_reported_with_its_last_words() {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", "for i in 1 2 3 4 5 6 7 8 9 10; do echo line $i >&2; done; exit 3"]);
         let error = run(command, None, " HINT", &|_| {}).unwrap_err().to_string();
         assert!(error.starts_with("sh failed (exit status: 3):\nline 3\n"), "{error}");
         assert!(error.ends_with("line 10 HINT"), "{error}");
+    }
+
+    #[test]
+    fn a_bound_program_ends_with_its_children_when_we_do() {
+        use std::os::unix::fs::MetadataExt;
+        let directory = tempfile::tempdir().unwrap();
+        let mark = directory.path().join("mark");
+        let mut command = bound_tool("sh");
+        assert_eq!(name_of(&command), "sh");
+        let script = "trap 'kill $!; exit' TERM; \
+                      sh -c 'while :; do echo >> \"$1\"; sleep 0.02; done' sh \"$1\" & wait";
+        command.args(["-c", script, "sh"]).arg(&mark);
+        // The kernel takes the end of the thread that started it for ours.
+        let started = std::thread::spawn(move || {
+            let child = command.spawn().unwrap();
+            while !mark.exists() {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            (child, mark)
+        });
+        let (mut child, mark) = started.join().unwrap();
+        child.wait().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let written = fs::metadata(&mark).unwrap().size();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert_eq!(fs::metadata(&mark).unwrap().size(), written);
     }
 
     #[test]

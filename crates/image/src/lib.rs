@@ -10,5 +10,6 @@ pub mod cpio;
 pub mod disk;
 pub mod initramfs;
 pub mod modules;
+mod mounts;
 pub mod sources;
 pub mod store;

@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::mounts::remove_tree;
+
 /// The format of `image.json` this program writes and reads.
 pub const IMAGE_FORMAT: u32 = 1;
 /// A name is part of a path and of a table.
@@ -53,14 +55,6 @@ pub enum StoreError {
         "`{0}` is no image name: lower-case letters, digits, `.`, `_`, `-`, and one `:` before the tag"
     )]
     BadName(String),
-    /// Removing it would reach into another file system.
-    #[error("cannot remove {unfinished}: {mount} is mounted in it; try `umount {mount}`")]
-    Mounted {
-        /// What an interrupted bootstrap left.
-        unfinished: PathBuf,
-        /// The mount in it.
-        mount: PathBuf,
-    },
     /// The description of an image is damaged or from another version.
     #[error("{path} does not describe an image this version understands")]
     Damaged {
@@ -310,37 +304,11 @@ impl Store {
         for entry in fs::read_dir(&path).map_err(failed("reading", &path))? {
             let entry = entry.map_err(failed("reading", &path))?.path();
             if entry.is_dir() {
-                refuse_mounts(&entry)?;
-                fs::remove_dir_all(&entry).map_err(failed("removing", &entry))?;
+                remove_tree(&entry).map_err(failed("removing", &entry))?;
             }
         }
         Ok(())
     }
-}
-
-/// What is mounted below may be the host's own: nothing in it is ours to remove.
-fn refuse_mounts(unfinished: &Path) -> Result<(), StoreError> {
-    let table = Path::new("/proc/self/mountinfo");
-    let mounts = fs::read_to_string(table).map_err(failed("reading", table))?;
-    let real = fs::canonicalize(unfinished).map_err(failed("looking at", unfinished))?;
-    match mount_below(&mounts, &real) {
-        Some(mount) => Err(StoreError::Mounted { unfinished: unfinished.to_owned(), mount }),
-        None => Ok(()),
-    }
-}
-
-/// The last mount in `mountinfo` at or below a directory: the one to unmount first.
-fn mount_below(mountinfo: &str, directory: &Path) -> Option<PathBuf> {
-    let unescape = |text: &str| {
-        [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-            .iter()
-            .fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain))
-    };
-    mountinfo
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|place| PathBuf::from(unescape(place)))
-        .rfind(|place| place.starts_with(directory))
 }
 
 /// The error of a file operation, for `map_err`.
@@ -422,17 +390,6 @@ mod tests {
         fs::create_dir(store.temporary().join("left")).unwrap();
         store.sweep(&lock).unwrap();
         assert_eq!(fs::read_dir(store.temporary()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn mounts_are_found_below_a_directory_only() {
-        let table = "24 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
-                     43 24 0:27 / /s/tmp/a\\040b/dev/shm rw - tmpfs tmpfs rw\n\
-                     44 24 0:27 / /s/tmp/other/dev rw - tmpfs tmpfs rw\n";
-        let found = |directory: &str| mount_below(table, Path::new(directory));
-        assert_eq!(found("/s/tmp/a b"), Some("/s/tmp/a b/dev/shm".into()));
-        assert_eq!(found("/s/tmp/oth"), None);
-        assert_eq!(found("/t"), None);
     }
 
     #[test]

@@ -37,6 +37,25 @@ fn the_debug_exit_value_is_the_status() {
 }
 
 #[test]
+fn limits_of_the_shell_are_met_or_errors() {
+    // mov al, 21; out 0xf4, al; hlt
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = file(directory.path(), "guest", &multiboot::kernel(&[0xb0, 21, 0xe6, 0xf4, 0xf4]));
+    let limited = |limit: &str| {
+        let mut command = std::process::Command::new("/bin/sh");
+        let script = format!("ulimit {limit} && exec \"$@\"");
+        command.args(["-c", script.as_str(), "sh", env!("CARGO_BIN_EXE_berth")]);
+        command.args(["vm", "run", "--memory", "64M", "--debug-exit", "--kernel"]).arg(&kernel);
+        run(&mut command, b"")
+    };
+    limited("-S -n 16").check(43);
+    // No file may be that large, and guest memory is one.
+    let ran = limited("-f 1");
+    ran.check(1);
+    assert!(ran.stderr.contains("File too large"), "{}", ran.stderr);
+}
+
+#[test]
 fn standard_input_reaches_the_guest_and_its_console_is_standard_output() {
     // Each byte goes back with one added; a zero byte ends the machine with status 3.
     let code = [

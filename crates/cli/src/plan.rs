@@ -120,6 +120,17 @@ pub enum PlanError {
         /// Why.
         reason: String,
     },
+    /// A device could not get its thread or its files later on, and the guest would wait for it.
+    #[error(
+        "a machine with these devices needs up to {needed} open files, and the limit is {limit}; \
+         raise it (`ulimit -n {needed}`, or LimitNOFILE= of a service)"
+    )]
+    OpenFiles {
+        /// What it needs at most.
+        needed: u64,
+        /// What is allowed.
+        limit: u64,
+    },
     /// The memory is impossible.
     #[error("cannot give the guest {asked} of memory: {reason}")]
     Memory {
@@ -156,6 +167,8 @@ impl RunPlan {
     pub fn new(args: &RunArgs, state: &Path) -> Result<Self, PlanError> {
         let name = machine_name(args)?;
         check_memory(args.memory, host_memory_bytes())?;
+        let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        check_open_files(u64::from(args.cpus) + args.disks.len() as u64, open_files)?;
         check_combination(args)?;
         let mut disks = user_disks(args)?;
         let net = network(args)?;
@@ -284,6 +297,19 @@ fn console(asked: &ConsoleArg) -> Result<Console, PlanError> {
             Console::File(path.clone())
         }
     })
+}
+
+/// Open files of a machine without disks and vCPUs, with much to spare.
+const FILES_BASE: u64 = 64;
+/// Open files for each disk or vCPU.
+const FILES_EACH: u64 = 8;
+
+fn check_open_files(parts: u64, limit: Option<u64>) -> Result<(), PlanError> {
+    let needed = FILES_BASE + FILES_EACH * parts;
+    match limit {
+        Some(limit) if limit < needed => Err(PlanError::OpenFiles { needed, limit }),
+        _ => Ok(()),
+    }
 }
 
 fn check_memory(asked: Size, host_bytes: Option<u64>) -> Result<(), PlanError> {
@@ -522,6 +548,14 @@ mod tests {
         assert!(check_combination(&command).is_err());
         command.serial = Some(ConsoleArg::File("log".into()));
         assert!(check_combination(&command).is_ok());
+    }
+
+    #[test]
+    fn few_open_files_are_refused_before_anything_starts() {
+        assert!(check_open_files(1, None).is_ok());
+        assert!(check_open_files(1, Some(1024)).is_ok());
+        let error = check_open_files(4, Some(32)).unwrap_err().to_string();
+        assert!(error.contains("ulimit -n 96") && error.contains("is 32"), "{error}");
     }
 
     #[test]

@@ -108,6 +108,8 @@ pub struct Inner {
     bounced_x87: bool,
     /// A store that faults, tried on the bounce buffer because its own exception comes first.
     trial: Option<Box<Trial>>,
+    /// Address of the instruction whose access raised the last page fault, and of that access.
+    page_fault: (u64, u64),
     /// Blocks look for accesses that cross into another page: there are too many pages to guard.
     checked: bool,
     /// Physical addresses of instructions whose accesses cross pages often.
@@ -280,6 +282,7 @@ impl Inner {
             bounced: Pieces::default(),
             bounced_x87: false,
             trial: None,
+            page_fault: (!0, 0),
             checked: false,
             check_from_now_on: false,
             crossing: FastMap::default(),
@@ -994,6 +997,9 @@ impl Inner {
                 if site.mmx && site.write && !waits {
                     fpu::clear_top();
                 }
+                if e.vector == vector::PF && !waits {
+                    self.page_fault = (rip, ea);
+                }
                 self.raise_and_resume(if waits { Exception::mf() } else { e })
             }
         }
@@ -1153,6 +1159,20 @@ impl Inner {
             self.fill_around(page);
         }
         host + (va & (PAGE - 1))
+    }
+
+    /// The guest comes back from a page fault and will make the access again: enters the page, which
+    /// saves a signal.
+    fn fill_after_fault(&mut self) {
+        let va = self.page_fault.1;
+        self.page_fault.0 = !0;
+        if mem::watching(&self.area.state) {
+            return;
+        }
+        let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, va) else { return };
+        if self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE) {
+            self.fill(va, &w, false);
+        }
     }
 
     fn entry(&self, va: u64, host: u64, w: &Walk) -> Page {
@@ -1355,6 +1375,9 @@ impl Inner {
             return Then::Exit;
         }
         self.update_view();
+        if self.area.state.rip == self.page_fault.0 {
+            self.fill_after_fault();
+        }
         if !self.view_modes.contains(&(self.view, mode.pack())) {
             return Then::Exit;
         }

@@ -64,6 +64,8 @@ pub struct Site {
     pub op_end: u32,
     /// Host offset of the slow path.
     pub cold: u32,
+    /// Host offset of the first byte after the slow path.
+    pub cold_end: u32,
     /// Host offset of the return address of the slow path's call.
     pub ret: u32,
     /// Host offset of the return address of the commit call, 0 when there is none.
@@ -89,6 +91,8 @@ pub struct Site {
     pub read: bool,
     /// The address is an offset in a segment that is not flat.
     pub segmented: bool,
+    /// Bytes between the address that was looked up and the one that is accessed.
+    pub above: u16,
     /// Traps because the access crossed into another page.
     pub crossings: u8,
     /// Host offsets of cold code that looks whether the next page follows in the host: where it
@@ -373,7 +377,7 @@ impl CodeCache {
         let block = self.block_at(pc)?;
         let off = pc.wrapping_sub(block.host) as u32;
         // Slow paths lie behind the body and name their instruction in their site.
-        let in_cold = |s: &&Site| off >= s.cold && off <= s.ret.max(s.commit_ret);
+        let in_cold = |s: &&Site| off >= s.cold && off < s.cold_end;
         if let Some(s) = self.sites_of(block).iter().find(in_cold) {
             return Some(s.rip);
         }

@@ -62,6 +62,9 @@ pub const JC_SIZE: usize = JC_ENTRIES * 16;
 /// Largest power-of-two access that the inline path handles, as a shift.
 pub const MAX_ACCESS_SHIFT: usize = 10;
 
+/// Windows of a block.
+pub const WINDOWS: usize = 16;
+
 /// Bytes of the bounce buffer: the largest single access (an XSAVE area) fits.
 pub const BOUNCE_SIZE: usize = 2048;
 
@@ -138,6 +141,8 @@ pub struct Area {
     pub slot_mask: [u64; MAX_ACCESS_SHIFT + 1],
     /// PEXT masks of a bit index within 1, 2, 4, 8 bytes.
     pub bit_mask: [u64; 4],
+    /// Addends of the windows of the block that runs (see `translate::share`).
+    pub windows: [u64; WINDOWS],
     /// The second scratch register while cold code needs it.
     pub look_s1: u64,
     /// A value that has to survive a second access of the same instruction.

@@ -407,6 +407,21 @@ impl Tlb {
         self.open.contains(&(page << 8 | no))
     }
 
+    /// Whether there is an entry for the page of `va`.
+    pub fn knows(&self, view: View, va: u64) -> bool {
+        let primary = Self::primary(view, va);
+        if !self.is_open(primary, va) {
+            return false;
+        }
+        let half = match (view, va >> 47 & 1 != 0) {
+            (View::User(s) | View::KernelUser(s), false) => &self.slots[usize::from(s)].user,
+            (View::Kernel, false) => &self.low,
+            _ => &self.high,
+        };
+        let index = (va >> 12) & (HALF / 8 - 1);
+        half.entry(index).load(Ordering::Relaxed) != half.unknown(index)
+    }
+
     fn drop_tables(&mut self) {
         self.flush_all();
         let none = libc::PROT_NONE;

@@ -34,7 +34,7 @@ use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
 use crate::signal::Stop;
 use crate::thunks::{Then, Thunks};
 use crate::tlb::{Page, Tlb, View};
-use crate::translate::{MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour};
+use crate::translate::{Class, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour};
 use crate::{Exit, SetupError, Stats, signal};
 
 /// The area of a vCPU, owned by it.
@@ -832,7 +832,6 @@ impl Inner {
         let mut count = 0;
         let mut end_rip = key.rip;
         let max = if mode.single { 1 } else { MAX_INSNS };
-        let mut ended = false;
         let ends_early = |bytes: &[u8]| {
             let mut d = Decoder::new(u32::from(mode.bits), bytes, options);
             d.decode().is_invalid() && d.last_error() == DecoderError::NoMoreBytes
@@ -851,7 +850,7 @@ impl Inner {
             second_page = Some(gpa);
         }
         let mut d = Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
-        while count < max && at < PAGE as usize && self.translation.len() < MAX_BLOCK_BYTES / 3 {
+        while count < max && at < PAGE as usize {
             d.set_ip(end_rip);
             let mut ins = d.decode();
             if ins.is_invalid()
@@ -870,16 +869,21 @@ impl Inner {
                 ins = bad;
             }
             let class = classify(&ins, mode, self.allowed.instruction(&ins));
-            self.translation.looks = self.crossing.contains_key(&instruction_gpa(&key, end_rip));
-            ended = self.translation.instruction(&ins, class);
+            let looks = self.crossing.contains_key(&instruction_gpa(&key, end_rip));
+            self.translation.ahead.push((ins, class, looks));
             at += ins.len();
             end_rip = wrap(end_rip.wrapping_add(ins.len() as u64), mode.bits);
             count += 1;
-            if ended || second_page.is_some() {
+            if second_page.is_some() || ends_block(&ins, class) {
                 break;
             }
         }
+        let (count, ended) = self.translation.all();
         if !ended {
+            // As far as was translated.
+            if let Some((ins, ..)) = self.translation.ahead.get(count) {
+                end_rip = ins.ip();
+            }
             self.translation.continue_at(end_rip);
         }
         self.translation.block.second_page = second_page.filter(|_| at > PAGE as usize);
@@ -965,7 +969,7 @@ impl Inner {
             bug("a slow access from an unknown place", ret);
         };
         let rip = wrap(site.rip, self.mode.bits);
-        if trap != 0 && (ea & (PAGE - 1)) + u64::from(site.size) > PAGE {
+        if trap != 0 && self.crosses(&site, ea) {
             self.crossed(number, &site, ret);
         }
         match self.access(&site, ea, trap) {
@@ -1092,6 +1096,17 @@ impl Inner {
             self.area.run = 0;
         }
         Ok(Outcome::Bounce)
+    }
+
+    /// Whether an access that trapped reaches into another page than the one that was looked up, and
+    /// not just one that is unknown so far.
+    fn crosses(&self, site: &Site, ea: u64) -> bool {
+        let looked_up = ea.wrapping_sub(u64::from(site.above));
+        let last = ea.wrapping_add(u64::from(site.size) - 1);
+        if site.above == 0 {
+            return (ea ^ last) & !(PAGE - 1) != 0;
+        }
+        (looked_up ^ last) & !(PAGE - 1) != 0 && self.tlb.knows(self.view, last)
     }
 
     /// An access trapped at the end of a page. Those that do so often look first from now on.
@@ -1439,6 +1454,17 @@ enum Outcome {
     Bounce,
     /// The instruction has to run alone.
     Alone,
+}
+
+/// Whether no block goes on behind an instruction.
+fn ends_block(ins: &Instruction, class: Class) -> bool {
+    match class {
+        Class::HelperEnds => true,
+        Class::Branch => {
+            !(ins.is_jcc_short_or_near() || ins.is_call_near() || ins.is_call_near_indirect())
+        }
+        _ => false,
+    }
 }
 
 /// Physical address of an instruction of a block.

@@ -20,9 +20,11 @@ use crate::layout::{
 /// An access whose address is in a register and whose look-up has been emitted.
 #[derive(Clone, Copy, Debug)]
 pub struct Access {
-    site: usize,
-    /// The register with the guest address; the host address is this plus [`SC`].
+    pub(super) site: usize,
+    /// The register with the guest address.
     pub ea: u8,
+    /// To be added to it; the host address is the sum plus [`SC`].
+    pub disp: i32,
 }
 
 /// What is to be done with the bytes.
@@ -177,6 +179,9 @@ impl Translation {
 
     /// Emits address and look-up of the memory operand of `ins`.
     pub(super) fn operand(&mut self, ins: &Instruction, want: Want) -> Access {
+        if let Some(access) = self.shared_operand(ins, want) {
+            return access;
+        }
         self.reserve(40);
         let start = self.asm.pos();
         let seg = segment_of(ins, self.mode.bits);
@@ -211,6 +216,7 @@ impl Translation {
         ea_code: Range<usize>,
     ) -> Access {
         self.reserve(48);
+        self.held = None;
         let cold = self.cold.len();
         let look = self.asm.pos() as u32;
         let mut looked = None;
@@ -233,11 +239,25 @@ impl Translation {
             self.asm.pext_gs(SC, ea, disp(mask));
             self.asm.load(SC, &Mem::gs_index8(SC, 0));
         }
-        let site = self.site(Site {
-            look,
-            op: self.asm.pos() as u32,
+        let op = self.asm.pos() as u32;
+        let site = self.site(Site { look, op, segmented, ..self.site_of(want, seg) });
+        if let Some(go_on) = looked {
+            // Before the slow path, to which it jumps forwards.
+            let last = want.size as i32 - 1;
+            self.cold.push(Cold::Look { site, ea, last, go_on, mem: cold + 1 });
+        }
+        self.cold.push(Cold::Mem { site, ea_code, ea });
+        Access { site, ea, disp: 0 }
+    }
+
+    /// What is known of an access of the current instruction before it is emitted.
+    pub(super) fn site_of(&self, want: Want, seg: u8) -> Site {
+        Site {
+            look: 0,
+            op: 0,
             op_end: 0,
             cold: 0,
+            cold_end: 0,
             ret: 0,
             commit_ret: 0,
             rip: self.block.key.rip.wrapping_add(u64::from(self.rip_off)),
@@ -249,17 +269,11 @@ impl Translation {
             seg,
             write: want.write,
             read: want.read,
-            segmented,
+            segmented: false,
+            above: 0,
             crossings: 0,
             cross: [0; 3],
-        });
-        if let Some(go_on) = looked {
-            // Before the slow path, to which it jumps forwards.
-            let last = want.size as i32 - 1;
-            self.cold.push(Cold::Look { site, ea, last, go_on, mem: cold + 1 });
         }
-        self.cold.push(Cold::Mem { site, ea_code, ea });
-        Access { site, ea }
     }
 
     /// Says that everything that belongs to the access has been emitted.
@@ -351,13 +365,16 @@ impl Translation {
         });
         if let Some(a) = a {
             if absolute {
-                self.asm.lea(S0, &Mem::base_index(a.ea, SC, 0, 0));
-                set_memory(&mut out, S0, None);
+                self.asm.lea(S0, &Mem::base_index(a.ea, SC, 0, a.disp));
+                set_memory(&mut out, S0, None, 0);
             } else {
-                set_memory(&mut out, a.ea, Some(SC));
+                set_memory(&mut out, a.ea, Some(SC), a.disp);
             }
         }
         let stores = self.load_temps(&mut out, &mut plan);
+        if plan.cl || rcx_pair || writes_ecx || plan.took_sc {
+            self.held = None;
+        }
         if plan.cl || rcx_pair {
             self.asm.mov(SC, GUEST_RCX);
         }
@@ -501,7 +518,7 @@ impl Translation {
         let write = ins.mnemonic() != Mnemonic::Bt;
         let a = self.look_up(S0, Want { size, read: true, write }, seg, segmented, code);
         let mut out = *ins;
-        set_memory(&mut out, S0, Some(SC));
+        set_memory(&mut out, S0, Some(SC), 0);
         out.set_op1_register(host_reg(S1, size));
         self.encode(&out);
         self.end_access(a);
@@ -511,6 +528,19 @@ impl Translation {
         let start = self.asm.pos();
         let imm = (ins.op0_kind() != OpKind::Register).then(|| ins.immediate(0));
         let reg = GuestReg::of(ins.op0_register());
+        let want = Want { size: 8, read: false, write: true };
+        if let Some(a) = self.shared(4, -8, want, 2) {
+            let to = Mem::base_index(GUEST_RSP, SC, 0, -8);
+            if let Some(imm) = imm {
+                self.asm.store_imm(&to, imm as i32);
+            } else if let Some(g) = reg {
+                let src = self.guest_or_scratch(g.n, S1);
+                self.asm.store(&to, src);
+            }
+            self.asm.add_guest_rsp(-8);
+            self.end_access(a);
+            return;
+        }
         self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
         let code = start..self.asm.pos();
         let a = self.look_up(S0, Want { size: 8, read: false, write: true }, 2, false, code);
@@ -527,7 +557,10 @@ impl Translation {
 
     fn pop(&mut self, ins: &Instruction) {
         let Some(g) = GuestReg::of(ins.op0_register()) else { return };
-        let a = self.look_up(GUEST_RSP, Want { size: 8, read: true, write: false }, 2, false, 0..0);
+        let want = Want { size: 8, read: true, write: false };
+        let a = self
+            .shared(4, 0, want, 2)
+            .unwrap_or_else(|| self.look_up(GUEST_RSP, want, 2, false, 0..0));
         let from = Mem::base_index(GUEST_RSP, SC, 0, 0);
         match mapped(g.n) {
             Some(GUEST_RSP) => self.asm.load(GUEST_RSP, &from),
@@ -545,7 +578,10 @@ impl Translation {
     }
 
     fn leave(&mut self) {
-        let a = self.look_up(host::RBP, Want { size: 8, read: true, write: false }, 2, false, 0..0);
+        let want = Want { size: 8, read: true, write: false };
+        let a = self
+            .shared(5, 0, want, 2)
+            .unwrap_or_else(|| self.look_up(host::RBP, want, 2, false, 0..0));
         self.asm.load(S1, &Mem::base_index(host::RBP, SC, 0, 0));
         self.asm.lea(GUEST_RSP, &Mem::base(host::RBP, 8));
         self.asm.mov(host::RBP, S1);
@@ -559,6 +595,7 @@ struct Plan {
     pool: Vec<u8>,
     wanted: Vec<(u32, GuestReg, OpAccess)>,
     cl: bool,
+    took_sc: bool,
 }
 
 impl Plan {
@@ -566,7 +603,12 @@ impl Plan {
         self.pool.push(r);
     }
     fn take(&mut self) -> Option<u8> {
-        if self.pool.is_empty() { None } else { Some(self.pool.remove(0)) }
+        if self.pool.is_empty() {
+            return None;
+        }
+        let r = self.pool.remove(0);
+        self.took_sc |= r == SC;
+        Some(r)
     }
 }
 
@@ -589,13 +631,17 @@ fn is_fixed_cl(ins: &Instruction, i: u32) -> bool {
         )
 }
 
-/// Replaces the memory operand by `[base + index]`.
-fn set_memory(out: &mut Instruction, base: u8, index: Option<u8>) {
+/// Replaces the memory operand by `[base + index + disp]`.
+fn set_memory(out: &mut Instruction, base: u8, index: Option<u8>, disp: i32) {
     out.set_memory_base(host_reg(base, 8));
     out.set_memory_index(index.map_or(Register::None, |i| host_reg(i, 8)));
     out.set_memory_index_scale(1);
-    out.set_memory_displacement64(0);
-    out.set_memory_displ_size(u32::from(base & 7 == 5));
+    out.set_memory_displacement64(i64::from(disp) as u64);
+    out.set_memory_displ_size(match i8::try_from(disp) {
+        Ok(0) => u32::from(base & 7 == 5),
+        Ok(_) => 1,
+        Err(_) => 8,
+    });
     out.set_segment_prefix(Register::None);
 }
 

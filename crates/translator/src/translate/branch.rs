@@ -187,12 +187,20 @@ impl Translation {
 
     /// Pushes a return address.
     fn push_return(&mut self, next: u64) {
+        let want = Want { size: 8, read: false, write: true };
+        if let Some(a) = self.shared(4, -8, want, 2) {
+            self.asm.mov_imm(S1, next);
+            self.asm.store(&Mem::base_index(GUEST_RSP, SC, 0, -8), S1);
+            self.asm.add_guest_rsp(-8);
+            self.end_access(a);
+            return;
+        }
         let start = self.asm.pos();
         self.reserve(64);
         let start = start.max(self.asm.pos());
         self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
         let code = start..self.asm.pos();
-        let a = self.look_up(S0, Want { size: 8, read: false, write: true }, 2, false, code);
+        let a = self.look_up(S0, want, 2, false, code);
         self.asm.mov_imm(S1, next);
         self.asm.store(&Mem::base_index(S0, SC, 0, 0), S1);
         self.asm.mov(GUEST_RSP, S0);
@@ -211,13 +219,16 @@ impl Translation {
             return;
         }
         let a = self.operand(ins, Want { size: 8, read: true, write: false });
-        self.asm.load(S0, &Mem::base_index(a.ea, SC, 0, 0));
+        self.asm.load(S0, &Mem::base_index(a.ea, SC, 0, a.disp));
         self.end_access(a);
     }
 
     fn near_return(&mut self, ins: &Instruction) {
         let extra = if ins.op_count() > 0 { ins.immediate16() } else { 0 };
-        let a = self.look_up(GUEST_RSP, Want { size: 8, read: true, write: false }, 2, false, 0..0);
+        let want = Want { size: 8, read: true, write: false };
+        let a = self
+            .shared(4, 0, want, 2)
+            .unwrap_or_else(|| self.look_up(GUEST_RSP, want, 2, false, 0..0));
         self.asm.load(S0, &Mem::base_index(GUEST_RSP, SC, 0, 0));
         self.asm.add_guest_rsp(8 + i32::from(extra));
         self.end_access(a);

@@ -134,6 +134,7 @@ impl Names {
             (offset_of!(Area, page_mask), 2, "page_mask"),
             (offset_of!(Area, slot_mask), crate::layout::MAX_ACCESS_SHIFT + 1, "slot_mask"),
             (offset_of!(Area, bit_mask), 4, "bit_mask"),
+            (offset_of!(Area, windows), crate::layout::WINDOWS, "window"),
         ];
         for (offset, count, name) in words {
             for i in 0..count {
@@ -201,11 +202,12 @@ fn listing(golden: &Golden) -> String {
     t.begin(&cache, key, golden.mode);
     // Body and cold parts in one piece, whatever the size of the cache.
     t.cold_start = None;
-    let mut ended = false;
     for ins in &mut Decoder::with_ip(u32::from(bits), golden.code, rip, DecoderOptions::NONE) {
-        assert!(!ins.is_invalid() && !ended, "{}: {ins:?}", golden.name);
-        ended = t.instruction(&ins, classify(&ins, golden.mode, true));
+        assert!(!ins.is_invalid(), "{}: {ins:?}", golden.name);
+        t.ahead.push((ins, classify(&ins, golden.mode, true), false));
     }
+    let (count, ended) = t.all();
+    assert_eq!(count, t.ahead.len(), "{}", golden.name);
     if !ended {
         t.continue_at(rip + golden.code.len() as u64);
     }

@@ -21,6 +21,7 @@ pub(crate) mod access;
 mod branch;
 pub(crate) mod decode;
 pub(crate) mod regs;
+mod share;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -117,6 +118,8 @@ enum Cold {
         ea_code: Range<usize>,
         ea: u8,
     },
+    /// Slow path of an access that shares its look-up.
+    Shared { site: usize, base: u8, d: i32, slot: usize },
     /// An access that may cross into another page: goes on if that page follows in the host, too.
     Look {
         site: usize,
@@ -184,6 +187,14 @@ pub struct Translation {
     mmx: bool,
     /// The current instruction is VCVTPH2PS or VCVTPS2PH.
     converts: bool,
+    /// Instructions of the block, with what is known of them: class, whether they look.
+    pub ahead: Vec<(Instruction, Class, bool)>,
+    /// Number of the current one.
+    index: usize,
+    /// Addends kept for several accesses.
+    windows: Vec<share::Window>,
+    /// The window whose addend is in [`SC`].
+    held: Option<usize>,
     /// Accesses of the current instruction look whether they may cross into another page.
     pub looks: bool,
     /// What the current branch took from RSP.
@@ -223,6 +234,10 @@ impl Translation {
             mmx: false,
             converts: false,
             looks: false,
+            ahead: Vec::new(),
+            index: 0,
+            windows: Vec::new(),
+            held: None,
             rsp_taken: 0,
             near: Vec::new(),
         }
@@ -247,6 +262,24 @@ impl Translation {
         self.pending.clear();
         self.near.clear();
         self.rsp_taken = 0;
+        self.ahead.clear();
+        self.index = 0;
+        self.close_windows();
+    }
+
+    /// Translates the instructions in [`Translation::ahead`]; gives how many were, and whether the
+    /// block ends with the last of them.
+    pub fn all(&mut self) -> (usize, bool) {
+        let mut ended = false;
+        while !ended
+            && self.len() < MAX_BLOCK_BYTES / 3
+            && let Some((ins, class, looks)) = self.ahead.get(self.index).copied()
+        {
+            self.looks = looks;
+            ended = self.instruction(&ins, class);
+            self.index += 1;
+        }
+        (self.index, ended)
     }
 
     /// Translates one instruction; tells whether the block ends with it.
@@ -255,13 +288,25 @@ impl Translation {
         self.reserve(0);
         self.insns.push((self.asm.pos() as u32, self.rip_off));
         self.block.guest_len = self.rip_off + ins.len() as u16;
+        let jcc = ins.is_jcc_short_or_near();
+        let windows_stay = matches!(class, Class::Nothing | Class::Plain);
+        if !(windows_stay || class == Class::Branch) {
+            self.close_windows();
+        }
         match class {
             Class::Nothing => false,
             Class::Plain => {
                 self.plain(ins);
+                self.track(ins);
                 false
             }
-            Class::Branch => self.branch(ins),
+            Class::Branch => {
+                let ended = self.branch(ins);
+                if !jcc {
+                    self.close_windows();
+                }
+                ended
+            }
             Class::Helper => {
                 self.helper(ins);
                 false
@@ -392,19 +437,34 @@ impl Translation {
                     self.asm.mov(S0, ea);
                 }
                 self.sites[site].cold = pos as u32;
-                self.asm.mov_imm(SC, u64::from(self.bases.0) + site as u64);
-                self.asm.near_abs(0xe8, self.thunks.mem, self.at);
+                self.call_slow(site);
                 let s = self.sites[site];
-                self.sites[site].ret = self.asm.pos() as u32;
                 self.asm.jmp_to(s.op as usize);
                 if s.write {
                     self.asm.bytes(&self.body.buf[s.op as usize..s.op_end as usize]);
-                    self.asm.near_abs(0xe8, self.thunks.commit, self.at);
-                    self.sites[site].commit_ret = self.asm.pos() as u32;
+                    self.call_commit(site);
                     self.asm.jmp_to(s.op_end as usize);
                 }
+                self.sites[site].cold_end = self.asm.pos() as u32;
+            }
+            Cold::Shared { site, base, d, slot } => {
+                let (site, base, d, slot) = (*site, *base, *d, *slot);
+                self.cold_shared(site, base, d, slot);
             }
         }
+    }
+
+    /// Calls the slow path of an access whose address is in [`S0`].
+    fn call_slow(&mut self, site: usize) {
+        self.asm.mov_imm(SC, u64::from(self.bases.0) + site as u64);
+        self.asm.near_abs(0xe8, self.thunks.mem, self.at);
+        self.sites[site].ret = self.asm.pos() as u32;
+    }
+
+    /// Calls what writes a store from the bounce buffer.
+    fn call_commit(&mut self, site: usize) {
+        self.asm.near_abs(0xe8, self.thunks.commit, self.at);
+        self.sites[site].commit_ret = self.asm.pos() as u32;
     }
 
     /// Sets RIP and leaves.

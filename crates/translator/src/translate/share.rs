@@ -1,0 +1,284 @@
+//! Look-ups shared by accesses with the same base register.
+//!
+//! An entry of the TLB vouches for the page behind its own (see [`crate::tlb`]). So an addend found
+//! for the lowest of several addresses `base + displacement` serves all of them that lie less than a
+//! page above, as long as the base register keeps its value or changes by known amounts. When an access
+//! has no such *window* yet, the instructions that follow in the block are searched for more accesses
+//! with the same base; if there are any, one look-up is made at the lowest address, and its addend kept in
+//! the area (and in [`SC`] while nothing else needs that).
+//!
+//! A wrong guess costs time only: an access whose page is another one than the window's, and does not
+//! follow it in the host, faults and takes the slow path. Instructions that do so often look up
+//! for themselves from then on.
+
+use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+
+use super::access::{Access, Want, access_size, segment_of};
+use super::decode::Class;
+use super::regs::GuestReg;
+use super::{Cold, Translation};
+use crate::asm::Mem;
+use crate::code::Site;
+use crate::layout::{Area, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, WINDOWS, disp, mapped};
+
+/// Number of RSP.
+const RSP: u8 = 4;
+/// Number of RBP.
+const RBP: u8 = 5;
+/// Bytes above the looked-up address that a window covers.
+const REACH: i64 = 4096;
+/// Instructions searched for further accesses.
+const AHEAD: usize = 24;
+
+/// An addend that is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    base: u8,
+    /// What to add to the base register's present value to get the address that was looked up.
+    start: i64,
+    /// Number of its place in the area.
+    slot: usize,
+}
+
+/// What an instruction does to a register.
+enum Effect {
+    Nothing,
+    Adds(i64),
+    Unknown,
+}
+
+/// GS-relative operand of a window's addend.
+fn kept(slot: usize) -> Mem {
+    Mem::gs(disp(std::mem::offset_of!(Area, windows) + slot * 8))
+}
+
+impl Translation {
+    /// Forgets all windows.
+    pub(super) fn close_windows(&mut self) {
+        self.windows.clear();
+        self.held = None;
+    }
+
+    /// The base register and displacement of a memory operand that a window can serve.
+    fn plain_operand(&self, ins: &Instruction) -> Option<(u8, i64)> {
+        let base = ins.memory_base();
+        let g = GuestReg::of(base).filter(|g| g.size == 8)?;
+        if ins.memory_index() != Register::None || segment_of(ins, 64) >= 4 {
+            return None;
+        }
+        Some((g.n, ins.memory_displacement64() as i64))
+    }
+
+    /// A shared look-up for the memory operand of an instruction, if there is or can be one.
+    pub(super) fn shared_operand(&mut self, ins: &Instruction, want: Want) -> Option<Access> {
+        if self.mode.bits != 64 {
+            return None;
+        }
+        let (base, d) = self.plain_operand(ins)?;
+        self.shared(base, d, want, segment_of(ins, 64))
+    }
+
+    /// A shared look-up for the access at `base + d`.
+    pub(super) fn shared(&mut self, base: u8, d: i64, want: Want, seg: u8) -> Option<Access> {
+        let m = self.mode;
+        if m.bits != 64 || m.single || m.aligned || m.checked || self.looks {
+            return None;
+        }
+        if want.size > 1 << MAX_ACCESS_SHIFT || i32::try_from(d).is_err() {
+            return None;
+        }
+        let covers =
+            |w: &Window| w.base == base && d >= w.start && d + want.size as i64 - w.start <= REACH;
+        let known = self.windows.iter().copied().find(covers);
+        let window = match known {
+            Some(w) => w,
+            None => {
+                let slot = self.windows.len();
+                let start = self.lowest(base, d, want.size as i64)?;
+                if slot >= WINDOWS || i32::try_from(start).is_err() {
+                    return None;
+                }
+                Window { base, start, slot }
+            }
+        };
+        self.reserve(60);
+        let look = self.asm.pos() as u32;
+        let reg = mapped(base).unwrap_or_else(|| {
+            self.load_guest(S0, base);
+            S0
+        });
+        if known.is_none() {
+            let at = if window.start == 0 {
+                reg
+            } else {
+                self.asm.lea(S1, &Mem::base(reg, window.start as i32));
+                S1
+            };
+            let mask = std::mem::offset_of!(Area, page_mask) + usize::from(!m.user) * 8;
+            self.asm.pext_gs(SC, at, disp(mask));
+            self.asm.load(SC, &Mem::gs_index8(SC, 0));
+            self.asm.store(&kept(window.slot), SC);
+            self.windows.push(window);
+        } else if self.held != Some(window.slot) {
+            self.asm.load(SC, &kept(window.slot));
+        }
+        self.held = Some(window.slot);
+        let site = self.site(Site {
+            look,
+            op: self.asm.pos() as u32,
+            above: (d - window.start) as u16,
+            ..self.site_of(want, seg)
+        });
+        self.cold.push(Cold::Shared { site, base, d: d as i32, slot: window.slot });
+        Some(Access { site, ea: reg, disp: d as i32 })
+    }
+
+    /// The slow path of a shared access: the instruction is executed out of line, and the window's
+    /// addend loaded again.
+    pub(super) fn cold_shared(&mut self, site: usize, base: u8, d: i32, slot: usize) {
+        self.sites[site].cold = self.asm.pos() as u32;
+        self.load_guest(S0, base);
+        self.asm.lea(S0, &Mem::base(S0, d));
+        self.call_slow(site);
+        let direct = self.asm.jmp();
+        let s = self.sites[site];
+        let tail = s.op as usize..s.op_end as usize;
+        let reload_base = |t: &mut Self| {
+            if mapped(base).is_none() {
+                t.load_guest(S0, base);
+            }
+        };
+        if s.write {
+            reload_base(self);
+            self.asm.bytes(&self.body.buf[tail.clone()]);
+            self.call_commit(site);
+            self.asm.load(SC, &kept(slot));
+            self.asm.jmp_to(s.op_end as usize);
+        }
+        self.asm.bind_near(direct);
+        reload_base(self);
+        self.asm.bytes(&self.body.buf[tail]);
+        self.asm.load(SC, &kept(slot));
+        self.asm.jmp_to(s.op_end as usize);
+        self.sites[site].cold_end = self.asm.pos() as u32;
+    }
+
+    /// The lowest displacement of the accesses from the current instruction on that one window can
+    /// serve, in terms of the present value of `base`; `None` when there is only the current one.
+    fn lowest(&mut self, base: u8, d: i64, size: i64) -> Option<i64> {
+        let (mut low, mut high, mut more) = (d, d + size, false);
+        let mut added = 0i64;
+        let list = std::mem::take(&mut self.ahead);
+        for (n, (ins, class, looks)) in list.iter().enumerate().skip(self.index).take(AHEAD) {
+            if n > self.index {
+                let goes_on = match class {
+                    Class::Nothing | Class::Plain => true,
+                    Class::Branch => ins.is_jcc_short_or_near() || stack_access(ins).is_some(),
+                    _ => false,
+                };
+                if !goes_on {
+                    break;
+                }
+                if !looks && let Some((at, bytes)) = self.access_through(ins, base) {
+                    let at = at + added;
+                    let (l, h) = (low.min(at), high.max(at + bytes));
+                    if h - l > REACH {
+                        break;
+                    }
+                    (low, high, more) = (l, h, true);
+                }
+                if *class == Class::Branch && !ins.is_jcc_short_or_near() {
+                    break;
+                }
+            }
+            match self.effect(ins, base) {
+                Effect::Nothing => {}
+                Effect::Adds(by) => added += by,
+                Effect::Unknown => break,
+            }
+        }
+        self.ahead = list;
+        more.then_some(low)
+    }
+
+    /// Displacement and size of an instruction's access through `base`.
+    fn access_through(&self, ins: &Instruction, base: u8) -> Option<(i64, i64)> {
+        if let Some((n, d)) = stack_access(ins) {
+            return (n == base).then_some((d, 8));
+        }
+        if ins.mnemonic() == Mnemonic::Lea || !ins.op_kinds().any(|k| k == OpKind::Memory) {
+            return None;
+        }
+        let (n, d) = self.plain_operand(ins)?;
+        (n == base).then_some((d, access_size(ins) as i64))
+    }
+
+    /// Keeps the windows right after an instruction.
+    pub(super) fn track(&mut self, ins: &Instruction) {
+        if self.windows.is_empty() {
+            return;
+        }
+        let mut windows = std::mem::take(&mut self.windows);
+        for w in &mut windows {
+            match self.effect(ins, w.base) {
+                Effect::Nothing => {}
+                Effect::Adds(by) => w.start -= by,
+                // No register has this number: the place in the area stays taken.
+                Effect::Unknown => w.base = u8::MAX,
+            }
+        }
+        self.windows = windows;
+    }
+
+    fn effect(&mut self, ins: &Instruction, base: u8) -> Effect {
+        let is_base = |r: Register| GuestReg::of(r).is_some_and(|g| g.n == base);
+        let whole = |r: Register| GuestReg::of(r).is_some_and(|g| g.n == base && g.size == 8);
+        match ins.mnemonic() {
+            Mnemonic::Push if base == RSP && stack_access(ins).is_some() => {
+                return Effect::Adds(-8);
+            }
+            Mnemonic::Pop if base == RSP && stack_access(ins).is_some() => {
+                return if is_base(ins.op0_register()) { Effect::Unknown } else { Effect::Adds(8) };
+            }
+            Mnemonic::Add | Mnemonic::Sub
+                if ins.op0_kind() == OpKind::Register
+                    && whole(ins.op0_register())
+                    && ins.op1_kind() != OpKind::Register
+                    && ins.op1_kind() != OpKind::Memory =>
+            {
+                let by = ins.immediate(1) as i64;
+                let by = if ins.mnemonic() == Mnemonic::Sub { -by } else { by };
+                return if by.abs() < REACH { Effect::Adds(by) } else { Effect::Unknown };
+            }
+            Mnemonic::Lea
+                if whole(ins.op0_register())
+                    && whole(ins.memory_base())
+                    && ins.memory_index() == Register::None =>
+            {
+                let by = ins.memory_displacement64() as i64;
+                return if by.abs() < REACH { Effect::Adds(by) } else { Effect::Unknown };
+            }
+            _ => {}
+        }
+        let info = self.infos.info(ins);
+        let writes = info.used_registers().iter().any(|u| {
+            is_base(u.register())
+                && !matches!(u.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None)
+        });
+        if writes { Effect::Unknown } else { Effect::Nothing }
+    }
+}
+
+/// Base register and displacement of the access that emitted stack instructions make by the way.
+pub(super) fn stack_access(ins: &Instruction) -> Option<(u8, i64)> {
+    debug_assert!(mapped(RSP) == Some(GUEST_RSP));
+    if ins.op_kinds().any(|k| k == OpKind::Memory) {
+        return None;
+    }
+    match ins.mnemonic() {
+        Mnemonic::Push | Mnemonic::Call => Some((RSP, -8)),
+        Mnemonic::Pop | Mnemonic::Ret => Some((RSP, 0)),
+        Mnemonic::Leave => Some((RBP, 0)),
+        _ => None,
+    }
+}

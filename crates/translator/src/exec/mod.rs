@@ -289,7 +289,7 @@ impl Inner {
     /// Interrupts stay inhibited until after the instruction at `next`.
     fn shadow(&mut self, bit: u32, next: u64) {
         self.area.state.interrupt_shadow |= bit;
-        self.shadow_rip = next;
+        self.area.shadow_rip = next;
     }
 
     /// Delivers a software interrupt.

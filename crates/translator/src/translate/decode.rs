@@ -11,6 +11,8 @@ pub enum Class {
     Nothing,
     /// Emitted.
     Plain,
+    /// A system instruction, emitted (see [`super::system`]).
+    System,
     /// A near branch, emitted.
     Branch,
     /// A helper executes it and the block goes on.
@@ -112,6 +114,9 @@ pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
         }
         FlowControl::Return if is_near_ret(ins) && mode.bits == 64 => return Class::Branch,
         _ => return Class::HelperEnds,
+    }
+    if super::system::emitted(ins, mode) {
+        return Class::System;
     }
     if needs_helper(ins, mode) {
         return Class::Helper;

@@ -21,6 +21,7 @@ pub(crate) mod access;
 mod branch;
 pub(crate) mod decode;
 pub(crate) mod regs;
+mod system;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -62,6 +63,12 @@ pub struct Mode {
     pub aligned: bool,
     /// Accesses look whether they may cross into another page.
     pub checked: bool,
+    /// CPL 0.
+    pub ring0: bool,
+    /// RDTSC is refused (CR4.TSD, CPL above 0).
+    pub tsd: bool,
+    /// RDFSBASE and its like are allowed (CR4.FSGSBASE).
+    pub fsgsbase: bool,
 }
 
 impl Mode {
@@ -77,6 +84,9 @@ impl Mode {
             single: false,
             aligned: false,
             checked: false,
+            ring0: !user,
+            tsd: false,
+            fsgsbase: true,
         }
     }
 
@@ -92,6 +102,9 @@ impl Mode {
             | u32::from(self.single) << 13
             | u32::from(self.aligned) << 14
             | u32::from(self.checked) << 15
+            | u32::from(self.ring0) << 16
+            | u32::from(self.tsd) << 17
+            | u32::from(self.fsgsbase) << 18
     }
 }
 
@@ -128,6 +141,8 @@ enum Cold {
         /// The slow path, among the cold parts.
         mem: usize,
     },
+    /// A helper after all; goes on at an offset in the body.
+    Helper { number: u64, back: usize },
     /// Back to the dispatcher.
     Interrupt { rip: u64 },
     /// Unlinked direct jump.
@@ -262,6 +277,10 @@ impl Translation {
                 false
             }
             Class::Branch => self.branch(ins),
+            Class::System => {
+                self.system(ins);
+                false
+            }
             Class::Helper => {
                 self.helper(ins);
                 false
@@ -318,6 +337,12 @@ impl Translation {
             }
         }
         match &self.cold[n] {
+            Cold::Helper { number, back } => {
+                let (number, back) = (*number, *back);
+                self.asm.mov_imm(SC, number);
+                self.asm.near_abs(0xe8, self.thunks.helper, self.at);
+                self.asm.jmp_to(back);
+            }
             Cold::Interrupt { rip } => {
                 let rip = *rip;
                 self.exit_at(rip, ExitCode::Interrupt);

@@ -22,12 +22,12 @@ use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
 use berth_x86::{CpuState, Exception, Segment};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
-use crate::code::{BlockId, BlockKey, CodeCache, FastMap, Site};
-use crate::exec::{self, Flow};
+use crate::code::{BlockId, BlockKey, CodeCache, FastMap, Helped, Site};
+use crate::exec::Flow;
 use crate::features::Allowed;
 use crate::fpu;
 use crate::layout::{Area, ExitCode, FLAG_MASKS, MAX_ACCESS_SHIFT};
-use crate::mem::{self, Lin, Pieces};
+use crate::mem::{self, Lin, Pieces, Walked};
 use crate::ram::PAGE;
 use crate::returns::Returns;
 use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
@@ -253,6 +253,7 @@ impl Inner {
                 dirty_code: Vec::new(),
                 platform_called: false,
                 watch_hits: 0,
+                walked: Walked::new(),
             },
             mailbox,
             cpuid,
@@ -921,6 +922,7 @@ impl Inner {
     }
 
     fn clear_fetch(&mut self) {
+        self.lin.walked.clear();
         for e in &mut self.fetch {
             e.page = !0;
         }
@@ -956,6 +958,7 @@ impl Inner {
     /// INVLPG.
     pub(crate) fn invalidate(&mut self, va: u64) {
         self.tlb.invalidate(va);
+        self.lin.walked.clear();
         // A large page covers more than the entry named by `va`.
         let is_code = self.fetch.iter().any(|e| e.page != !0 && e.page >> 18 == va >> 30);
         if is_code {
@@ -1322,7 +1325,7 @@ impl Inner {
     fn helper(&mut self, ret: u64) -> Then {
         self.sync_in();
         self.stats.helpers += 1;
-        let Some(&ins) = self.code.helper(self.area.sc) else {
+        let Some(&Helped { ins, run }) = self.code.helper(self.area.sc) else {
             bug("a helper called from an unknown place", ret)
         };
         if let Some(n) = self.helper_counts.get_mut(ins.mnemonic() as usize) {
@@ -1331,7 +1334,7 @@ impl Inner {
         self.area.exit_code = ExitCode::Helper as u64;
         self.area.state.rip = ins.ip();
         let next = wrap(ins.next_ip(), self.mode.bits);
-        let result = exec::execute(self, &ins, next);
+        let result = run(self, &ins, next);
         let stop = self.after_rust();
         match result {
             Ok(Flow::Next) => {

@@ -19,6 +19,8 @@ pub enum Class {
     Helper,
     /// A helper executes it; the block ends.
     HelperEnds,
+    /// No instruction of this processor: a helper finds out what it raises; the block ends.
+    Refused,
 }
 
 /// What an instruction needs of the floating-point units.
@@ -85,7 +87,7 @@ fn is_x87(f: CpuidFeature) -> bool {
 /// How to translate `ins`; `allowed` says whether its extensions are advertised.
 pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
     if ins.is_invalid() || !allowed {
-        return Class::HelperEnds;
+        return Class::Refused;
     }
     if !(mode.fpu && mode.sse && mode.avx) {
         let ok = match unit(ins) {
@@ -95,7 +97,7 @@ pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
             Unit::Avx => mode.avx,
         };
         if !ok {
-            return Class::HelperEnds;
+            return Class::Refused;
         }
     }
     match ins.flow_control() {

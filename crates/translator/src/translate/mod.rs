@@ -29,7 +29,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
-use crate::code::{Block, BlockKey, CodeCache, Link, Made, Site};
+use crate::code::{Block, BlockKey, CodeCache, Helped, Link, Made, Site};
+use crate::exec::{Run, execute, runner};
 use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::{Thunks, through_jump_cache};
 
@@ -183,7 +184,7 @@ pub struct Translation {
     /// Returns: address and what they took from RSP.
     returns: Vec<(u64, i32)>,
     sites: Vec<Site>,
-    helpers: Vec<Instruction>,
+    helpers: Vec<Helped>,
     /// Numbers of the first access and of the first instruction for a helper.
     bases: (u32, u32),
     cold: Vec<Cold>,
@@ -282,11 +283,12 @@ impl Translation {
                 false
             }
             Class::Helper => {
-                self.helper(ins);
+                self.helper(ins, runner(ins));
                 false
             }
-            Class::HelperEnds => {
-                self.helper(ins);
+            Class::HelperEnds | Class::Refused => {
+                let run = if class == Class::Refused { execute } else { runner(ins) };
+                self.helper(ins, run);
                 // Most of these never come back; VMCALL and WAIT do.
                 self.exit_at(ins.next_ip(), ExitCode::Interrupt);
                 true
@@ -440,10 +442,10 @@ impl Translation {
     }
 
     /// Calls the helper that executes `ins` on the state.
-    fn helper(&mut self, ins: &Instruction) {
+    fn helper(&mut self, ins: &Instruction, run: Run) {
         self.asm.mov_imm(SC, u64::from(self.bases.1) + self.helpers.len() as u64);
         self.asm.near_abs(0xe8, self.thunks.helper, self.at);
-        self.helpers.push(*ins);
+        self.helpers.push(Helped { ins: *ins, run });
     }
 
     /// Makes sure that pending JRCXZs still reach their islands after `bytes` more bytes.

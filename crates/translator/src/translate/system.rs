@@ -14,6 +14,8 @@ use super::access::Want;
 use super::regs::GuestReg;
 use super::{Cold, Mode, Translation};
 use crate::asm::{Mem, Near};
+use crate::code::Helped;
+use crate::exec::runner;
 use crate::layout::{
     Area, FlagMask, GUEST_RCX, GUEST_RSP, S0, S1, SC, disp, gpr_disp, host, mapped, state_disp,
 };
@@ -148,7 +150,7 @@ impl Translation {
         let cold = self.cold.len();
         self.near.push((jump, cold));
         let number = u64::from(self.bases.1) + self.helpers.len() as u64;
-        self.helpers.push(*ins);
+        self.helpers.push(Helped { ins: *ins, run: runner(ins) });
         self.cold.push(Cold::Helper { number, back: 0 });
         cold
     }

@@ -329,6 +329,7 @@ impl Translation {
         }
     }
 
+    #[allow(clippy::too_many_lines, reason = "one match over the kinds")]
     fn cold_part(&mut self, n: usize) {
         let pos = self.asm.pos();
         for i in (0..self.near.len()).rev() {

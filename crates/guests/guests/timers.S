@@ -45,6 +45,54 @@ main:
 s0: cli
     CHECK "hlt is left by the interrupt", "qword ptr [ticks]", 1
     CHECK "hlt: saved rip is behind it", "qword ptr [tick_rip]", "offset s0"
+    // Whenever it comes, it does not come between STI and HLT.
+    xor ebx, ebx
+    mov r12d, 400
+0:  mov qword ptr [ticks], 0
+    imul eax, r12d, 300
+    sti
+    mov [INIT_COUNT], eax
+    nop
+    cli
+    cmp qword ptr [ticks], 0
+    jne 2f
+    sti
+    hlt
+h1: cli
+    cmp qword ptr [tick_rip], offset h1
+    je 2f
+    inc ebx
+2:  dec r12d
+    jnz 0b
+    CHECK "sti, hlt: never in between", rbx, 0
+    // POPFQ has no shadow.
+    xor ebx, ebx
+    mov r12d, 400
+0:  mov qword ptr [ticks], 0
+    imul eax, r12d, 100
+    sti
+    mov [INIT_COUNT], eax
+    nop
+    cli
+    cmp qword ptr [ticks], 0
+    jne 2f
+1:  test dword ptr [APIC + 0x220], 1    // in the IRR
+    jz 1b
+    push 0xa02 | FL_DF
+    popfq
+h2: pushfq
+    cli
+    cld
+    pop rax
+    and eax, 0xfff
+    cmp eax, 0xa02 | FL_DF
+    jne 3f
+    cmp qword ptr [tick_rip], offset h2
+    je 2f
+3:  inc ebx
+2:  dec r12d
+    jnz 0b
+    CHECK "popfq: the interrupt comes at once, flags kept", rbx, 0
     // Periodic.
     mov qword ptr [ticks], 0
     mov dword ptr [LVT_TIMER], 0x20040

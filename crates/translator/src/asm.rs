@@ -232,6 +232,35 @@ impl Asm {
         ]);
         self.modrm_mem(dst, &Mem::gs(disp));
     }
+    /// `pdep dst, src, gs:[disp]` (BMI2; no flags).
+    pub fn pdep_gs(&mut self, dst: u8, src: u8, disp: i32) {
+        // VEX.LZ.F2.0F38.W1 F5 /r
+        self.bytes(&[
+            0x65,
+            0xc4,
+            (u8::from(dst < 8) << 7) | (1 << 6) | (1 << 5) | 2,
+            0x80 | ((!src & 0xf) << 3) | 3,
+            0xf5,
+        ]);
+        self.modrm_mem(dst, &Mem::gs(disp));
+    }
+    /// `wrgsbase src`.
+    pub fn wrgsbase(&mut self, src: u8) {
+        self.bytes(&[0xf3, 0x48 | (src >> 3), 0x0f, 0xae, 0xd8 | (src & 7)]);
+    }
+    /// `mov dst32, m`.
+    pub fn load32(&mut self, dst: u8, m: &Mem) {
+        self.op_mem(false, &[0x8b], dst, m);
+    }
+    /// `movzx dst32, word m`.
+    pub fn load16(&mut self, dst: u8, m: &Mem) {
+        self.op_mem(false, &[0x0f, 0xb7], dst, m);
+    }
+    /// `mov dword m, imm32`.
+    pub fn store_imm32(&mut self, m: &Mem, imm: u32) {
+        self.op_mem(false, &[0xc7], 0, m);
+        self.bytes(&imm.to_le_bytes());
+    }
     /// `sarx dst, src, count` (BMI2; no flags).
     pub fn sarx(&mut self, dst: u8, src: u8, count: u8) {
         // VEX.LZ.F3.0F38.W1 F7 /r

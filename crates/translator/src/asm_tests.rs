@@ -244,6 +244,24 @@ fn immediates_by_the_shortest_form() {
 }
 
 #[test]
+fn system() {
+    for r in 0..16 {
+        let ins = only(|a| a.wrgsbase(r));
+        assert_eq!((ins.code(), ins.op0_register()), (Code::Wrgsbase_r64, r64(r)), "{ins}");
+        for disp in DISPLACEMENTS {
+            let m = Mem::gs(disp);
+            let ins = only(|a| a.load32(r, &m));
+            assert_eq!(ins.code(), Code::Mov_r32_rm32, "{ins}");
+            let ins = only(|a| a.load16(r, &m));
+            assert_eq!(ins.code(), Code::Movzx_r32_rm16, "{ins}");
+            let ins = only(|a| a.store_imm32(&m, 7));
+            assert_eq!((ins.code(), ins.immediate32()), (Code::Mov_rm32_imm32, 7), "{ins}");
+            assert_eq!(seen(&ins).displacement, i64::from(disp) as u64, "{ins}");
+        }
+    }
+}
+
+#[test]
 fn bmi() {
     for d in 0..16 {
         for s in 0..16 {
@@ -254,6 +272,10 @@ fn bmi() {
                 assert_eq!(ins.immediate8(), imm, "{ins}");
             }
             for disp in DISPLACEMENTS {
+                let ins = only(|a| a.pdep_gs(d, s, disp));
+                assert_eq!(ins.code(), Code::VEX_Pdep_r64_r64_rm64, "{ins}");
+                assert_eq!((ins.op0_register(), ins.op1_register()), (r64(d), r64(s)), "{ins}");
+                assert_eq!(seen(&ins).displacement, i64::from(disp) as u64, "{ins}");
                 let ins = only(|a| a.pext_gs(d, s, disp));
                 assert_eq!(ins.code(), Code::VEX_Pext_r64_r64_rm64, "{ins}");
                 assert_eq!((ins.op0_register(), ins.op1_register()), (r64(d), r64(s)), "{ins}");

@@ -12,6 +12,7 @@ use std::os::fd::AsRawFd;
 use iced_x86::Instruction;
 
 use crate::SetupError;
+use crate::exec::Run;
 use crate::sys::{self, Reservation};
 
 /// Index of a block in [`CodeCache`], valid until the next flush.
@@ -127,6 +128,15 @@ pub struct Block {
     pub valid: bool,
 }
 
+/// An instruction that Rust executes.
+#[derive(Clone, Copy)]
+pub struct Helped {
+    /// The instruction.
+    pub ins: Instruction,
+    /// What executes it.
+    pub run: Run,
+}
+
 /// A finished translation.
 pub struct Made<'a> {
     /// The record.
@@ -144,7 +154,7 @@ pub struct Made<'a> {
     /// Accesses, in order of their numbers.
     pub sites: &'a [Site],
     /// Instructions for helpers, in order of their numbers.
-    pub helpers: &'a [Instruction],
+    pub helpers: &'a [Helped],
 }
 
 /// Traps of one access at page ends after which its block is translated again, with a look first.
@@ -191,7 +201,7 @@ pub struct CodeCache {
     /// Accesses of all blocks, in the order of the blocks.
     sites: Vec<Site>,
     /// Instructions that helpers execute.
-    helpers: Vec<Instruction>,
+    helpers: Vec<Helped>,
     /// Links between different guest pages; undone when the kernel's mappings change.
     far_links: Vec<u32>,
     /// Times everything was dropped.
@@ -357,7 +367,7 @@ impl CodeCache {
     }
 
     /// An instruction for a helper by number.
-    pub fn helper(&self, n: u64) -> Option<&Instruction> {
+    pub fn helper(&self, n: u64) -> Option<&Helped> {
         self.helpers.get(usize::try_from(n).ok()?)
     }
 

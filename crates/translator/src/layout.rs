@@ -13,6 +13,7 @@
 //! R14, guest RSP in R15, and guest R10, R11, R14 and R15 stay in [`Area::state`].
 
 use berth_x86::CpuState;
+use berth_x86::state::flags;
 
 /// Host register numbers.
 pub mod host {
@@ -67,6 +68,39 @@ pub const WINDOWS: usize = 16;
 
 /// Bytes of the bounce buffer: the largest single access (an XSAVE area) fits.
 pub const BOUNCE_SIZE: usize = 2048;
+
+/// Masks for PEXT and PDEP that take flags words apart: [`Area::flag_mask`].
+pub const FLAG_MASKS: [u64; 5] = [
+    flags::IF,
+    !flags::IF,
+    !flags::AC,
+    flags::ARITH | flags::DF,
+    // What PUSHF stores of the rest.
+    flags::FIXED
+        | flags::TF
+        | flags::IF
+        | flags::IOPL
+        | flags::NT
+        | flags::AC
+        | flags::VIF
+        | flags::VIP
+        | flags::ID,
+];
+
+/// Index in [`FLAG_MASKS`].
+#[derive(Clone, Copy, Debug)]
+pub enum FlagMask {
+    /// IF.
+    If,
+    /// All but IF.
+    NotIf,
+    /// All but AC.
+    NotAc,
+    /// What host RFLAGS hold.
+    Host,
+    /// What PUSHF stores of what the state holds.
+    Rest,
+}
 
 /// Why generated code returned to the dispatcher.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +179,14 @@ pub struct Area {
     pub windows: [u64; WINDOWS],
     /// The second scratch register while cold code needs it.
     pub look_s1: u64,
+    /// PEXT and PDEP masks of flags ([`FLAG_MASKS`]).
+    pub flag_mask: [u64; FLAG_MASKS.len()],
+    /// The platform may have an interrupt.
+    pub irq: u64,
+    /// RIP for which `interrupt_shadow` holds.
+    pub shadow_rip: u64,
+    /// GS bases of supervisor code with AC clear, set.
+    pub kernel_base: [u64; 2],
     /// A value that has to survive a second access of the same instruction.
     pub tmp: u64,
     /// Address of the indirect branch that missed the jump cache.

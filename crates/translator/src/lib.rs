@@ -259,4 +259,16 @@ impl TranslatedVcpu {
     pub fn stats(&self) -> Stats {
         Stats { jump_cache_clears: self.inner.tlb.jc_clears, ..self.inner.stats }
     }
+
+    /// How many instructions helpers executed, by mnemonic, the most frequent first.
+    #[must_use]
+    pub fn helper_counts(&self) -> Vec<(String, u64)> {
+        let counts = iced_x86::Mnemonic::values().zip(&self.inner.helper_counts);
+        let mut list: Vec<_> = counts
+            .filter(|(_, n)| **n != 0)
+            .map(|(m, n)| (format!("{m:?}").to_lowercase(), *n))
+            .collect();
+        list.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
+        list
+    }
 }

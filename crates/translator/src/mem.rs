@@ -25,6 +25,40 @@ pub struct Lin {
     pub platform_called: bool,
     /// Bits for DR6 from data breakpoints that were hit.
     pub watch_hits: u64,
+    /// Walks that succeeded, in long mode.
+    pub walked: Walked,
+}
+
+const WALKED: usize = 128;
+
+/// What accesses of Rust code found in the page tables: a TLB of its own, to be cleared whenever the
+/// guest asks for a flush of whatever kind. An entry is for one page and one kind of access with its
+/// rights.
+pub struct Walked([(u64, u64); WALKED]);
+
+impl Walked {
+    /// An empty one.
+    pub const fn new() -> Self {
+        Self([(0, 0); WALKED])
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        for e in &mut self.0 {
+            e.0 = 0;
+        }
+    }
+
+    /// The tag of an access, which is never 0, and the entry to look at.
+    const fn place(va: u64, rights: Rights) -> (u64, usize) {
+        let kind = match rights.kind {
+            Kind::Read => 1,
+            Kind::Write => 2,
+            Kind::Fetch => 3,
+        };
+        let access = kind | (rights.user as u64) << 2 | (rights.smap as u64) << 3;
+        (va & !(PAGE - 1) | access, ((va >> 12 ^ kind << 5) as usize) % WALKED)
+    }
 }
 
 /// One piece of an access within a page.
@@ -66,8 +100,8 @@ impl Lin {
         check_canonical(cpu, va, stack)?;
         check_canonical(cpu, va.wrapping_add(len.max(1) as u64 - 1), stack)?;
         let room = (PAGE - (va & (PAGE - 1))) as usize;
-        let w = paging::walk(&self.shared.ram, cpu, va, rights)?;
-        let first = Piece { gpa: w.gpa, len: len.min(room) };
+        let gpa = self.translate(cpu, va, rights)?;
+        let first = Piece { gpa, len: len.min(room) };
         if len <= room {
             return Ok(Pieces { first, second: Piece::default() });
         }
@@ -75,8 +109,22 @@ impl Lin {
         if !cpu.long_mode() {
             next &= 0xffff_ffff;
         }
-        let w2 = paging::walk(&self.shared.ram, cpu, next, rights)?;
-        Ok(Pieces { first, second: Piece { gpa: w2.gpa, len: len - room } })
+        let gpa = self.translate(cpu, next, rights)?;
+        Ok(Pieces { first, second: Piece { gpa, len: len - room } })
+    }
+
+    /// The physical address of a byte.
+    fn translate(&mut self, cpu: &CpuState, va: u64, rights: Rights) -> Result<u64, Exception> {
+        let (tag, at) = Walked::place(va, rights);
+        let entry = &mut self.walked.0[at];
+        if entry.0 == tag && cpu.long_mode() {
+            return Ok(entry.1 | va & (PAGE - 1));
+        }
+        let w = paging::walk(&self.shared.ram, cpu, va, rights)?;
+        if cpu.long_mode() {
+            *entry = (tag, w.gpa & !(PAGE - 1));
+        }
+        Ok(w.gpa)
     }
 
     /// A walk of one byte for instruction fetches.

@@ -20,14 +20,14 @@ use berth_x86::event::{self, Event};
 use berth_x86::paging::{self, Kind, Rights, Walk};
 use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
 use berth_x86::{CpuState, Exception, Segment};
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
-use crate::code::{BlockId, BlockKey, CodeCache, FastMap, Site};
-use crate::exec::{self, Flow};
+use crate::code::{BlockId, BlockKey, CodeCache, FastMap, Helped, Site};
+use crate::exec::Flow;
 use crate::features::Allowed;
 use crate::fpu;
-use crate::layout::{Area, ExitCode, MAX_ACCESS_SHIFT};
-use crate::mem::{self, Lin, Pieces};
+use crate::layout::{Area, ExitCode, FLAG_MASKS, MAX_ACCESS_SHIFT};
+use crate::mem::{self, Lin, Pieces, Walked};
 use crate::ram::PAGE;
 use crate::returns::Returns;
 use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
@@ -84,7 +84,6 @@ pub struct Inner {
     fetch: Vec<FetchEntry>,
     view: View,
     view_modes: Vec<(View, u32)>,
-    gs_base: u64,
     /// Mode of the block that runs.
     mode: Mode,
     /// To be delivered before the next instruction.
@@ -94,10 +93,6 @@ pub struct Inner {
     once: bool,
     /// A block made for `once` or single-step is running.
     in_single: bool,
-    /// RIP for which `interrupt_shadow` holds.
-    pub(crate) shadow_rip: u64,
-    /// The platform may have an interrupt.
-    pub(crate) irq_maybe: bool,
     /// What `run` is to return.
     pub(crate) exit: Option<Exit>,
     /// Between the read and the write of a bounced read-modify-write: the other vCPUs stand still.
@@ -123,6 +118,8 @@ pub struct Inner {
     /// The instruction that ran traps although TF was clear before it.
     pub(crate) step_trap: bool,
     pub(crate) stats: Stats,
+    /// Instructions executed by helpers, by the number of the mnemonic.
+    pub(crate) helper_counts: Vec<u64>,
 }
 
 extern "C" fn mem_helper(owner: u64, ret: u64, ea: u64) -> Then {
@@ -235,6 +232,9 @@ impl Inner {
             area.slot_mask[shift] = 0xfff & !((1 << shift) - 1);
         }
         area.bit_mask = [7, 15, 31, 63];
+        area.flag_mask = FLAG_MASKS;
+        area.shadow_rip = !0;
+        area.irq = 1;
         area.return_top = returns.top();
         area.return_sp = returns.top();
         area.host_mxcsr = 0x1f80;
@@ -253,6 +253,7 @@ impl Inner {
                 dirty_code: Vec::new(),
                 platform_called: false,
                 watch_hits: 0,
+                walked: Walked::new(),
             },
             mailbox,
             cpuid,
@@ -260,7 +261,6 @@ impl Inner {
             fetch: vec![FetchEntry { page: !0, user: false, gpa: 0, global: false }; FETCH_ENTRIES],
             view: View::Kernel,
             view_modes: Vec::new(),
-            gs_base: 0,
             mode: Mode {
                 bits: 16,
                 user: false,
@@ -271,12 +271,13 @@ impl Inner {
                 single: false,
                 aligned: false,
                 checked: false,
+                ring0: true,
+                tsd: false,
+                fsgsbase: false,
             },
             pending: None,
             once: false,
             in_single: false,
-            shadow_rip: !0,
-            irq_maybe: true,
             exit: None,
             in_split: false,
             bounced: Pieces::default(),
@@ -290,6 +291,7 @@ impl Inner {
             no_step_trap: false,
             step_trap: false,
             stats: Stats::default(),
+            helper_counts: vec![0; Mnemonic::values().len()],
         });
         let owner = &raw mut *inner as u64;
         inner.area.owner = owner;
@@ -322,6 +324,8 @@ impl Inner {
         let host = self.area.host_flags & (flags::ARITH | flags::DF);
         let f = &mut self.area.state.rflags;
         *f = *f & !(flags::ARITH | flags::DF) | host | flags::FIXED;
+        // STAC and CLAC in generated code change it.
+        self.view = self.wanted_view();
     }
 
     fn sync_out(&mut self) {
@@ -348,11 +352,17 @@ impl Inner {
         }
         self.view = view;
         let base = self.tlb.base(self.view);
-        if base != self.gs_base {
-            self.gs_base = base;
-            // SAFETY: the host has WRGSBASE (checked at set-up); nothing else on this thread uses
-            // GS, and the address is a mapped view.
-            unsafe { std::arch::asm!("wrgsbase {}", in(reg) base, options(nomem, nostack)) };
+        let smap = self.area.state.paging() && self.area.state.cr4 & cr4::SMAP != 0;
+        let open = if smap { View::KernelUser(self.tlb.current()) } else { View::Kernel };
+        self.area.kernel_base = [self.tlb.base(View::Kernel), self.tlb.base(open)];
+        // SAFETY: the host has RDGSBASE and WRGSBASE (checked at set-up); nothing else on this thread
+        // uses GS, and the address is a mapped view.
+        unsafe {
+            let now: u64;
+            std::arch::asm!("rdgsbase {}", out(reg) now, options(nomem, nostack));
+            if now != base {
+                std::arch::asm!("wrgsbase {}", in(reg) base, options(nomem, nostack));
+            }
         }
     }
 
@@ -388,6 +398,9 @@ impl Inner {
             single: s.rflags & flags::TF != 0 || mem::breaking(s),
             aligned: mem::alignment_checked(s),
             checked: self.checked,
+            ring0: s.cpl() == 0,
+            tsd: s.cpl() != 0 && s.cr4 & cr4::TSD != 0,
+            fsgsbase: s.cr4 & cr4::FSGSBASE != 0,
         }
     }
 
@@ -405,10 +418,7 @@ impl Inner {
             self.tlb.switch(pcid, false);
         }
         // Whoever woke us may not have poked the mailbox.
-        self.irq_maybe = true;
-        self.gs_base = 0;
-        // Whoever woke a halted vCPU need not have said why.
-        self.irq_maybe = true;
+        self.area.irq = 1;
         fpu::load(&mut self.area);
         self.mailbox.set_thread(signal::this_thread());
         let shared = self.lin.shared.clone();
@@ -471,7 +481,7 @@ impl Inner {
             self.area.state.nmi_pending = 1;
         }
         if self.mailbox.irq.swap(false, Ordering::SeqCst) {
-            self.irq_maybe = true;
+            self.area.irq = 1;
         }
         self.mailbox.kick.swap(false, Ordering::SeqCst).then_some(Exit::Kicked)
     }
@@ -482,7 +492,7 @@ impl Inner {
             return self.deliver(Event::Exception(e));
         }
         let shadow = self.area.state.interrupt_shadow != 0;
-        if shadow && self.area.state.rip != self.shadow_rip {
+        if shadow && self.area.state.rip != self.area.shadow_rip {
             self.area.state.interrupt_shadow = 0;
         }
         let shadow = self.area.state.interrupt_shadow != 0;
@@ -494,9 +504,9 @@ impl Inner {
             self.area.state.nmi_pending = 0;
             return self.deliver(Event::Nmi);
         }
-        if self.irq_maybe {
+        if self.area.irq != 0 {
             if !self.lin.platform.interrupt_pending() {
-                self.irq_maybe = false;
+                self.area.irq = 0;
             } else if self.area.state.rflags & flags::IF != 0 {
                 if shadow {
                     self.once = true;
@@ -505,7 +515,7 @@ impl Inner {
                 if let Some(v) = self.lin.platform.acknowledge_interrupt() {
                     return self.deliver(Event::Interrupt(v));
                 }
-                self.irq_maybe = false;
+                self.area.irq = 0;
             }
         }
         if self.area.state.halted != 0 {
@@ -546,7 +556,7 @@ impl Inner {
             stop = true;
         }
         if std::mem::take(&mut self.lin.platform_called) {
-            self.irq_maybe = true;
+            self.area.irq = 1;
         }
         stop
     }
@@ -601,7 +611,7 @@ impl Inner {
 
     /// Whether the last instruction loaded SS.
     fn stack_shadow(&self) -> bool {
-        self.area.state.interrupt_shadow & 2 != 0 && self.area.state.rip == self.shadow_rip
+        self.area.state.interrupt_shadow & 2 != 0 && self.area.state.rip == self.area.shadow_rip
     }
 
     /// Raises #DB when an instruction breakpoint is set at RIP and RF does not suppress it.
@@ -777,13 +787,19 @@ impl Inner {
         Ok(gpa)
     }
 
+    /// The view by which modes are remembered: supervisor code goes from view to view by itself.
+    fn mode_view(&self) -> View {
+        if matches!(self.view, View::User(_)) { self.view } else { View::Kernel }
+    }
+
     /// The block for the current RIP, made if need be.
     fn find(&mut self, mode: Mode) -> Result<BlockId, Exception> {
         let va = self.linear_rip()?;
         let gpa = self.fetch_page(va)? | (va & (PAGE - 1));
         let key = BlockKey { rip: self.area.state.rip, gpa, mode: mode.pack() };
         let packed = key.mode;
-        match self.view_modes.iter_mut().find(|(v, _)| *v == self.view) {
+        let view = self.mode_view();
+        match self.view_modes.iter_mut().find(|(v, _)| *v == view) {
             Some((_, m)) if *m == packed => {}
             Some((_, m)) => {
                 if !mode.single {
@@ -791,7 +807,7 @@ impl Inner {
                     self.tlb.clear_all_jcs();
                 }
             }
-            None => self.view_modes.push((self.view, packed)),
+            None => self.view_modes.push((view, packed)),
         }
         if !mode.single
             && let Some(id) = self.code.find(&key)
@@ -910,6 +926,7 @@ impl Inner {
     }
 
     fn clear_fetch(&mut self) {
+        self.lin.walked.clear();
         for e in &mut self.fetch {
             e.page = !0;
         }
@@ -945,6 +962,7 @@ impl Inner {
     /// INVLPG.
     pub(crate) fn invalidate(&mut self, va: u64) {
         self.tlb.invalidate(va);
+        self.lin.walked.clear();
         // A large page covers more than the entry named by `va`.
         let is_code = self.fetch.iter().any(|e| e.page != !0 && e.page >> 18 == va >> 30);
         if is_code {
@@ -1303,8 +1321,11 @@ impl Inner {
 
     /// Whether an interrupt would be taken now.
     fn interrupt_due(&mut self) -> bool {
-        self.irq_maybe &= self.lin.platform.interrupt_pending();
-        self.irq_maybe && self.area.state.rflags & flags::IF != 0
+        if self.area.irq == 0 || self.area.state.rflags & flags::IF == 0 {
+            return false;
+        }
+        self.area.irq = u64::from(self.lin.platform.interrupt_pending());
+        self.area.irq != 0
     }
 
     /// Lets the other vCPUs run again after a bounced read-modify-write.
@@ -1319,13 +1340,16 @@ impl Inner {
     fn helper(&mut self, ret: u64) -> Then {
         self.sync_in();
         self.stats.helpers += 1;
-        let Some(&ins) = self.code.helper(self.area.sc) else {
+        let Some(&Helped { ins, run }) = self.code.helper(self.area.sc) else {
             bug("a helper called from an unknown place", ret)
         };
+        if let Some(n) = self.helper_counts.get_mut(ins.mnemonic() as usize) {
+            *n += 1;
+        }
         self.area.exit_code = ExitCode::Helper as u64;
         self.area.state.rip = ins.ip();
         let next = wrap(ins.next_ip(), self.mode.bits);
-        let result = exec::execute(self, &ins, next);
+        let result = run(self, &ins, next);
         let stop = self.after_rust();
         match result {
             Ok(Flow::Next) => {
@@ -1393,7 +1417,7 @@ impl Inner {
         if self.area.state.rip == self.page_fault.0 {
             self.fill_after_fault();
         }
-        if !self.view_modes.contains(&(self.view, mode.pack())) {
+        if !self.view_modes.contains(&(self.mode_view(), mode.pack())) {
             return Then::Exit;
         }
         let Some(host) = self.tlb.jc_find(self.view, self.area.state.rip) else {
@@ -1459,7 +1483,7 @@ enum Outcome {
 /// Whether no block goes on behind an instruction.
 fn ends_block(ins: &Instruction, class: Class) -> bool {
     match class {
-        Class::HelperEnds => true,
+        Class::HelperEnds | Class::Refused => true,
         Class::Branch => {
             !(ins.is_jcc_short_or_near() || ins.is_call_near() || ins.is_call_near_indirect())
         }

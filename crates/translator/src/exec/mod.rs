@@ -29,13 +29,22 @@ pub enum Flow {
 
 type Done = Result<Flow, Exception>;
 
+/// A function that executes an instruction.
+pub type Run = fn(&mut Inner, &Instruction, u64) -> Done;
+
+/// What executes `ins`, which is valid and belongs to the extensions that are advertised.
+pub fn runner(ins: &Instruction) -> Run {
+    let plain = unit(ins) == Unit::None
+        && !ins.is_save_restore_instruction()
+        && ins.mnemonic() != Mnemonic::Wait;
+    if plain { perform } else { execute }
+}
+
 /// Executes `ins`; RIP is its address, `next` the one after it.
 ///
 /// # Errors
 /// The exception it raises; the state is as before it (strings: as after the last full iteration).
-#[allow(clippy::too_many_lines, reason = "one match over the mnemonics")]
 pub fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
-    use Mnemonic as M;
     if ins.is_invalid() && ins.len() == LONGEST {
         return Err(Exception::gp(0));
     }
@@ -43,6 +52,13 @@ pub fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         return Err(Exception::ud());
     }
     unit_available(v, ins)?;
+    perform(v, ins, next)
+}
+
+/// Executes an instruction that needs none of the checks of [`execute`].
+#[allow(clippy::too_many_lines, reason = "one match over the mnemonics")]
+fn perform(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
+    use Mnemonic as M;
     let m = ins.mnemonic();
     if ins.is_string_instruction() {
         return string::execute(v, ins);
@@ -289,7 +305,7 @@ impl Inner {
     /// Interrupts stay inhibited until after the instruction at `next`.
     fn shadow(&mut self, bit: u32, next: u64) {
         self.area.state.interrupt_shadow |= bit;
-        self.shadow_rip = next;
+        self.area.shadow_rip = next;
     }
 
     /// Delivers a software interrupt.

@@ -58,7 +58,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         M::Cli => rules::cli(&mut v.area.state)?,
         M::Sti => {
             rules::sti(&mut v.area.state)?;
-            v.shadow_rip = next;
+            v.area.shadow_rip = next;
         }
         M::Stac | M::Clac => {
             let s = &mut v.area.state;

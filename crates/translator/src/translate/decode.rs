@@ -11,12 +11,16 @@ pub enum Class {
     Nothing,
     /// Emitted.
     Plain,
+    /// A system instruction, emitted (see [`super::system`]).
+    System,
     /// A near branch, emitted.
     Branch,
     /// A helper executes it and the block goes on.
     Helper,
     /// A helper executes it; the block ends.
     HelperEnds,
+    /// No instruction of this processor: a helper finds out what it raises; the block ends.
+    Refused,
 }
 
 /// What an instruction needs of the floating-point units.
@@ -83,7 +87,7 @@ fn is_x87(f: CpuidFeature) -> bool {
 /// How to translate `ins`; `allowed` says whether its extensions are advertised.
 pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
     if ins.is_invalid() || !allowed {
-        return Class::HelperEnds;
+        return Class::Refused;
     }
     if !(mode.fpu && mode.sse && mode.avx) {
         let ok = match unit(ins) {
@@ -93,7 +97,7 @@ pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
             Unit::Avx => mode.avx,
         };
         if !ok {
-            return Class::HelperEnds;
+            return Class::Refused;
         }
     }
     match ins.flow_control() {
@@ -112,6 +116,9 @@ pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
         }
         FlowControl::Return if is_near_ret(ins) && mode.bits == 64 => return Class::Branch,
         _ => return Class::HelperEnds,
+    }
+    if super::system::emitted(ins, mode) {
+        return Class::System;
     }
     if needs_helper(ins, mode) {
         return Class::Helper;

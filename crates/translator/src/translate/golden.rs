@@ -16,7 +16,7 @@ use iced_x86::{
 
 use super::{Mode, Translation, classify};
 use crate::code::{BlockKey, CodeCache};
-use crate::layout::{Area, ExitCode, JC_TAGS, JC_TARGETS, disp, gpr_disp, state_disp};
+use crate::layout::{Area, ExitCode, FLAG_MASKS, JC_TAGS, JC_TARGETS, disp, gpr_disp, state_disp};
 use crate::thunks::{Then, Thunks};
 
 /// Where the guest's code is.
@@ -85,6 +85,26 @@ const BLOCKS: &[Golden] = &[
         mode: Mode { flat: false, fpu: false, sse: false, avx: false, ..Mode::flat(16, false) },
         code: b"\x8b\x00\xe2\xfc",
     },
+    // cli; sti; stac; clac; swapgs
+    Golden {
+        name: "system_flags",
+        mode: KERNEL64,
+        code: b"\xfa\xfb\x0f\x01\xcb\x0f\x01\xca\x0f\x01\xf8",
+    },
+    // pushfq; popfq
+    Golden { name: "system_stack", mode: KERNEL64, code: b"\x9c\x9d" },
+    // mov r10, cr3; mov cr2, rax; mov ebx, ds; clflush [rdi]
+    Golden {
+        name: "system_registers",
+        mode: KERNEL64,
+        code: b"\x41\x0f\x20\xda\x0f\x22\xd0\x8c\xdb\x0f\xae\x3f",
+    },
+    // rdtsc; rdtscp; rdfsbase r10d; wrgsbase rax; xgetbv
+    Golden {
+        name: "system_user",
+        mode: USER64,
+        code: b"\x0f\x31\x0f\x01\xf9\xf3\x41\x0f\xae\xc2\xf3\x48\x0f\xae\xd8\x0f\x01\xd0",
+    },
 ];
 
 extern "C" fn never(_: u64, _: u64, _: u64) -> Then {
@@ -129,12 +149,17 @@ impl Names {
             if displacement == state_disp(base + offset_of!(Segment, base)) {
                 return Some(format!("guest_{name}_base"));
             }
+            if displacement == state_disp(base + offset_of!(Segment, selector)) {
+                return Some(format!("guest_{name}_selector"));
+            }
         }
         let words = [
             (offset_of!(Area, page_mask), 2, "page_mask"),
             (offset_of!(Area, slot_mask), crate::layout::MAX_ACCESS_SHIFT + 1, "slot_mask"),
             (offset_of!(Area, bit_mask), 4, "bit_mask"),
             (offset_of!(Area, windows), crate::layout::WINDOWS, "window"),
+            (offset_of!(Area, flag_mask), FLAG_MASKS.len(), "flag_mask"),
+            (offset_of!(Area, kernel_base), 2, "kernel_base"),
         ];
         for (offset, count, name) in words {
             for i in 0..count {
@@ -151,6 +176,17 @@ impl Names {
             (disp(offset_of!(Area, return_number)), "return_number"),
             (disp(offset_of!(Area, branch_rip)), "branch_rip"),
             (disp(offset_of!(Area, tmp)), "tmp"),
+            (disp(offset_of!(Area, irq)), "irq"),
+            (disp(offset_of!(Area, shadow_rip)), "shadow_rip"),
+            (state_disp(offset_of!(CpuState, rflags)), "rflags"),
+            (state_disp(offset_of!(CpuState, interrupt_shadow)), "interrupt_shadow"),
+            (state_disp(offset_of!(CpuState, kernel_gs_base)), "kernel_gs_base"),
+            (state_disp(offset_of!(CpuState, tsc_offset)), "tsc_offset"),
+            (state_disp(offset_of!(CpuState, tsc_aux)), "tsc_aux"),
+            (state_disp(offset_of!(CpuState, xcr0)), "xcr0"),
+            (state_disp(offset_of!(CpuState, xcr0) + 4), "xcr0_high"),
+            (state_disp(offset_of!(CpuState, cr2)), "cr2"),
+            (state_disp(offset_of!(CpuState, cr3)), "cr3"),
             (JC_TAGS, "jump_cache_tags"),
             (JC_TARGETS, "jump_cache_targets"),
         ];

@@ -22,6 +22,7 @@ mod branch;
 pub(crate) mod decode;
 pub(crate) mod regs;
 mod share;
+mod system;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -29,7 +30,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
-use crate::code::{Block, BlockKey, CodeCache, Link, Made, Site};
+use crate::code::{Block, BlockKey, CodeCache, Helped, Link, Made, Site};
+use crate::exec::{Run, execute, runner};
 use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::{Thunks, through_jump_cache};
 
@@ -63,6 +65,12 @@ pub struct Mode {
     pub aligned: bool,
     /// Accesses look whether they may cross into another page.
     pub checked: bool,
+    /// CPL 0.
+    pub ring0: bool,
+    /// RDTSC is refused (CR4.TSD, CPL above 0).
+    pub tsd: bool,
+    /// RDFSBASE and its like are allowed (CR4.FSGSBASE).
+    pub fsgsbase: bool,
 }
 
 impl Mode {
@@ -78,6 +86,9 @@ impl Mode {
             single: false,
             aligned: false,
             checked: false,
+            ring0: !user,
+            tsd: false,
+            fsgsbase: true,
         }
     }
 
@@ -93,6 +104,9 @@ impl Mode {
             | u32::from(self.single) << 13
             | u32::from(self.aligned) << 14
             | u32::from(self.checked) << 15
+            | u32::from(self.ring0) << 16
+            | u32::from(self.tsd) << 17
+            | u32::from(self.fsgsbase) << 18
     }
 }
 
@@ -131,6 +145,8 @@ enum Cold {
         /// The slow path, among the cold parts.
         mem: usize,
     },
+    /// A helper after all; goes on at an offset in the body.
+    Helper { number: u64, back: usize },
     /// Back to the dispatcher.
     Interrupt { rip: u64 },
     /// Unlinked direct jump.
@@ -171,7 +187,7 @@ pub struct Translation {
     /// Returns: address and what they took from RSP.
     returns: Vec<(u64, i32)>,
     sites: Vec<Site>,
-    helpers: Vec<Instruction>,
+    helpers: Vec<Helped>,
     /// Numbers of the first access and of the first instruction for a helper.
     bases: (u32, u32),
     cold: Vec<Cold>,
@@ -307,12 +323,17 @@ impl Translation {
                 }
                 ended
             }
-            Class::Helper => {
-                self.helper(ins);
+            Class::System => {
+                self.system(ins);
                 false
             }
-            Class::HelperEnds => {
-                self.helper(ins);
+            Class::Helper => {
+                self.helper(ins, runner(ins));
+                false
+            }
+            Class::HelperEnds | Class::Refused => {
+                let run = if class == Class::Refused { execute } else { runner(ins) };
+                self.helper(ins, run);
                 // Most of these never come back; VMCALL and WAIT do.
                 self.exit_at(ins.next_ip(), ExitCode::Interrupt);
                 true
@@ -353,6 +374,7 @@ impl Translation {
         }
     }
 
+    #[allow(clippy::too_many_lines, reason = "one match over the kinds")]
     fn cold_part(&mut self, n: usize) {
         let pos = self.asm.pos();
         for i in (0..self.near.len()).rev() {
@@ -363,6 +385,12 @@ impl Translation {
             }
         }
         match &self.cold[n] {
+            Cold::Helper { number, back } => {
+                let (number, back) = (*number, *back);
+                self.asm.mov_imm(SC, number);
+                self.asm.near_abs(0xe8, self.thunks.helper, self.at);
+                self.asm.jmp_to(back);
+            }
             Cold::Interrupt { rip } => {
                 let rip = *rip;
                 self.exit_at(rip, ExitCode::Interrupt);
@@ -475,10 +503,10 @@ impl Translation {
     }
 
     /// Calls the helper that executes `ins` on the state.
-    fn helper(&mut self, ins: &Instruction) {
+    fn helper(&mut self, ins: &Instruction, run: Run) {
         self.asm.mov_imm(SC, u64::from(self.bases.1) + self.helpers.len() as u64);
         self.asm.near_abs(0xe8, self.thunks.helper, self.at);
-        self.helpers.push(*ins);
+        self.helpers.push(Helped { ins: *ins, run });
     }
 
     /// Makes sure that pending JRCXZs still reach their islands after `bytes` more bytes.

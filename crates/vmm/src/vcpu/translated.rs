@@ -66,7 +66,7 @@ impl Translated {
 
 impl Drop for Translated {
     fn drop(&mut self) {
-        tracing::debug!(stats = ?self.vcpu.stats(), "a translated vCPU ends");
+        tracing::debug!(stats = ?self.vcpu.stats(), helpers = ?self.vcpu.helper_counts(), "a translated vCPU ends");
     }
 }
 

@@ -21,6 +21,7 @@ pub(crate) mod access;
 mod branch;
 pub(crate) mod decode;
 pub(crate) mod regs;
+mod string;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -28,7 +29,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
-use crate::code::{Block, BlockKey, CodeCache, Link, Made, Site};
+use crate::code::{Block, BlockKey, CodeCache, Link, Made, Site, StringSite};
 use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::{Thunks, through_jump_cache};
 
@@ -128,6 +129,10 @@ enum Cold {
         /// The slow path, among the cold parts.
         mem: usize,
     },
+    /// Rare ways of a string instruction.
+    String(Box<string::Rest>),
+    /// Source and destination of a MOVS closer than a page.
+    Overlap(string::Overlap),
     /// Back to the dispatcher.
     Interrupt { rip: u64 },
     /// Unlinked direct jump.
@@ -168,6 +173,7 @@ pub struct Translation {
     /// Returns: address and what they took from RSP.
     returns: Vec<(u64, i32)>,
     sites: Vec<Site>,
+    strings: Vec<StringSite>,
     helpers: Vec<Instruction>,
     /// Numbers of the first access and of the first instruction for a helper.
     bases: (u32, u32),
@@ -213,6 +219,7 @@ impl Translation {
             links: Vec::new(),
             returns: Vec::new(),
             sites: Vec::new(),
+            strings: Vec::new(),
             helpers: Vec::new(),
             bases: (0, 0),
             cold: Vec::new(),
@@ -241,6 +248,7 @@ impl Translation {
         self.links.clear();
         self.returns.clear();
         self.sites.clear();
+        self.strings.clear();
         self.helpers.clear();
         self.bases = (cache.next_site(), cache.next_helper());
         self.cold.clear();
@@ -304,6 +312,7 @@ impl Translation {
             links: &self.links,
             returns: &self.returns,
             sites: &self.sites,
+            strings: &self.strings,
             helpers: &self.helpers,
         }
     }
@@ -318,6 +327,14 @@ impl Translation {
             }
         }
         match &self.cold[n] {
+            Cold::String(rest) => {
+                let rest = **rest;
+                self.string_rest(&rest);
+            }
+            Cold::Overlap(overlap) => {
+                let overlap = *overlap;
+                self.string_overlap(&overlap);
+            }
             Cold::Interrupt { rip } => {
                 let rip = *rip;
                 self.exit_at(rip, ExitCode::Interrupt);

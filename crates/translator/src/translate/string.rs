@@ -1,8 +1,8 @@
 //! String instructions with 64-bit addresses, emitted as the same instructions on host addresses.
 //!
-//! An entry of the software TLB holds for 4096 bytes from any address in its page on: what is beyond
-//! the page lies behind it or faults. So a run of that length needs one look-up for each side; longer
-//! ones are made run by run in the cold part. The processor keeps the registers exact when it stops
+//! A run whose elements all begin in one page of the source and in one of the destination needs one
+//! look-up for each; longer ones are made run by run in the cold part. The last element may cross
+//! into the next page: that lies behind the first or faults (see [`crate::tlb`]). The processor keeps the registers exact when it stops
 //! in the middle, for a fault or for a signal; the signal handler then sends it to code that turns
 //! them back into the guest's. What is left of the instruction after a fault is a helper's.
 
@@ -12,9 +12,6 @@ use super::{Cold, Mode, Translation};
 use crate::asm::Mem;
 use crate::code::StringSite;
 use crate::layout::{Area, ExitCode, GUEST_RCX, S0, S1, SC, disp, host};
-
-/// Bytes that one look-up is good for.
-const RUN: u32 = 4096;
 
 /// Which string instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,9 +122,10 @@ impl StringOp {
         matches!(self.kind, Kind::Cmps | Kind::Scas)
     }
 
-    /// Elements of one run.
-    fn run(self) -> u32 {
-        RUN >> self.shift
+    /// The host registers with its addresses.
+    fn pointers(self) -> impl Iterator<Item = u8> {
+        let destination = self.destination().then_some(host::RDI);
+        destination.into_iter().chain(self.source().then_some(host::RSI))
     }
 
     fn encode(self) -> Vec<u8> {
@@ -166,10 +164,7 @@ impl Translation {
         }
         let look = self.asm.pos() as u32;
         if op.rep {
-            self.asm.lea(SC, &Mem::base(GUEST_RCX, -1));
-            self.asm.pext_gs(SC, SC, Self::run_mask(op.shift));
-            self.asm.pext_gs(S0, S0, disp(std::mem::offset_of!(Area, df_mask)));
-            self.asm.lea(SC, &Mem::base_index(SC, S0, 0, 0));
+            self.string_fits(op);
             let usual = self.asm.jrcxz();
             let odd = self.asm.jmp();
             self.near.push((odd, cold));
@@ -207,6 +202,68 @@ impl Translation {
     /// too many for a run.
     fn run_mask(shift: u8) -> i32 {
         disp(std::mem::offset_of!(Area, run_mask) + usize::from(shift) * 8)
+    }
+
+    /// [`SC`] is 0 when DF in [`S0`] is clear, and no element of the run begins in another page than
+    /// the first one.
+    fn string_fits(&mut self, op: StringOp) {
+        self.asm.pext_gs(S0, S0, disp(std::mem::offset_of!(Area, df_mask)));
+        self.asm.lea(SC, &Mem::base(GUEST_RCX, -1));
+        self.asm.pext_gs(SC, SC, Self::run_mask(op.shift));
+        self.asm.lea(S0, &Mem::base_index(S0, SC, 0, 0));
+        for pointer in op.pointers() {
+            self.string_room(op, S1, pointer);
+            self.asm.mov(SC, GUEST_RCX);
+            self.asm.not(SC);
+            self.asm.lea(S1, &Mem::base_index(S1, SC, 0, 2));
+            self.asm.pext_gs(S1, S1, Self::run_mask(0));
+            self.asm.lea(S0, &Mem::base_index(S0, S1, 0, 0));
+        }
+        self.asm.mov(SC, S0);
+    }
+
+    /// The number of elements behind the first one that begin in the same page.
+    fn string_room(&mut self, op: StringOp, dst: u8, pointer: u8) {
+        self.asm.mov(dst, pointer);
+        self.asm.not(dst);
+        let mask = std::mem::offset_of!(Area, slot_mask) + usize::from(op.shift) * 8;
+        self.asm.pext_gs(dst, dst, disp(mask));
+    }
+
+    /// Puts the number of elements of the next run into [`Area::tmp`]: those that begin in the pages
+    /// of the first ones.
+    fn string_piece(&mut self, op: StringOp) {
+        let mut pointers = op.pointers();
+        if let Some(first) = pointers.next() {
+            self.string_room(op, S0, first);
+        }
+        if let Some(second) = pointers.next() {
+            self.string_room(op, S1, second);
+            self.string_min(S1);
+        }
+        // What is left, less one, if that is not more than fits in any page.
+        self.asm.lea(S1, &Mem::base(GUEST_RCX, -1));
+        self.asm.pext_gs(SC, S1, Self::run_mask(0));
+        let few = self.asm.jrcxz();
+        let many = self.asm.jmp();
+        let ok = self.asm.bind_short(few);
+        debug_assert!(ok);
+        self.string_min(S1);
+        self.asm.bind_near(many);
+        self.asm.lea(S0, &Mem::base(S0, 1));
+        self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, tmp))), S0);
+    }
+
+    /// [`S0`] becomes the lesser of itself and `other`, both less than 4096.
+    fn string_min(&mut self, other: u8) {
+        self.asm.mov(SC, S0);
+        self.asm.not(SC);
+        self.asm.lea(SC, &Mem::base_index(SC, other, 0, 1));
+        self.asm.pext_gs(SC, SC, Self::run_mask(0));
+        let keep = self.asm.jrcxz();
+        self.asm.mov(S0, other);
+        let ok = self.asm.bind_short(keep);
+        debug_assert!(ok);
     }
 
     /// The addends: of RDI in [`S0`], of RSI in [`S1`].
@@ -301,6 +358,7 @@ impl Translation {
             self.asm.pop_mem(&string_flags);
         }
         let look = self.asm.pos();
+        self.string_piece(op);
         self.string_look_up(op);
         if op.kind == Kind::Movs {
             self.string_distance();
@@ -315,42 +373,27 @@ impl Translation {
             debug_assert!(ok);
             self.asm.bind_near(apart);
         }
-        let last = op.compares().then(|| {
-            self.asm.lea(SC, &Mem::base(GUEST_RCX, -1));
-            self.asm.pext_gs(SC, SC, Self::run_mask(op.shift));
-            self.asm.jrcxz()
-        });
+        self.asm.load(SC, &Mem::gs(disp(std::mem::offset_of!(Area, tmp))));
+        self.asm.not(SC);
         let begun = self.asm.pos();
-        self.asm.lea(GUEST_RCX, &Mem::base(GUEST_RCX, -(op.run() as i32)));
-        self.asm.mov_imm(SC, u64::from(op.run()));
-        if let Some(last) = last {
-            let go = self.asm.jmp();
-            let ok = self.asm.bind_short(last);
-            debug_assert!(ok);
-            self.asm.mov(SC, GUEST_RCX);
-            self.asm.mov_imm(GUEST_RCX, 0);
-            self.asm.bind_near(go);
-        }
+        self.asm.lea(GUEST_RCX, &Mem::base_index(GUEST_RCX, SC, 0, 1));
+        self.asm.not(SC);
         self.string_to_host(op);
         let at = self.asm.pos();
         self.asm.bytes(&op.encode());
         self.string_to_guest(op, Count::Sum);
-        if op.compares() {
-            // REPE ends with ZF clear, REPNE with ZF set.
-            let ended = self.asm.jcc(if op.not_equal { 4 } else { 5 });
-            self.asm.mov(SC, GUEST_RCX);
-            let counted = self.asm.jrcxz();
-            self.asm.jmp_to(look);
-            let ok = self.asm.bind_short(counted);
-            debug_assert!(ok);
+        // REPE ends with ZF clear, REPNE with ZF set.
+        let ended = op.compares().then(|| self.asm.jcc(if op.not_equal { 4 } else { 5 }));
+        self.asm.mov(SC, GUEST_RCX);
+        let counted = self.asm.jrcxz();
+        self.asm.jmp_to(look);
+        let ok = self.asm.bind_short(counted);
+        debug_assert!(ok);
+        if let Some(ended) = ended {
             self.asm.bind_near(ended);
             self.asm.store_imm(&string_flags, 0);
-            self.asm.jmp_to(rest.end);
-        } else {
-            // The direction is known.
-            self.asm.mov_imm(S0, 0);
-            self.asm.jmp_to(self.strings[rest.site].look as usize);
         }
+        self.asm.jmp_to(rest.end);
         let site = self.strings.len();
         self.strings.push(StringSite {
             look: look as u32,

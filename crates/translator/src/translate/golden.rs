@@ -69,6 +69,10 @@ const BLOCKS: &[Golden] = &[
         mode: USER64,
         code: b"\x0f\x28\x06\x66\x0f\x76\xc1\xc4\xc1\x7c\x58\x03",
     },
+    // rep movsb
+    Golden { name: "rep_movs", mode: USER64, code: b"\xf3\xa4" },
+    // repne scasb; lodsq
+    Golden { name: "repne_scas_lods", mode: USER64, code: b"\xf2\xae\x48\xad" },
     // fld qword ptr [rdi]; fstp dword ptr [rsi]
     Golden { name: "x87", mode: USER64, code: b"\xdd\x07\xd9\x1e" },
     // mov rax, fs:[0x28]; cpuid; inc eax
@@ -134,6 +138,7 @@ impl Names {
             (offset_of!(Area, page_mask), 2, "page_mask"),
             (offset_of!(Area, slot_mask), crate::layout::MAX_ACCESS_SHIFT + 1, "slot_mask"),
             (offset_of!(Area, bit_mask), 4, "bit_mask"),
+            (offset_of!(Area, run_mask), 4, "run_mask"),
         ];
         for (offset, count, name) in words {
             for i in 0..count {
@@ -150,6 +155,8 @@ impl Names {
             (disp(offset_of!(Area, return_number)), "return_number"),
             (disp(offset_of!(Area, branch_rip)), "branch_rip"),
             (disp(offset_of!(Area, tmp)), "tmp"),
+            (disp(offset_of!(Area, df_mask)), "df_mask"),
+            (disp(offset_of!(Area, string_flags)), "string_flags"),
             (JC_TAGS, "jump_cache_tags"),
             (JC_TARGETS, "jump_cache_targets"),
         ];

@@ -49,6 +49,8 @@ pub struct Rest {
 /// Source and destination of a MOVS that are less than a page apart.
 #[derive(Clone, Copy)]
 pub struct Overlap {
+    /// Bytes of an element, as a shift.
+    shift: u8,
     /// Number of the record.
     site: usize,
 }
@@ -194,7 +196,7 @@ impl Translation {
         let rest = Rest { op, ins: *ins, site, end: self.asm.pos() };
         self.cold.push(Cold::String(Box::new(rest)));
         if overlap.is_some() {
-            self.cold.push(Cold::Overlap(Overlap { site }));
+            self.cold.push(Cold::Overlap(Overlap { shift: op.shift, site }));
         }
     }
 
@@ -420,10 +422,19 @@ impl Translation {
     /// mapping. In two mappings of the same memory it does not.
     pub(super) fn string_overlap(&mut self, overlap: &Overlap) {
         let StringSite { begun, cold, .. } = self.strings[overlap.site];
+        // The distance less the length: not negative?
+        self.asm.mov(SC, host::RSI);
+        self.asm.not(SC);
+        self.asm.lea(SC, &Mem::base_index(SC, host::RDI, 0, 1));
+        self.asm.not(SC);
+        self.asm.lea(SC, &Mem::base_index(SC, GUEST_RCX, overlap.shift, 0));
+        self.asm.not(SC);
+        self.asm.pext_gs(SC, SC, Self::run_mask(0));
+        let apart = self.asm.jrcxz();
         self.string_same_addend();
         let same = self.asm.jrcxz();
         self.asm.jmp_to(cold as usize);
-        let ok = self.asm.bind_short(same);
+        let ok = self.asm.bind_short(same) && self.asm.bind_short(apart);
         debug_assert!(ok);
         self.asm.jmp_to(begun as usize);
     }

@@ -109,6 +109,48 @@ main:
     CHECK "rep stosb downwards: rcx", rcx, 7
     cld
 
+    // Strings over frames that are not neighbours, source and destination one byte apart.
+    mov byte ptr [rbx + 0x3f00], 0x5a
+    mov r8d, 2                          // the second time the pages are known
+1:  mov rdi, offset frames
+    xor eax, eax
+    mov ecx, 0xe00 / 8
+    rep stosq
+    lea rsi, [rbx + 0x3f00]
+    lea rdi, [rbx + 0x3f01]
+    mov ecx, 0x400
+    rep movsb
+    lea rdi, [rbx + 0x3f00]
+    mov ecx, 0x1000
+    mov eax, 0x5a
+    repe scasb
+    lea rax, [rbx + 0x4302]
+    CHECK "rep movsb onto its next byte: all the same", rdi, rax
+    CHECK "rep movsb onto its next byte: rcx of repe scasb", rcx, 0xbfe
+    dec r8d
+    jnz 1b
+    // A long comparison that faults has the flags from before it.
+    lea rsi, [rbx + 0x3000]
+    lea rdi, [rbx + 0x3000]
+    mov ecx, 0x5000
+    mov r13, [t_pt + 40]
+    mov qword ptr [t_pt + 40], 0
+    invlpg [rbx + 0x5000]
+    xor eax, eax
+    ARM 1f
+    cmp eax, 1                          // CF, SF, not ZF
+    repe cmpsb
+1:  mov rax, [exc_cr2]
+    lea rdx, [rbx + 0x5000]
+    CHECK "repe cmpsb: cr2", rax, rdx
+    CHECK "repe cmpsb: rsi", rsi, rdx
+    CHECK "repe cmpsb: rdi", rdi, rdx
+    CHECK "repe cmpsb: rcx", rcx, 0x3000
+    mov rax, [exc_rflags]
+    and eax, 0xc1
+    CHECK "repe cmpsb: flags", rax, 0x81
+    mov [t_pt + 40], r13
+
     // Fetch crossing into a missing page: CR2 is the page, RIP the instruction.
     mov dword ptr [frames + 0xffc], 0x0000b890 // nop; mov eax, imm32 of which two bytes are there
     lea rdx, [rbx + 0xffd]

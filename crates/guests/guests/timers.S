@@ -235,11 +235,12 @@ s4: nop
     mov dword ptr [LVT_TIMER], 0x20040
     mov dword ptr [INIT_COUNT], 20000
     sti
-    mov r8d, 200
+    mov r8d, 2000
 1:  mov rsi, offset copy_src
     mov rdi, offset copy_dst
     mov ecx, 65536
     mov [copy_src + 65535], r8b
+rep_begin:
     rep movsb
     cmp [copy_dst + 65535], r8b
     jne 2f
@@ -249,6 +250,12 @@ s4: nop
     mov dword ptr [INIT_COUNT], 0
     mov dword ptr [LVT_TIMER], 0x10040
     CHECK "rep movsb under interrupts: all rounds right", r8, 0
+    mov rax, [rep_ticks]
+    test rax, rax
+    setnz al
+    movzx eax, al
+    CHECK "rep movsb under interrupts: some in the middle", rax, 1
+    CHECK "rep movsb under interrupts: registers exact", "qword ptr [rep_wrong]", 0
     mov rax, [ticks]
     test rax, rax
     setnz al
@@ -385,7 +392,23 @@ on_tick:
     inc qword ptr [ticks]
     mov rax, [rdi + F_RIP]
     mov [tick_rip], rax
-    cmp qword ptr [x2], 0
+    cmp rax, offset rep_begin
+    jne 3f
+    // RSI and RDI have gone as far as RCX says.
+    mov rax, 65536
+    sub rax, [rdi + F_RCX]
+    jz 3f
+    inc qword ptr [rep_ticks]
+    mov rcx, [rdi + F_RSI]
+    sub rcx, offset copy_src
+    cmp rcx, rax
+    jne 2f
+    mov rcx, [rdi + F_RDI]
+    sub rcx, offset copy_dst
+    cmp rcx, rax
+    je 3f
+2:  inc qword ptr [rep_wrong]
+3:  cmp qword ptr [x2], 0
     jne 1f
     mov dword ptr [EOI], 0
     ret
@@ -459,5 +482,7 @@ nmi_depth: .skip 8
 nmi_depth_max: .skip 8
 deadline: .skip 8
 x2: .skip 8
+rep_ticks: .skip 8
+rep_wrong: .skip 8
 copy_src: .skip 65536
 copy_dst: .skip 65536

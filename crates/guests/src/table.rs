@@ -291,7 +291,7 @@ pub(crate) const GUESTS: &[Guest] = &[
                 "vol. 3, 6.5: a faulting instruction can be restarted; TCG writes the first half",
             ),
         ],
-        ..guest!("paging_cross", [1], Expect::Checks(52), [Need::FullEmulation])
+        ..guest!("paging_cross", [1], Expect::Checks(61), [Need::FullEmulation])
     },
     Guest {
         qemu_differs: &[

@@ -305,6 +305,13 @@ impl Asm {
         }
         ok
     }
+    /// `jrcxz` back to an offset at most 126 bytes away; `false` when it is too far.
+    #[must_use]
+    pub fn jrcxz_to(&mut self, target: usize) -> bool {
+        let d = i8::try_from(target as i64 - (self.pos() as i64 + 2));
+        self.bytes(&[0xe3, d.unwrap_or(0) as u8]);
+        d.is_ok()
+    }
     /// Distance from a pending JRCXZ to the current position.
     pub fn distance(&self, s: Short) -> usize {
         self.pos() - s.0
@@ -363,6 +370,10 @@ impl Asm {
             self.buf.push(0x41);
         }
         self.buf.push(0x58 | (r & 7));
+    }
+    /// `pushfq`.
+    pub fn pushfq(&mut self) {
+        self.buf.push(0x9c);
     }
     /// `push m`.
     pub fn push_mem(&mut self, m: &Mem) {

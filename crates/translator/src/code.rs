@@ -101,6 +101,26 @@ pub struct Site {
     pub cross: [u32; 3],
 }
 
+/// A string instruction, or a part of one, that is emitted. The registers that hold its addresses and
+/// its count are the guest's until `begun`, then host addresses and what is left to do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StringSite {
+    /// Host offset of the first instruction from where on the guest's one can be begun again.
+    pub look: u32,
+    /// Host offset up to where it can.
+    pub begun: u32,
+    /// Host offset of the string instruction itself.
+    pub op: u32,
+    /// Host offset of the call of the helper, for a look-up that faults.
+    pub cold: u32,
+    /// Host offset of the code that puts the registers right and calls the helper.
+    pub cold_fault: u32,
+    /// Host offset of the code that puts the registers right and leaves.
+    pub cold_stop: u32,
+    /// Address of the guest instruction.
+    pub rip: u64,
+}
+
 /// A translated block.
 #[derive(Clone, Copy)]
 pub struct Block {
@@ -122,6 +142,8 @@ pub struct Block {
     insns: (u32, u32),
     /// Memory accesses: the first of them in [`CodeCache::site`]'s numbering, and how many.
     pub sites: (u32, u32),
+    /// String instructions: the first of them, and how many.
+    strings: (u32, u32),
     /// The last link that was made to jump here; the others follow it in `CodeCache::listed`.
     incoming: u32,
     /// Still to be found.
@@ -153,6 +175,8 @@ pub struct Made<'a> {
     pub returns: &'a [(u64, i32)],
     /// Accesses, in order of their numbers.
     pub sites: &'a [Site],
+    /// String instructions.
+    pub strings: &'a [StringSite],
     /// Instructions for helpers, in order of their numbers.
     pub helpers: &'a [Helped],
 }
@@ -200,6 +224,8 @@ pub struct CodeCache {
     returns: Vec<(u64, i32)>,
     /// Accesses of all blocks, in the order of the blocks.
     sites: Vec<Site>,
+    /// String instructions of all blocks, in the order of the blocks.
+    strings: Vec<StringSite>,
     /// Instructions that helpers execute.
     helpers: Vec<Helped>,
     /// Links between different guest pages; undone when the kernel's mappings change.
@@ -242,6 +268,7 @@ impl CodeCache {
             listed: Vec::new(),
             returns: Vec::new(),
             sites: Vec::new(),
+            strings: Vec::new(),
             helpers: Vec::new(),
             far_links: Vec::new(),
             flushes: 0,
@@ -299,6 +326,7 @@ impl CodeCache {
         self.listed.clear();
         self.returns.clear();
         self.sites.clear();
+        self.strings.clear();
         self.helpers.clear();
         self.far_links.clear();
         self.flushes += 1;
@@ -306,12 +334,14 @@ impl CodeCache {
 
     /// Appends a block; `register`: make it findable.
     pub fn push_block(&mut self, made: Made<'_>, register: bool) -> BlockId {
-        let Made { mut block, insns, code: bytes, cold, links, returns, sites, helpers } = made;
+        let Made { mut block, insns, code: bytes, cold, links, returns, sites, strings, helpers } = made;
         block.sites = (self.sites.len() as u32, sites.len() as u32);
         block.insns = (self.insns.len() as u32, insns.len() as u32);
         self.insns.extend_from_slice(insns);
         self.sites.extend_from_slice(sites);
         self.helpers.extend_from_slice(helpers);
+        block.strings = (self.strings.len() as u32, strings.len() as u32);
+        self.strings.extend_from_slice(strings);
         let id = BlockId(self.blocks.len() as u32);
         block.host = self.next_host();
         block.len = bytes.len() as u32;
@@ -382,6 +412,20 @@ impl CodeCache {
         self.insns.get(first..first + count).unwrap_or_default()
     }
 
+    /// The string instructions of a block.
+    pub fn strings_of(&self, block: &Block) -> &[StringSite] {
+        let (first, count) = (block.strings.0 as usize, block.strings.1 as usize);
+        self.strings.get(first..first + count).unwrap_or_default()
+    }
+
+    /// Where to go on to leave a string instruction that is under way at `pc`.
+    pub fn string_stop(&self, pc: u64) -> Option<u64> {
+        let block = self.block_at(pc)?;
+        let off = pc.wrapping_sub(block.host) as u32;
+        let site = self.strings_of(block).iter().find(|s| s.op == off)?;
+        Some(block.host + u64::from(site.cold_stop))
+    }
+
     /// Address of the guest instruction that host address `pc` belongs to.
     pub fn rip_at(&self, pc: u64) -> Option<u64> {
         let block = self.block_at(pc)?;
@@ -402,6 +446,10 @@ impl CodeCache {
         let block = self.block_at(pc)?;
         let off = pc.wrapping_sub(block.host) as u32;
         let sites = self.sites_of(block);
+        let strings = self.strings_of(block);
+        if let Some(s) = strings.iter().find(|s| off >= s.look && off <= s.begun) {
+            return Some(s.rip);
+        }
         // On the way to the slow path: the call has five bytes.
         if let Some(s) = sites.iter().find(|s| off >= s.cold && off + 5 <= s.ret) {
             let first = sites.iter().find(|f| f.rip == s.rip)?;
@@ -437,6 +485,7 @@ impl CodeCache {
             cold_len: 0,
             insns: (0, 0),
             sites: (0, 0),
+            strings: (0, 0),
             incoming: NO_LINK,
             valid: true,
         }

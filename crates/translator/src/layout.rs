@@ -187,6 +187,14 @@ pub struct Area {
     pub shadow_rip: u64,
     /// GS bases of supervisor code with AC clear, set.
     pub kernel_base: [u64; 2],
+    /// PEXT mask of DF in RFLAGS.
+    pub df_mask: u64,
+    /// PEXT masks of what is too much for a run of string elements of 1, 2, 4, 8 bytes within 4096
+    /// bytes, in a number of elements less one.
+    pub run_mask: [u64; 4],
+    /// While a long REP CMPS or REP SCAS is under way: RFLAGS from before it; else 0. Whoever leaves
+    /// it in the middle finds these flags (SDM vol. 2, REP).
+    pub string_flags: u64,
     /// A value that has to survive a second access of the same instruction.
     pub tmp: u64,
     /// Address of the indirect branch that missed the jump cache.

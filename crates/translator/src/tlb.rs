@@ -289,6 +289,23 @@ impl Tlb {
         self.current as u8
     }
 
+    /// The addend of a page, if it is known.
+    pub fn get(&self, view: View, va: u64) -> Option<u64> {
+        let upper = va >> 47 & 1 != 0;
+        if !self.is_open(Self::primary(view, va), va) || !self.is_open(view, va) {
+            return None;
+        }
+        let half = match (view, upper) {
+            (View::User(_), true) => return None,
+            (View::User(s) | View::KernelUser(s), false) => &self.slots[usize::from(s)].user,
+            (View::Kernel, false) => &self.low,
+            _ => &self.high,
+        };
+        let index = (va >> 12) & (HALF / 8 - 1);
+        let addend = half.entry(index).load(Ordering::Relaxed);
+        (addend != half.unknown(index)).then_some(addend)
+    }
+
     /// Enters a translation for the page of `va`.
     pub fn fill(&mut self, view: View, va: u64, page: Page) {
         self.enter(view, va, page, 1);

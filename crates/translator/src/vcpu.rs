@@ -164,6 +164,14 @@ pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32) -> u64 {
                 return b.host + u64::from(fix);
             }
         }
+        for s in inner.code.strings_of(b) {
+            if off >= s.look && off < s.begun {
+                return b.host + u64::from(s.cold);
+            }
+            if off == s.op {
+                return b.host + u64::from(s.cold_fault);
+            }
+        }
     }
     inner.thunks.exit(ExitCode::Fault)
 }
@@ -203,7 +211,10 @@ pub unsafe fn stop_target(owner: u64, pc: u64, stepped: bool) -> Stop {
             inner.area.fault_trap = 0;
             Stop::Go(inner.thunks.exit(ExitCode::Interrupt), None)
         }
-        None => Stop::Step,
+        None => match inner.code.string_stop(pc) {
+            Some(leave) => Stop::Go(leave, None),
+            None => Stop::Step,
+        },
     }
 }
 
@@ -235,6 +246,8 @@ impl Inner {
         area.flag_mask = FLAG_MASKS;
         area.shadow_rip = !0;
         area.irq = 1;
+        area.df_mask = flags::DF;
+        area.run_mask = [!0xfff, !0x7ff, !0x3ff, !0x1ff];
         area.return_top = returns.top();
         area.return_sp = returns.top();
         area.host_mxcsr = 0x1f80;
@@ -321,7 +334,9 @@ impl Inner {
     }
 
     fn sync_in(&mut self) {
-        let host = self.area.host_flags & (flags::ARITH | flags::DF);
+        let before = std::mem::take(&mut self.area.string_flags);
+        let host = if before == 0 { self.area.host_flags } else { before };
+        let host = host & (flags::ARITH | flags::DF);
         let f = &mut self.area.state.rflags;
         *f = *f & !(flags::ARITH | flags::DF) | host | flags::FIXED;
         // STAC and CLAC in generated code change it.
@@ -1208,6 +1223,36 @@ impl Inner {
         }
     }
 
+    /// Enters the page of `va` for emitted string instructions, unless it is known.
+    pub(crate) fn enter_string_page(&mut self, va: u64, write: bool) {
+        let kind = if write { Kind::Write } else { Kind::Read };
+        let Mode { bits, single, aligned, .. } = self.mode;
+        if bits != 64 || single || aligned || mem::watching(&self.area.state) {
+            return;
+        }
+        let known = self.tlb.get(self.view, va);
+        if known.is_some() && !write {
+            return;
+        }
+        let rights = Rights::explicit(&self.area.state, kind);
+        let Ok(w) = self.lin.walk(&self.area.state, va, rights) else { return };
+        let page = w.gpa & !(PAGE - 1);
+        let rw = w.writable && w.dirty;
+        if !self.lin.shared.ram.contains(page, PAGE)
+            || write && (!rw || self.lin.shared.has_code(page >> 12))
+        {
+            return;
+        }
+        if let Some(addend) = known {
+            let host = addend.wrapping_add(va & !(PAGE - 1));
+            let plain = self.lin.shared.ram.view_addr(page, true);
+            if host == plain || self.lin.shared.ram.guarded_addr(page, true) == Some(host) {
+                return;
+            }
+        }
+        self.fill(va, &w, write);
+    }
+
     fn entry(&self, va: u64, host: u64, w: &Walk) -> Page {
         let s = &self.area.state;
         Page {
@@ -1340,6 +1385,9 @@ impl Inner {
     fn helper(&mut self, ret: u64) -> Then {
         self.sync_in();
         self.stats.helpers += 1;
+        // A string instruction that faulted: its pages are entered.
+        let trap = std::mem::take(&mut self.area.fault_trap);
+        self.stats.signals += u64::from(trap != 0);
         let Some(&Helped { ins, run }) = self.code.helper(self.area.sc) else {
             bug("a helper called from an unknown place", ret)
         };

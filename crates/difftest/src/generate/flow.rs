@@ -189,6 +189,8 @@ impl Builder<'_> {
         let count = match self.rng.below(10) {
             0 => 0,
             1 => self.rng.below(400),
+            // Up to three pages and a bit: the end of the data is often on the way.
+            2 => self.rng.below((3 * crate::layout::PAGE + 64) / element.max(1)),
             _ => self.rng.below(20),
         };
         // With a count of zero, whether the upper halves are cleared differs by processor.

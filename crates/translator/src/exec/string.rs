@@ -104,7 +104,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction) -> Done {
         port_allowed(v, port, p.size)?;
     }
     if !p.rep {
-        one(v, &p)?;
+        first(v, &p)?;
         return Ok(Flow::Next);
     }
     let mut steps = 0;
@@ -130,7 +130,8 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction) -> Done {
             _ => 0,
         };
         let done = if done == 0 {
-            if let Err(e) = one(v, &p) {
+            let result = if steps == 0 { first(v, &p) } else { one(v, &p) };
+            if let Err(e) = result {
                 // SDM vol. 2, REP: a fault restores EFLAGS to what they were before CMPS or SCAS.
                 v.area.state.rflags = before;
                 return Err(e);
@@ -158,6 +159,21 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction) -> Done {
             return Ok(Flow::Jump);
         }
     }
+}
+
+/// The first iteration. Emitted code that meets these pages again is to know them.
+fn first(v: &mut Inner, p: &Plan) -> Result<(), Exception> {
+    let (si, di) = (v.area.state.gpr[reg::RSI], v.area.state.gpr[reg::RDI]);
+    one(v, p)?;
+    if p.mask == u64::MAX && usize::from(p.seg) < sreg::FS {
+        if matches!(p.op, Op::Movs | Op::Lods | Op::Cmps) {
+            v.enter_string_page(si, false);
+        }
+        if matches!(p.op, Op::Movs | Op::Stos | Op::Scas | Op::Cmps) {
+            v.enter_string_page(di, matches!(p.op, Op::Movs | Op::Stos));
+        }
+    }
+    Ok(())
 }
 
 /// One iteration; registers but RCX are advanced.
@@ -320,6 +336,12 @@ fn bulk(v: &mut Inner, p: &Plan, count: u64) -> u64 {
         }
     }
     v.lin.written(dst, len);
+    if p.mask == u64::MAX && usize::from(p.seg) < sreg::FS {
+        v.enter_string_page(to, true);
+        if p.op == Op::Movs {
+            v.enter_string_page(from, false);
+        }
+    }
     put(v, reg::RDI, p.mask, di.wrapping_add(len));
     if p.op == Op::Movs {
         put(v, reg::RSI, p.mask, si.wrapping_add(len));

@@ -9,6 +9,7 @@ use berth_x86::state::sreg;
 
 use super::decode::{Unit, unit};
 use super::regs::{GuestReg, host_reg};
+use super::string::StringOp;
 use super::{Cold, Translation};
 use crate::asm::Mem;
 use crate::code::Site;
@@ -284,6 +285,10 @@ impl Translation {
 
     /// An instruction of the "plain" class.
     pub(super) fn plain(&mut self, ins: &Instruction) {
+        if let Some(op) = StringOp::of(ins) {
+            self.close_windows();
+            return self.string(ins, op);
+        }
         match ins.mnemonic() {
             Mnemonic::Push => return self.push(ins),
             Mnemonic::Pop => return self.pop(ins),

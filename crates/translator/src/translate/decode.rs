@@ -3,6 +3,7 @@
 use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind};
 
 use super::Mode;
+use super::string::StringOp;
 
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +139,9 @@ fn is_near_ret(ins: &Instruction) -> bool {
 #[allow(clippy::too_many_lines, reason = "a list of mnemonics")]
 fn needs_helper(ins: &Instruction, mode: Mode) -> bool {
     use Mnemonic as M;
+    if StringOp::of(ins).is_some_and(|op| op.emitted(ins, mode)) {
+        return false;
+    }
     if ins.is_privileged()
         || ins.is_string_instruction()
         || ins.is_save_restore_instruction()

@@ -69,6 +69,10 @@ const BLOCKS: &[Golden] = &[
         mode: USER64,
         code: b"\x0f\x28\x06\x66\x0f\x76\xc1\xc4\xc1\x7c\x58\x03",
     },
+    // rep movsb
+    Golden { name: "rep_movs", mode: USER64, code: b"\xf3\xa4" },
+    // repne scasb; lodsq
+    Golden { name: "repne_scas_lods", mode: USER64, code: b"\xf2\xae\x48\xad" },
     // fld qword ptr [rdi]; fstp dword ptr [rsi]
     Golden { name: "x87", mode: USER64, code: b"\xdd\x07\xd9\x1e" },
     // mov rax, fs:[0x28]; cpuid; inc eax
@@ -160,6 +164,7 @@ impl Names {
             (offset_of!(Area, windows), crate::layout::WINDOWS, "window"),
             (offset_of!(Area, flag_mask), FLAG_MASKS.len(), "flag_mask"),
             (offset_of!(Area, kernel_base), 2, "kernel_base"),
+            (offset_of!(Area, run_mask), 4, "run_mask"),
         ];
         for (offset, count, name) in words {
             for i in 0..count {
@@ -187,6 +192,8 @@ impl Names {
             (state_disp(offset_of!(CpuState, xcr0) + 4), "xcr0_high"),
             (state_disp(offset_of!(CpuState, cr2)), "cr2"),
             (state_disp(offset_of!(CpuState, cr3)), "cr3"),
+            (disp(offset_of!(Area, df_mask)), "df_mask"),
+            (disp(offset_of!(Area, string_flags)), "string_flags"),
             (JC_TAGS, "jump_cache_tags"),
             (JC_TARGETS, "jump_cache_targets"),
         ];

@@ -22,6 +22,7 @@ mod branch;
 pub(crate) mod decode;
 pub(crate) mod regs;
 mod share;
+mod string;
 mod system;
 
 use std::ops::Range;
@@ -30,7 +31,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
-use crate::code::{Block, BlockKey, CodeCache, Helped, Link, Made, Site};
+use crate::code::{Block, BlockKey, CodeCache, Helped, Link, Made, Site, StringSite};
 use crate::exec::{Run, execute, runner};
 use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::{Thunks, through_jump_cache};
@@ -147,6 +148,10 @@ enum Cold {
     },
     /// A helper after all; goes on at an offset in the body.
     Helper { number: u64, back: usize },
+    /// Rare ways of a string instruction.
+    String(Box<string::Rest>),
+    /// Source and destination of a MOVS closer than a page.
+    Overlap(string::Overlap),
     /// Back to the dispatcher.
     Interrupt { rip: u64 },
     /// Unlinked direct jump.
@@ -187,6 +192,7 @@ pub struct Translation {
     /// Returns: address and what they took from RSP.
     returns: Vec<(u64, i32)>,
     sites: Vec<Site>,
+    strings: Vec<StringSite>,
     helpers: Vec<Helped>,
     /// Numbers of the first access and of the first instruction for a helper.
     bases: (u32, u32),
@@ -240,6 +246,7 @@ impl Translation {
             links: Vec::new(),
             returns: Vec::new(),
             sites: Vec::new(),
+            strings: Vec::new(),
             helpers: Vec::new(),
             bases: (0, 0),
             cold: Vec::new(),
@@ -272,6 +279,7 @@ impl Translation {
         self.links.clear();
         self.returns.clear();
         self.sites.clear();
+        self.strings.clear();
         self.helpers.clear();
         self.bases = (cache.next_site(), cache.next_helper());
         self.cold.clear();
@@ -370,6 +378,7 @@ impl Translation {
             links: &self.links,
             returns: &self.returns,
             sites: &self.sites,
+            strings: &self.strings,
             helpers: &self.helpers,
         }
     }
@@ -390,6 +399,14 @@ impl Translation {
                 self.asm.mov_imm(SC, number);
                 self.asm.near_abs(0xe8, self.thunks.helper, self.at);
                 self.asm.jmp_to(back);
+            }
+            Cold::String(rest) => {
+                let rest = **rest;
+                self.string_rest(&rest);
+            }
+            Cold::Overlap(overlap) => {
+                let overlap = *overlap;
+                self.string_overlap(&overlap);
             }
             Cold::Interrupt { rip } => {
                 let rip = *rip;

@@ -172,7 +172,8 @@ impl Translation {
         for (n, (ins, class, looks)) in list.iter().enumerate().skip(self.index).take(AHEAD) {
             if n > self.index {
                 let goes_on = match class {
-                    Class::Nothing | Class::Plain => true,
+                    Class::Nothing => true,
+                    Class::Plain => !ins.is_string_instruction(),
                     Class::Branch => ins.is_jcc_short_or_near() || stack_access(ins).is_some(),
                     _ => false,
                 };

@@ -157,6 +157,8 @@ impl StringOp {
 impl Translation {
     /// A string instruction.
     pub(super) fn string(&mut self, ins: &Instruction, op: StringOp) {
+        // Longer than any JRCXZ reaches: none may be pending.
+        self.reserve(127);
         let rip = self.block.key.rip.wrapping_add(u64::from(self.rip_off));
         let site = self.strings.len();
         let cold = self.cold.len();

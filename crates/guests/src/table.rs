@@ -437,7 +437,7 @@ pub(crate) const GUESTS: &[Guest] = &[
         )],
         ..guest!("smp", [2, 4], Expect::Checks(32), [Need::Cmpxchg16b, Need::Speed])
     },
-    guest!("timers", [1], Expect::Checks(48), [Need::Speed]),
+    guest!("timers", [1], Expect::Checks(50), [Need::Speed]),
     Guest {
         qemu_differs: &[
             differs(

@@ -94,6 +94,8 @@ pub struct Site {
     pub segmented: bool,
     /// Bytes between the address that was looked up and the one that is accessed.
     pub above: u16,
+    /// Place in the area of the addend that is shared with other accesses.
+    pub window: Option<u8>,
     /// Traps because the access crossed into another page.
     pub crossings: u8,
     /// Host offsets of cold code that looks whether the next page follows in the host: where it
@@ -334,7 +336,8 @@ impl CodeCache {
 
     /// Appends a block; `register`: make it findable.
     pub fn push_block(&mut self, made: Made<'_>, register: bool) -> BlockId {
-        let Made { mut block, insns, code: bytes, cold, links, returns, sites, strings, helpers } = made;
+        let Made { mut block, insns, code: bytes, cold, links, returns, sites, strings, helpers } =
+            made;
         block.sites = (self.sites.len() as u32, sites.len() as u32);
         block.insns = (self.insns.len() as u32, insns.len() as u32);
         self.insns.extend_from_slice(insns);

@@ -424,19 +424,21 @@ impl Tlb {
         self.open.contains(&(page << 8 | no))
     }
 
-    /// Whether there is an entry for the page of `va`.
-    pub fn knows(&self, view: View, va: u64) -> bool {
-        let primary = Self::primary(view, va);
-        if !self.is_open(primary, va) {
-            return false;
-        }
+    /// What generated code would find for `va`, and whether that is an entry.
+    pub fn look_up(&self, view: View, va: u64) -> (u64, bool) {
         let half = match (view, va >> 47 & 1 != 0) {
-            (View::User(s) | View::KernelUser(s), false) => &self.slots[usize::from(s)].user,
+            // As generated code does for user mode, without bit 47.
+            (View::User(s), _) | (View::KernelUser(s), false) => &self.slots[usize::from(s)].user,
             (View::Kernel, false) => &self.low,
             _ => &self.high,
         };
         let index = (va >> 12) & (HALF / 8 - 1);
-        half.entry(index).load(Ordering::Relaxed) != half.unknown(index)
+        let unknown = half.unknown(index);
+        if !self.is_open(Self::primary(view, va), va) {
+            return (unknown, false);
+        }
+        let found = half.entry(index).load(Ordering::Relaxed);
+        (found, found != unknown)
     }
 
     fn drop_tables(&mut self) {

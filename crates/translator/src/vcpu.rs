@@ -1005,7 +1005,13 @@ impl Inner {
         if trap != 0 && self.crosses(&site, ea) {
             self.crossed(number, &site, ret);
         }
-        match self.access(&site, ea, trap) {
+        let access = self.access(&site, ea, trap);
+        if let Some(window) = site.window
+            && let Some(kept) = self.area.windows.get_mut(usize::from(window))
+        {
+            *kept = self.tlb.look_up(self.view, ea.wrapping_sub(u64::from(site.above))).0;
+        }
+        match access {
             Ok(Outcome::Direct(host)) => {
                 self.area.sc = host.wrapping_sub(ea);
                 Then::Go
@@ -1139,7 +1145,7 @@ impl Inner {
         if site.above == 0 {
             return (ea ^ last) & !(PAGE - 1) != 0;
         }
-        (looked_up ^ last) & !(PAGE - 1) != 0 && self.tlb.knows(self.view, last)
+        (looked_up ^ last) & !(PAGE - 1) != 0 && self.tlb.look_up(self.view, last).1
     }
 
     /// An access trapped at the end of a page. Those that do so often look first from now on.

@@ -272,6 +272,7 @@ impl Translation {
             read: want.read,
             segmented: false,
             above: 0,
+            window: None,
             crossings: 0,
             cross: [0; 3],
         }

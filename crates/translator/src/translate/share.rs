@@ -7,6 +7,9 @@
 //! with the same base; if there are any, one look-up is made at the lowest address, and its addend kept in
 //! the area (and in [`SC`] while nothing else needs that).
 //!
+//! The slow path of a shared access looks the window's addend up anew: it may have entered the page, and
+//! the look-up itself may have been what faulted.
+//!
 //! A wrong guess costs time only: an access whose page is another one than the window's, and does not
 //! follow it in the host, faults and takes the slow path. Instructions that do so often look up
 //! for themselves from then on.
@@ -127,6 +130,7 @@ impl Translation {
             look,
             op: self.asm.pos() as u32,
             above: (d - window.start) as u16,
+            window: Some(window.slot as u8),
             ..self.site_of(want, seg)
         });
         self.cold.push(Cold::Shared { site, base, d: d as i32, slot: window.slot });

@@ -268,11 +268,13 @@ fn compare(v: &mut Inner, a: u64, b: u64, size: usize) {
     v.area.state.rflags = f;
 }
 
-/// As many forward iterations of MOVS or STOS as lie in one page of source and destination RAM;
+/// As many iterations of MOVS or STOS as lie in one page of source and destination RAM;
 /// 0 when they have to be done one by one.
 fn bulk(v: &mut Inner, p: &Plan, count: u64) -> u64 {
     let s = &v.area.state;
-    if s.rflags & (flags::DF | flags::TF) != 0
+    let down = s.rflags & flags::DF != 0;
+    if s.rflags & flags::TF != 0
+        || down && (p.mask != u64::MAX || usize::from(p.seg) >= sreg::FS)
         || crate::mem::watching(s)
         || crate::mem::alignment_checked(s)
     {
@@ -290,18 +292,31 @@ fn bulk(v: &mut Inner, p: &Plan, count: u64) -> u64 {
     } else {
         0
     };
-    let room = |a: u64| (PAGE - (a & (PAGE - 1))) / size;
-    let mut n = count.min(room(to)).min((p.mask - di) / size);
+    // Elements from one on that lie in its page.
+    let room = |a: u64| {
+        let offset = a & (PAGE - 1);
+        match down {
+            false => (PAGE - offset) / size,
+            true if offset + size <= PAGE => offset / size + 1,
+            true => 0,
+        }
+    };
+    let reach = |a: u64| if down { u64::MAX } else { (p.mask - a) / size };
+    let mut n = count.min(room(to)).min(reach(di));
     if p.op == Op::Movs {
-        n = n.min(room(from)).min((p.mask - si) / size);
+        n = n.min(room(from)).min(reach(si));
     }
     if n < 2 {
         return 0;
     }
+    // From here on the lowest addresses.
+    let back = if down { (n - 1) * size } else { 0 };
+    let (to, from) = (to.wrapping_sub(back), from.wrapping_sub(back));
     let len = (n * size) as usize;
     // Segment limits are checked for the whole run.
-    if v.linear(es, di, len, true).is_err()
-        || (p.op == Op::Movs && v.linear(p.seg, si, len, false).is_err())
+    if !down
+        && (v.linear(es, di, len, true).is_err()
+            || (p.op == Op::Movs && v.linear(p.seg, si, len, false).is_err()))
     {
         return 0;
     }
@@ -328,7 +343,9 @@ fn bulk(v: &mut Inner, p: &Plan, count: u64) -> u64 {
         return 0;
     }
     match src {
-        Some(a) if dst > a && dst < a + len => return 0,
+        // Each element is read after the one before it was written, which shows.
+        Some(a) if !down && dst > a && dst < a + len => return 0,
+        Some(a) if down && dst < a && a < dst + len => return 0,
         Some(a) => ram.copy(a, dst, len),
         None => {
             let x = s.gpr[reg::RAX].to_le_bytes();
@@ -342,9 +359,10 @@ fn bulk(v: &mut Inner, p: &Plan, count: u64) -> u64 {
             v.enter_string_page(from, false);
         }
     }
-    put(v, reg::RDI, p.mask, di.wrapping_add(len));
+    let step = if down { len.wrapping_neg() } else { len };
+    put(v, reg::RDI, p.mask, di.wrapping_add(step));
     if p.op == Op::Movs {
-        put(v, reg::RSI, p.mask, si.wrapping_add(len));
+        put(v, reg::RSI, p.mask, si.wrapping_add(step));
     }
     n
 }

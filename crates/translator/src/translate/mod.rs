@@ -211,6 +211,8 @@ pub struct Translation {
     converts: bool,
     /// Instructions of the block, with what is known of them: class, whether they look.
     pub ahead: Vec<(Instruction, Class, bool)>,
+    /// The general registers that each of them writes.
+    written: Vec<u16>,
     /// Number of the current one.
     index: usize,
     /// Addends kept for several accesses.
@@ -258,6 +260,7 @@ impl Translation {
             converts: false,
             looks: false,
             ahead: Vec::new(),
+            written: Vec::new(),
             index: 0,
             windows: Vec::new(),
             held: None,
@@ -294,6 +297,7 @@ impl Translation {
     /// Translates the instructions in [`Translation::ahead`]; gives how many were, and whether the
     /// block ends with the last of them.
     pub fn all(&mut self) -> (usize, bool) {
+        self.note_writes();
         let mut ended = false;
         while !ended
             && self.len() < MAX_BLOCK_BYTES / 3

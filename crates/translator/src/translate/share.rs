@@ -196,7 +196,7 @@ impl Translation {
                     break;
                 }
             }
-            match self.effect(ins, base) {
+            match effect(ins, self.writes(n), base) {
                 Effect::Nothing => {}
                 Effect::Adds(by) => added += by,
                 Effect::Unknown => break,
@@ -223,55 +223,82 @@ impl Translation {
         if self.windows.is_empty() {
             return;
         }
-        let mut windows = std::mem::take(&mut self.windows);
-        for w in &mut windows {
-            match self.effect(ins, w.base) {
+        let written = self.writes(self.index);
+        for w in &mut self.windows {
+            match effect(ins, written, w.base) {
                 Effect::Nothing => {}
                 Effect::Adds(by) => w.start -= by,
                 // No register has this number: the place in the area stays taken.
                 Effect::Unknown => w.base = u8::MAX,
             }
         }
-        self.windows = windows;
     }
 
-    fn effect(&mut self, ins: &Instruction, base: u8) -> Effect {
-        let is_base = |r: Register| GuestReg::of(r).is_some_and(|g| g.n == base);
-        let whole = |r: Register| GuestReg::of(r).is_some_and(|g| g.n == base && g.size == 8);
-        match ins.mnemonic() {
-            Mnemonic::Push if base == RSP && stack_access(ins).is_some() => {
-                return Effect::Adds(-8);
-            }
-            Mnemonic::Pop if base == RSP && stack_access(ins).is_some() => {
-                return if is_base(ins.op0_register()) { Effect::Unknown } else { Effect::Adds(8) };
-            }
-            Mnemonic::Add | Mnemonic::Sub
-                if ins.op0_kind() == OpKind::Register
-                    && whole(ins.op0_register())
-                    && ins.op1_kind() != OpKind::Register
-                    && ins.op1_kind() != OpKind::Memory =>
-            {
-                let by = ins.immediate(1) as i64;
-                let by = if ins.mnemonic() == Mnemonic::Sub { -by } else { by };
-                return if by.abs() < REACH { Effect::Adds(by) } else { Effect::Unknown };
-            }
-            Mnemonic::Lea
-                if whole(ins.op0_register())
-                    && whole(ins.memory_base())
-                    && ins.memory_index() == Register::None =>
-            {
-                let by = ins.memory_displacement64() as i64;
-                return if by.abs() < REACH { Effect::Adds(by) } else { Effect::Unknown };
-            }
-            _ => {}
-        }
-        let info = self.infos.info(ins);
-        let writes = info.used_registers().iter().any(|u| {
-            is_base(u.register())
-                && !matches!(u.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None)
-        });
-        if writes { Effect::Unknown } else { Effect::Nothing }
+    /// General registers, a bit each, that instruction `n` of the block writes.
+    fn writes(&self, n: usize) -> u16 {
+        self.written.get(n).copied().unwrap_or(u16::MAX)
     }
+
+    /// Notes which registers the instructions of the block write.
+    pub(super) fn note_writes(&mut self) {
+        self.written.clear();
+        for (ins, class, _) in &self.ahead {
+            let mut written = 0;
+            // What ends the search need not be known.
+            if *class == Class::Plain {
+                for used in self.infos.info(ins).used_registers() {
+                    let reads = matches!(
+                        used.access(),
+                        OpAccess::Read | OpAccess::CondRead | OpAccess::None
+                    );
+                    if !reads && let Some(g) = GuestReg::of(used.register()) {
+                        written |= 1 << g.n;
+                    }
+                }
+            }
+            self.written.push(written);
+        }
+    }
+}
+
+/// What an instruction that writes the registers `written` does to `base`.
+fn effect(ins: &Instruction, written: u16, base: u8) -> Effect {
+    if base > 15 {
+        return Effect::Unknown;
+    }
+    if written & 1 << base == 0 {
+        return Effect::Nothing;
+    }
+    let is_base = |r: Register| GuestReg::of(r).is_some_and(|g| g.n == base);
+    let whole = |r: Register| GuestReg::of(r).is_some_and(|g| g.n == base && g.size == 8);
+    match ins.mnemonic() {
+        Mnemonic::Push if base == RSP && stack_access(ins).is_some() => {
+            return Effect::Adds(-8);
+        }
+        Mnemonic::Pop if base == RSP && stack_access(ins).is_some() => {
+            return if is_base(ins.op0_register()) { Effect::Unknown } else { Effect::Adds(8) };
+        }
+        Mnemonic::Add | Mnemonic::Sub
+            if ins.op0_kind() == OpKind::Register
+                && whole(ins.op0_register())
+                && ins.op1_kind() != OpKind::Register
+                && ins.op1_kind() != OpKind::Memory =>
+        {
+            let by = ins.immediate(1) as i64;
+            let by = if ins.mnemonic() == Mnemonic::Sub { -by } else { by };
+            return if by.abs() < REACH { Effect::Adds(by) } else { Effect::Unknown };
+        }
+        Mnemonic::Lea
+            if whole(ins.op0_register())
+                && whole(ins.memory_base())
+                && ins.memory_index() == Register::None =>
+        {
+            let by = ins.memory_displacement64() as i64;
+            return if by.abs() < REACH { Effect::Adds(by) } else { Effect::Unknown };
+        }
+        _ => {}
+    }
+    Effect::Unknown
 }
 
 /// Base register and displacement of the access that emitted stack instructions make by the way.

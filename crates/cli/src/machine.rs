@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use berth_vmm::boot::Module;
@@ -166,9 +167,11 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
     // Before any thread exists, so that all of them leave the signals to the watcher. A command in
     // the guest gets them itself.
     let over: Arc<std::sync::OnceLock<Arc<Ending>>> = Arc::default();
+    let asked = Arc::new(AtomicBool::new(false));
     if plan.command.is_none() {
-        let over = Arc::clone(&over);
+        let (over, asked) = (Arc::clone(&over), Arc::clone(&asked));
         SignalWatch::start(move |_| {
+            asked.store(true, Ordering::SeqCst);
             if let Some(ending) = over.get() {
                 ending.end(Outcome::Stopped);
             }
@@ -183,8 +186,11 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
     if let (Some(Console::Stdio), Some(size)) = (&plan.virtio_console, ends.console.get()) {
         follow_terminal_size(size.clone()).map_err(MachineError::Signals)?;
     }
-    // Set once; the watcher had nothing to end before.
+    // Set once. The guest runs already; a signal from before had nothing to end.
     let _ = over.set(Arc::clone(&ending));
+    if asked.load(Ordering::SeqCst) {
+        ending.end(Outcome::Stopped);
+    }
     match &plan.command {
         None => ended(plan, machine.wait()),
         Some(exec) => {

@@ -1,6 +1,6 @@
 //! A small assembler for the instructions the translator adds of its own.
 //!
-//! Guest instructions are re-encoded by iced-x86; what surrounds them (address checks, register
+//! Guest instructions are re-encoded by iced-x86; what surrounds them (look-ups, register
 //! moves, exits) comes from here, because it is emitted several times per guest instruction and a
 //! few pushes of bytes are cheaper than a general encoder. Each form is checked against iced's
 //! decoder in the tests.

@@ -1,16 +1,17 @@
 //! Register assignment and the per-vCPU area that generated code addresses through the GS base.
 //!
 //! ```text
-//!   gs base ──►  0            soft TLB: one u64 per guest linear page (index = linear address bits
-//!                             12..=47), the value to add to a guest address to get the host
-//!                             address, or 0
-//!                -AREA_SIZE   [`Area`], the same page in every view
-//!                -AREA_SIZE-JC_SIZE  the jump cache of this view
+//!   -AREA_SIZE-JC_SIZE  the jump cache of this view
+//!   -AREA_SIZE          [`Area`], the same pages in every view
+//!   gs base ──►  0      soft TLB: one u64 per guest linear page (index = linear address bits
+//!                       12..=47), the value to add to a guest address to get the host address;
+//!                       for unknown pages the sum has no access (see `tlb`)
 //! ```
 //!
 //! Guest registers live in host registers of the same number while generated code runs, except:
-//! host RSP is the host's stack, RCX (wanted by JRCXZ), R10 and R11 are scratch; guest RCX lives in
-//! R14, guest RSP in R15, and guest R10, R11, R14 and R15 stay in [`Area::state`].
+//! host RSP is the return stack (see `returns`), RCX (wanted by JRCXZ), R10 and R11 are scratch;
+//! guest RCX lives in R14, guest RSP in R15, and guest R10, R11, R14 and R15 stay in
+//! [`Area::state`].
 
 use berth_x86::CpuState;
 use berth_x86::state::flags;
@@ -106,12 +107,13 @@ pub enum FlagMask {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum ExitCode {
-    /// A direct jump that is not linked yet; [`Area::exit_arg`] is the host address of its slot.
+    /// A direct jump that is not linked yet; [`Area::exit_arg`] is the number of the link.
     Link = 1,
     /// An indirect jump missed the jump cache; the target is in [`Area::exit_rip`], its own address
     /// in [`Area::branch_rip`], what it took from RSP in [`Area::exit_arg`].
     Indirect = 2,
-    /// [`Area::run`] was found zero; RIP is in [`Area::exit_rip`].
+    /// A stop signal came, [`Area::run`] was zero on the way in, or the block has nothing to go on
+    /// with; RIP is in [`Area::exit_rip`].
     Interrupt = 3,
     /// A helper asked for it; everything is in the state.
     Helper = 4,

@@ -57,7 +57,7 @@ pub struct Config {
     /// Bytes of host code kept per vCPU before all of it is dropped.
     pub code_cache_bytes: usize,
     /// Guest address spaces (PCIDs) whose translations are kept per vCPU, 1 to 8. Each reserves
-    /// 768 GiB of the host's address space.
+    /// 768 GiB of the host's address space, besides 512 GiB per vCPU.
     pub address_spaces: usize,
 }
 
@@ -189,7 +189,8 @@ impl Kicker {
         self.mailbox.poke(&self.mailbox.kick);
     }
 
-    /// Tells the vCPU to ask its platform for a pending interrupt at the next block boundary.
+    /// Tells the vCPU to ask its platform for a pending interrupt at the next instruction
+    /// boundary.
     pub fn interrupt(&self) {
         self.mailbox.poke(&self.mailbox.irq);
     }

@@ -49,7 +49,8 @@ impl Mailbox {
         self.interrupt();
     }
 
-    /// Makes the vCPU come to its dispatcher at the next block boundary.
+    /// Makes the vCPU come to its dispatcher at the next instruction boundary: by a signal, if it is in
+    /// generated code.
     pub fn interrupt(&self) {
         let run = lock(&self.run);
         let (word, thread) = *run;

@@ -1,11 +1,15 @@
 //! Host signals raised by generated code.
 //!
-//! A store to the read-only view of RAM or to a write-protected page, a non-canonical address, a
-//! misaligned SSE operand, a division by zero, an unmasked floating-point exception: the processor
-//! finds these for us. The handler runs on its own stack, finds the vCPU by the GS base (checked by
-//! the PC being in a code cache of ours), and changes only where the thread goes on: at the slow
-//! path of the access, or at the exit that reports a fault. Signals from anywhere else get their
-//! default action.
+//! An access to a page that is not in the TLB or across the end of a guarded one, a store to the
+//! read-only view of RAM or to a write-protected page, a non-canonical address, a misaligned SSE
+//! operand, a division by zero, an unmasked floating-point exception: the processor finds these for
+//! us. The handler runs on its own stack, finds the vCPU by the GS base (checked by the PC being in a
+//! code cache of ours), and changes only where the thread goes on: at the slow path of the access, or
+//! at the exit that reports a fault. Signals from anywhere else get their default action.
+//!
+//! One more signal makes a thread leave generated code. Only between two guest instructions is the
+//! state complete: the handler goes back to the start of an instruction that has done nothing yet, or
+//! sets the trap flag and steps until that is possible.
 
 use std::cell::Cell;
 use std::io;

@@ -8,8 +8,12 @@
 //!   find or translate block ──► enter generated code ──► exit: link, indirect, ─┘
 //!                                   │        ▲           interrupt, helper, fault
 //!                                   ▼        │
-//!                         slow access / helper (Rust, on the same stack)
+//!                         slow access / helper (Rust, on the thread's stack)
 //! ```
+//!
+//! A helper whose instruction went elsewhere goes straight on in generated code when the jump cache
+//! knows the target. A signal makes generated code leave for the dispatcher between two guest
+//! instructions.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;

@@ -1,5 +1,6 @@
 //! Instructions executed by Rust code on the architectural state: everything privileged, far
-//! control transfers, strings, port I/O, and what is too rare to emit.
+//! control transfers, port I/O, strings and system instructions where they are not emitted, and what
+//! is too rare to emit.
 
 mod operand;
 mod simd;

@@ -1,7 +1,8 @@
 //! From guest instructions to a block of host code.
 //!
 //! A block is a run of guest instructions in one page (the last one may cross into the next) up to
-//! a branch or to something a helper must do with control flow. Most instructions are emitted as
+//! a jump or return, or to something a helper must do with control flow; it goes on behind calls
+//! and the first conditional branches. Most instructions are emitted as
 //! they are with registers renamed; a memory operand becomes an address in a register, a look-up in
 //! the software TLB that leaves the flags alone, and the same instruction on the host address:
 //!
@@ -14,8 +15,12 @@
 //!
 //! What cannot be reached this way faults: an unknown page, a store to a page that may not be
 //! written, a crossing into a page that lies elsewhere (see [`crate::tlb`]). The signal handler goes
-//! on in the cold part behind the block, which calls the slow path with the address in R10. Guest flags are host flags throughout: nothing emitted here changes
-//! them.
+//! on in the block's cold part, which calls the slow path with the address in R10 and the number of
+//! the access in RCX. Accesses through the same base register may share a look-up (see `share`).
+//!
+//! Guest flags are host flags throughout: nothing added here changes them. Nothing of the guest's
+//! changes before the first access of an instruction, so that a signal there can go back to the
+//! instruction's start.
 
 pub(crate) mod access;
 mod branch;

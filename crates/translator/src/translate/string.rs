@@ -2,9 +2,11 @@
 //!
 //! A run whose elements all begin in one page of the source and in one of the destination needs one
 //! look-up for each; longer ones are made run by run in the cold part. The last element may cross
-//! into the next page: that lies behind the first or faults (see [`crate::tlb`]). The processor keeps the registers exact when it stops
-//! in the middle, for a fault or for a signal; the signal handler then sends it to code that turns
-//! them back into the guest's. What is left of the instruction after a fault is a helper's.
+//! into the next page: that lies behind the first or faults (see [`crate::tlb`]).
+//!
+//! The processor keeps the registers exact when it stops in the middle, for a fault or for a signal;
+//! the signal handler then sends it to code that turns them back into the guest's. What is left of
+//! the instruction after a fault is a helper's.
 
 use iced_x86::{Code, Instruction, OpKind, Register};
 

@@ -1506,7 +1506,10 @@ impl Inner {
             (libc::SIGFPE, 19) | (libc::SIGILL, _) => Exception::ud(),
             (_, 4) => Exception::other(vector::OF),
             (_, 13) => Exception::gp(0),
-            _ => bug("a signal that no guest instruction can raise", pc),
+            _ => bug(
+                &format!("signal {signal}, trap {trap}, which no guest instruction can raise"),
+                pc,
+            ),
         };
         self.raise(e);
     }

@@ -342,6 +342,7 @@ impl Translation {
             }
             Class::System => {
                 self.system(ins);
+                self.close_windows();
                 false
             }
             Class::Helper => {

@@ -326,7 +326,7 @@ impl Translation {
     /// CLFLUSH and its like: the caches of the host are coherent, but the operand may fault.
     fn touch_operand(&mut self, ins: &Instruction) {
         let a = self.operand(ins, Want { size: 1, read: true, write: false });
-        self.asm.op_mem(false, &[0x0f, 0xb6], S1, &Mem::base_index(a.ea, SC, 0, 0)); // movzx
+        self.asm.op_mem(false, &[0x0f, 0xb6], S1, &Mem::base_index(a.ea, SC, 0, a.disp)); // movzx
         self.end_access(a);
     }
 }

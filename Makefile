@@ -35,4 +35,5 @@ lint:
 	$(CARGO) xtask tidy
 
 packages:
-	scripts/install-packages gcc:cc mmdebstrap:mmdebstrap e2fsprogs:mke2fs passt:passt
+	scripts/install-packages gcc:cc libc6-dev:/usr/include/stdio.h mmdebstrap:mmdebstrap \
+		e2fsprogs:mke2fs passt:passt

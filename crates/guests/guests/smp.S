@@ -5,6 +5,7 @@
     .globl main, ap_main
 #define ROUNDS 20000
 #define SPLIT_ROUNDS 500
+#define BESIDE_ROUNDS 5000
 #define TRAMPOLINE 0x8000
 main:
     mov dword ptr [APIC + 0xf0], 0x1ff  // software enable, spurious vector 0xff
@@ -131,6 +132,18 @@ main:
     ALL w_code
     CHECK "code changed elsewhere: only old or new results", "qword ptr [code_bad]", 0
     CHECK "code changed elsewhere: new after the protocol", "qword ptr [code_stale]", 0
+
+    // Processors 0, 2, ... count in a page from which the others execute.
+    mov eax, [cpus]
+    inc eax
+    shr eax
+    mov [b_left], eax
+    imul rax, rax, BESIDE_ROUNDS
+    mov [b_adds], rax
+    ALL w_beside
+    mov rax, [b_adds]
+    CHECK "counters beside code that others execute, first", "qword ptr [b_counts]", rax
+    CHECK "counters beside code that others execute, second", "qword ptr [b_counts + 8]", rax
 
     // IPIs to the others, which wait in HLT with interrupts on.
     mov rax, offset on_ipi
@@ -543,6 +556,27 @@ patched:
     ret
     .align 4096
 
+w_beside:
+    test ebx, 1
+    jnz 3f
+    mov ecx, BESIDE_ROUNDS
+    mov rdx, offset b_counts
+1:  lock inc qword ptr [rdx]
+    lock inc qword ptr [rdx + 8]
+    loop 1b
+    lock dec dword ptr [b_left]
+    ret
+3:  call beside
+    cmp dword ptr [b_left], 0
+    jne 3b
+    ret
+    .align 4096
+beside:
+    ret
+    .align 64
+b_counts: .skip 64
+    .align 4096
+
 w_hlt:
     mov dword ptr [stop], 0
 1:  sti
@@ -662,6 +696,8 @@ s_pd: .skip 4096
 s_pt: .skip 4096
 s_frames: .skip 3 * 4096
 s_adds: .skip 8
+b_adds: .skip 8
+b_left: .skip 8
 s_left: .skip 8
 s_counting: .skip 8
     .align 4096

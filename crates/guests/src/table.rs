@@ -435,7 +435,7 @@ pub(crate) const GUESTS: &[Guest] = &[
             "code changed elsewhere: new after the protocol",
             "vol. 3, 8.1.3: TCG can keep a translation made between its invalidation and the store",
         )],
-        ..guest!("smp", [2, 4], Expect::Checks(32), [Need::Cmpxchg16b, Need::Speed])
+        ..guest!("smp", [2, 4], Expect::Checks(34), [Need::Cmpxchg16b, Need::Speed])
     },
     guest!("timers", [1], Expect::Checks(50), [Need::Speed]),
     Guest {

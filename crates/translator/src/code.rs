@@ -71,6 +71,9 @@ pub struct Site {
     pub ret: u32,
     /// Host offset of the return address of the commit call, 0 when there is none.
     pub commit_ret: u32,
+    /// Host offset where the slow path makes the access itself, 0 when it never does. The page may
+    /// have become inaccessible again by then.
+    pub direct: u32,
     /// Address of the guest instruction.
     pub rip: u64,
     /// Bytes accessed.
@@ -311,6 +314,17 @@ impl CodeCache {
         host
     }
 
+    /// The code around `pc`, for reports, and its address.
+    pub fn around(&self, pc: u64) -> (u64, Vec<u8>) {
+        let start = pc.saturating_sub(48).max(self.rx);
+        let end = (pc + 32).min(self.rx + self.size as u64);
+        let bytes = (start..end).map(|host| {
+            // SAFETY: inside the executable mapping, which is readable and written by this thread only.
+            unsafe { (host as *const u8).read() }
+        });
+        (start, bytes.collect())
+    }
+
     /// Whether `bytes` more bytes fit.
     pub fn fits(&self, bytes: usize) -> bool {
         self.used + bytes <= self.cold_start && self.cold_used + bytes <= self.size
@@ -444,8 +458,9 @@ impl CodeCache {
         Some(block.key.rip.wrapping_add(u64::from(r)))
     }
 
-    /// The guest instruction that `pc` belongs to, if it has had no effect so far.
-    pub fn restart_at(&self, pc: u64) -> Option<u64> {
+    /// The guest instruction that `pc` belongs to, if it has had no effect so far. `bounced`: if this
+    /// is an access, the slow path has been there and read the operand.
+    pub fn restart_at(&self, pc: u64, bounced: bool) -> Option<u64> {
         let block = self.block_at(pc)?;
         let off = pc.wrapping_sub(block.host) as u32;
         let sites = self.sites_of(block);
@@ -462,7 +477,10 @@ impl CodeCache {
         let i = insns.partition_point(|&(h, _)| h <= off).checked_sub(1)?;
         let &(start, r) = insns.get(i)?;
         let rip = block.key.rip.wrapping_add(u64::from(r));
-        let before = || sites.iter().find(|s| s.rip == rip).is_some_and(|s| off <= s.op);
+        let before = || {
+            let first = sites.iter().find(|s| s.rip == rip);
+            first.is_some_and(|s| off < s.op || off == s.op && !bounced)
+        };
         (start == off || before()).then_some(rip)
     }
 

@@ -169,6 +169,8 @@ pub struct Area {
     pub fault_pc: u64,
     /// Signal number.
     pub fault_signal: u64,
+    /// Address of an access that could not be made.
+    pub fault_address: u64,
     /// x86 trap number of a signal.
     pub fault_trap: u64,
     /// PEXT masks that find the page index for user code, supervisor code.

@@ -163,7 +163,9 @@ extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_vo
     // lies before it; this thread was in generated code and holds no reference to it.
     unsafe {
         if sig == stop_signal() || sig == libc::SIGTRAP && (*area).stepping != 0 {
-            let stop = crate::vcpu::stop_target((*area).owner, pc, sig == libc::SIGTRAP);
+            // RCX is SC.
+            let sc = regs[libc::REG_RCX as usize] as u64;
+            let stop = crate::vcpu::stop_target((*area).owner, pc, sc, sig == libc::SIGTRAP);
             (*area).stepping = u64::from(matches!(stop, Stop::Step));
             regs[libc::REG_EFL as usize] &= !TF;
             match stop {
@@ -188,6 +190,7 @@ extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_vo
         (*area).fault_trap = trap;
         (*area).fault_pc = pc;
         (*area).fault_signal = sig as u64;
+        (*area).fault_address = (*info).si_addr() as u64;
         regs[libc::REG_RIP as usize] = crate::vcpu::signal_target((*area).owner, pc, sig) as i64;
     }
 }

@@ -103,6 +103,8 @@ pub struct Inner {
     in_split: bool,
     /// Bounced store to be committed.
     bounced: Pieces,
+    /// The addend that leads the last bounced access to the bounce buffer.
+    bounced_sc: u64,
     /// The bounced store is x87's: an unmasked exception suppresses it.
     bounced_x87: bool,
     /// A store that faults, tried on the bounce buffer because its own exception comes first.
@@ -160,7 +162,8 @@ pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32) -> u64 {
     {
         let off = (pc - b.host) as u32;
         for s in inner.code.sites_of(b) {
-            if off >= s.look && off < s.op_end {
+            let out_of_line = s.direct != 0 && off >= s.direct && off < s.cold_end;
+            if off >= s.look && off < s.op_end || out_of_line {
                 return b.host + u64::from(s.cold);
             }
             let [start, end, fix] = s.cross;
@@ -191,9 +194,11 @@ pub unsafe fn return_stack_full(owner: u64, address: u64) -> bool {
 
 /// How a thread that was interrupted at `pc` leaves generated code; called by the signal handler.
 ///
+/// `sc` is what [`crate::layout::SC`] holds there.
+///
 /// # Safety
 /// `owner` is the vCPU whose generated code was interrupted on this thread.
-pub unsafe fn stop_target(owner: u64, pc: u64, stepped: bool) -> Stop {
+pub unsafe fn stop_target(owner: u64, pc: u64, sc: u64, stepped: bool) -> Stop {
     // SAFETY: by the caller; generated code was running, so no reference is live.
     let inner = unsafe { &mut *(owner as *mut Inner) };
     if inner.thunks.contain(pc) {
@@ -208,7 +213,8 @@ pub unsafe fn stop_target(owner: u64, pc: u64, stepped: bool) -> Stop {
     if inner.in_single {
         return Stop::Later;
     }
-    match inner.code.restart_at(pc) {
+    // What was read for an access, from a device perhaps, is not read twice.
+    match inner.code.restart_at(pc, sc == inner.bounced_sc) {
         Some(rip) => {
             inner.area.exit_rip = wrap(rip, inner.mode.bits);
             // An access that was on its way to the slow path is made again.
@@ -298,6 +304,7 @@ impl Inner {
             exit: None,
             in_split: false,
             bounced: Pieces::default(),
+            bounced_sc: 0,
             bounced_x87: false,
             trial: None,
             page_fault: (!0, 0),
@@ -1021,7 +1028,8 @@ impl Inner {
                 Then::Go
             }
             Ok(Outcome::Bounce) => {
-                self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
+                self.bounced_sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
+                self.area.sc = self.bounced_sc;
                 self.bounced_x87 = site.x87;
                 if site.write { Then::Bounce } else { Then::Go }
             }
@@ -1506,10 +1514,17 @@ impl Inner {
             (libc::SIGFPE, 19) | (libc::SIGILL, _) => Exception::ud(),
             (_, 4) => Exception::other(vector::OF),
             (_, 13) => Exception::gp(0),
-            _ => bug(
-                &format!("signal {signal}, trap {trap}, which no guest instruction can raise"),
-                pc,
-            ),
+            _ => {
+                let (at, code) = self.code.around(pc);
+                let address = self.area.fault_address;
+                bug(
+                    &format!(
+                        "signal {signal}, trap {trap} at address {address:#x}, which no guest \
+                         instruction can raise; rip {rip:#x}, code from {at:#x}: {code:02x?}"
+                    ),
+                    pc,
+                )
+            }
         };
         self.raise(e);
     }

@@ -261,6 +261,7 @@ impl Translation {
             cold_end: 0,
             ret: 0,
             commit_ret: 0,
+            direct: 0,
             rip: self.block.key.rip.wrapping_add(u64::from(self.rip_off)),
             size: want.size as u16,
             align: self.align,

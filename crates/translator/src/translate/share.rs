@@ -160,6 +160,7 @@ impl Translation {
             self.asm.jmp_to(s.op_end as usize);
         }
         self.asm.bind_near(direct);
+        self.sites[site].direct = self.asm.pos() as u32;
         reload_base(self);
         self.asm.bytes(&self.body.buf[tail]);
         self.asm.load(SC, &kept(slot));

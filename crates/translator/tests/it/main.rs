@@ -41,6 +41,46 @@ impl Platform for Nothing {
     }
 }
 
+/// A device whose register counts how often it is read, and which then wants an interrupt.
+#[derive(Default)]
+struct Counter {
+    reads: u32,
+    interrupt: bool,
+}
+
+impl Platform for Counter {
+    fn mmio_read(&mut self, _: u64, data: &mut [u8]) {
+        self.reads += 1;
+        self.interrupt = true;
+        data.copy_from_slice(&self.reads.to_le_bytes()[..data.len()]);
+    }
+    fn mmio_write(&mut self, _: u64, _: &[u8]) {}
+    fn port_read(&mut self, _: u16, _: u8) -> u32 {
+        !0
+    }
+    fn port_write(&mut self, _: u16, _: u8, _: u32) {}
+    fn read_msr(&mut self, _: &CpuState, _: u32) -> Option<u64> {
+        None
+    }
+    fn write_msr(&mut self, _: &CpuState, _: u32, _: u64) -> Option<()> {
+        None
+    }
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        std::mem::take(&mut self.interrupt).then_some(VECTOR)
+    }
+    fn interrupt_pending(&mut self) -> bool {
+        self.interrupt
+    }
+    fn cr8(&mut self) -> u8 {
+        0
+    }
+    fn set_cr8(&mut self, _: u8) {}
+    fn hypercall(&mut self, _: u64, _: [u64; 4]) -> u64 {
+        0
+    }
+}
+
+const VECTOR: u8 = 0x20;
 const RAM: u64 = 16 << 20;
 const CODE: u64 = 0x10_0000;
 
@@ -70,7 +110,17 @@ fn get(fd: &OwnedFd, at: u64, n: usize) -> Vec<u8> {
 
 /// Runs `code` at [`CODE`] until it halts; gives the vCPU and the RAM.
 fn run(code: &[u8]) -> (TranslatedVcpu, OwnedFd) {
+    run_on(code, Box::new(Nothing))
+}
+
+/// The same with devices. Interrupts go to [`CODE`] + 0x100.
+fn run_on(code: &[u8], platform: Box<dyn Platform>) -> (TranslatedVcpu, OwnedFd) {
     let fd = memfd();
+    let handler = CODE + 0x100;
+    let gate = handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
+    put(&fd, 0x3000 + u64::from(VECTOR) * 16, &gate.to_le_bytes());
+    put(&fd, 0x4008, &0x00af_9b00_0000_ffffu64.to_le_bytes());
+    put(&fd, 0x4010, &0x00cf_9300_0000_ffffu64.to_le_bytes());
     put(&fd, 0x1000, &0x2003u64.to_le_bytes());
     put(&fd, 0x2000, &0x83u64.to_le_bytes());
     put(&fd, CODE, code);
@@ -83,13 +133,17 @@ fn run(code: &[u8]) -> (TranslatedVcpu, OwnedFd) {
     let data = Segment { base: 0, limit: !0, selector: 16, attr: 0xc093 };
     s.seg = [data; 6];
     s.seg[1] = Segment { base: 0, limit: !0, selector: 8, attr: 0xa09b };
+    s.idtr.base = 0x3000;
+    s.idtr.limit = 0xfff;
+    s.gdtr.base = 0x4000;
+    s.gdtr.limit = 0x17;
     s.rip = CODE;
     s.gpr[4] = 0x20_0000;
     s.rflags = 2;
     let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
     let shared = Shared::new(&slots, Config::default()).unwrap();
     let cpuid = CpuidTable::new(&host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
-    let mut v = TranslatedVcpu::new(shared, s, cpuid, Box::new(Nothing)).unwrap();
+    let mut v = TranslatedVcpu::new(shared, s, cpuid, platform).unwrap();
     assert_eq!(v.run(), Exit::Halted);
     (v, fd)
 }
@@ -125,4 +179,16 @@ fn call_push_pop_and_spilled_registers() {
     ]);
     assert_eq!(v.state().gpr[14], 10);
     assert_eq!(v.state().gpr[4], 0x20_0000 - 16);
+}
+
+/// An interrupt that comes with the read waits for the end of the instruction: beginning it again
+/// would read twice.
+#[test]
+fn devices_are_read_once() {
+    // mov ebx, 0x2000000; sti; nop; mov eax, [rbx + rcx]; hlt
+    let mut code = vec![0xbb, 0, 0, 0, 2, 0xfb, 0x90, 0x8b, 0x04, 0x0b, 0xf4];
+    code.resize(0x101, 0xf4);
+    let (v, _) = run_on(&code, Box::<Counter>::default());
+    assert_eq!(v.state().gpr[0], 1, "what was read");
+    assert_eq!(v.state().rip, CODE + 0x101, "in the handler");
 }

@@ -45,16 +45,20 @@ main:
 s0: cli
     CHECK "hlt is left by the interrupt", "qword ptr [ticks]", 1
     CHECK "hlt: saved rip is behind it", "qword ptr [tick_rip]", "offset s0"
-    // Whenever it comes, it does not come between STI and HLT.
-    xor ebx, ebx
-    mov r12d, 400
-0:  mov qword ptr [ticks], 0
-    imul eax, r12d, 300
+    // An interrupt within R12D times `step` counts; ZF: it did not come before CLI.
+    .macro TICK_SOON step
+    mov qword ptr [ticks], 0
+    imul eax, r12d, \step
     sti
     mov [INIT_COUNT], eax
     nop
     cli
     cmp qword ptr [ticks], 0
+    .endm
+    // Whenever it comes, it does not come between STI and HLT.
+    xor ebx, ebx
+    mov r12d, 400
+0:  TICK_SOON 300
     jne 2f
     sti
     hlt
@@ -68,13 +72,7 @@ h1: cli
     // POPFQ has no shadow.
     xor ebx, ebx
     mov r12d, 400
-0:  mov qword ptr [ticks], 0
-    imul eax, r12d, 100
-    sti
-    mov [INIT_COUNT], eax
-    nop
-    cli
-    cmp qword ptr [ticks], 0
+0:  TICK_SOON 100
     jne 2f
 1:  test dword ptr [APIC + 0x220], 1    // in the IRR
     jz 1b

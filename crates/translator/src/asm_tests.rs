@@ -6,25 +6,6 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpKind, Register};
 use super::{Asm, Mem};
 use crate::layout::GUEST_RSP;
 
-const R64: [Register; 16] = [
-    Register::RAX,
-    Register::RCX,
-    Register::RDX,
-    Register::RBX,
-    Register::RSP,
-    Register::RBP,
-    Register::RSI,
-    Register::RDI,
-    Register::R8,
-    Register::R9,
-    Register::R10,
-    Register::R11,
-    Register::R12,
-    Register::R13,
-    Register::R14,
-    Register::R15,
-];
-
 /// No displacement, the limits of one byte, and what needs four.
 const DISPLACEMENTS: [i32; 9] = [0, 1, -1, 127, -128, 128, -129, i32::MAX, i32::MIN];
 
@@ -32,7 +13,7 @@ const RSP: u8 = 4;
 const AT: u64 = 0x1_0000_0000;
 
 fn r64(n: u8) -> Register {
-    R64[usize::from(n)]
+    Register::RAX + u32::from(n)
 }
 
 fn r32(n: u8) -> Register {

@@ -111,6 +111,17 @@ fn leave(a: &mut Asm) {
     a.ret();
 }
 
+/// Emits what is done only when [`Area::run`] is zero.
+fn if_asked_to_leave(a: &mut Asm, emit: impl FnOnce(&mut Asm)) {
+    a.load(SC, &field(offset_of!(Area, run)));
+    let asked = a.jrcxz();
+    let go = a.jmp();
+    let ok = a.bind_short(asked);
+    debug_assert!(ok);
+    emit(a);
+    a.bind_near(go);
+}
+
 /// Gives the offset where the tail begins.
 fn call(a: &mut Asm, f: HelperFn, leave_at: usize) -> usize {
     a.store(&field(offset_of!(Area, thunk_sp)), host::RSP);
@@ -134,15 +145,11 @@ fn call(a: &mut Asm, f: HelperFn, leave_at: usize) -> usize {
     a.bind_near(below);
     let tail = a.pos();
     // Asked to leave, but in the middle of an instruction: step to its end.
-    a.load(SC, &field(offset_of!(Area, run)));
-    let stop = a.jrcxz();
-    let go = a.jmp();
-    let ok = a.bind_short(stop);
-    debug_assert!(ok);
-    a.store_imm(&field(offset_of!(Area, stepping)), 1);
-    a.op_mem(false, &[0x81], 1, &field(offset_of!(Area, host_flags))); // or dword, TF
-    a.bytes(&0x100u32.to_le_bytes());
-    a.bind_near(go);
+    if_asked_to_leave(a, |a| {
+        a.store_imm(&field(offset_of!(Area, stepping)), 1);
+        a.op_mem(false, &[0x81], 1, &field(offset_of!(Area, host_flags))); // or dword, TF
+        a.bytes(&0x100u32.to_le_bytes());
+    });
     restore(a);
     a.load(host::RSP, &field(offset_of!(Area, thunk_sp)));
     a.ret();
@@ -177,18 +184,11 @@ impl Thunks {
         a.store(&field(offset_of!(Area, host_rsp)), host::RSP);
         let mut tails = [(0, 0); 4];
         let tail = a.pos();
-        a.load(SC, &field(offset_of!(Area, run)));
-        let stop = a.jrcxz();
-        let go = a.jmp();
-        let ok = a.bind_short(stop);
-        debug_assert!(ok);
-        a.store_imm(&field(offset_of!(Area, exit_code)), ExitCode::Interrupt as i32);
-        host_units(&mut a);
-        for r in CALLEE_SAVED.iter().rev() {
-            a.pop(*r);
-        }
-        a.ret();
-        a.bind_near(go);
+        if_asked_to_leave(&mut a, |a| {
+            a.store_imm(&field(offset_of!(Area, exit_code)), ExitCode::Interrupt as i32);
+            host_units(a);
+            leave(a);
+        });
         restore(&mut a);
         a.load(host::RSP, &field(offset_of!(Area, return_sp)));
         a.jmp_mem(&field(offset_of!(Area, enter_pc)));

@@ -14,6 +14,23 @@ use rustix::fs::{FlockOperation, flock};
 /// No run of a guest may take longer; the slowest hosts of CI are far below.
 pub const LIMIT: Duration = Duration::from_secs(240);
 
+/// Code that sends each byte back with one added; a zero byte ends the machine with status 3.
+pub const ECHO: [u8; 32] = [
+    0x66, 0xba, 0xfd, 0x03, // again: mov dx, 0x3fd
+    0xec, // in al, dx
+    0xa8, 0x01, // test al, 1
+    0x74, 0xf7, // jz again
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xec, // in al, dx
+    0x84, 0xc0, // test al, al
+    0x74, 0x05, // jz end
+    0xfe, 0xc0, // inc al
+    0xee, // out dx, al
+    0xeb, 0xe9, // jmp again
+    0xb0, 0x01, 0xe6, 0xf4, // end: mov al, 1; out 0xf4, al
+    0xf4, 0xf4, 0xf4, 0xf4, 0xf4, // hlt
+];
+
 /// How the program ended.
 #[derive(Debug)]
 pub struct Ran {

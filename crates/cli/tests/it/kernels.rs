@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::guest::{Debian, Ran, berth, multiboot, run, run_within, turn};
+use crate::guest::{Debian, ECHO, Ran, berth, multiboot, run, run_within, turn};
 
 fn file(directory: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = directory.join(name);
@@ -57,24 +57,9 @@ fn limits_of_the_shell_are_met_or_errors() {
 
 #[test]
 fn standard_input_reaches_the_guest_and_its_console_is_standard_output() {
-    // Each byte goes back with one added; a zero byte ends the machine with status 3.
-    let code = [
-        0x66, 0xba, 0xfd, 0x03, // again: mov dx, 0x3fd
-        0xec, // in al, dx
-        0xa8, 0x01, // test al, 1
-        0x74, 0xf7, // jz again
-        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-        0xec, // in al, dx
-        0x84, 0xc0, // test al, al
-        0x74, 0x05, // jz end
-        0xfe, 0xc0, // inc al
-        0xee, // out dx, al
-        0xeb, 0xe9, // jmp again
-        0xb0, 0x01, 0xe6, 0xf4, // end: mov al, 1; out 0xf4, al
-    ];
     let mut stdin = b"HAL".repeat(1000);
     stdin.push(0);
-    let ran = boot_code(&code, &["--debug-exit"], &stdin);
+    let ran = boot_code(&ECHO, &["--debug-exit"], &stdin);
     ran.check(3);
     assert!(ran.stdout == b"IBM".repeat(1000), "{:?}", ran.text());
     assert_eq!(ran.stderr, "");

@@ -406,8 +406,7 @@ impl Translation {
         match &self.cold[n] {
             Cold::Helper { number, back } => {
                 let (number, back) = (*number, *back);
-                self.asm.mov_imm(SC, number);
-                self.asm.near_abs(0xe8, self.thunks.helper, self.at);
+                self.call_helper(number);
                 self.asm.jmp_to(back);
             }
             Cold::String(rest) => {
@@ -531,9 +530,19 @@ impl Translation {
 
     /// Calls the helper that executes `ins` on the state.
     fn helper(&mut self, ins: &Instruction, run: Run) {
-        self.asm.mov_imm(SC, u64::from(self.bases.1) + self.helpers.len() as u64);
-        self.asm.near_abs(0xe8, self.thunks.helper, self.at);
+        let number = self.next_helper();
+        self.call_helper(number);
         self.helpers.push(Helped { ins: *ins, run });
+    }
+
+    /// Number of the next instruction for a helper.
+    fn next_helper(&self) -> u64 {
+        u64::from(self.bases.1) + self.helpers.len() as u64
+    }
+
+    fn call_helper(&mut self, number: u64) {
+        self.asm.mov_imm(SC, number);
+        self.asm.near_abs(0xe8, self.thunks.helper, self.at);
     }
 
     /// Makes sure that pending JRCXZs still reach their islands after `bytes` more bytes.

@@ -149,7 +149,7 @@ impl Translation {
     fn rarely(&mut self, jump: Near, ins: &Instruction) -> usize {
         let cold = self.cold.len();
         self.near.push((jump, cold));
-        let number = u64::from(self.bases.1) + self.helpers.len() as u64;
+        let number = self.next_helper();
         self.helpers.push(Helped { ins: *ins, run: runner(ins) });
         self.cold.push(Cold::Helper { number, back: 0 });
         cold

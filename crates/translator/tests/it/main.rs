@@ -9,39 +9,7 @@ use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::{Segment, cr0, cr4, efer};
 use berth_x86::{CpuState, Platform};
 
-struct Nothing;
-
-impl Platform for Nothing {
-    fn mmio_read(&mut self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&mut self, _: u64, _: &[u8]) {}
-    fn port_read(&mut self, _: u16, _: u8) -> u32 {
-        !0
-    }
-    fn port_write(&mut self, _: u16, _: u8, _: u32) {}
-    fn read_msr(&mut self, _: &CpuState, _: u32) -> Option<u64> {
-        None
-    }
-    fn write_msr(&mut self, _: &CpuState, _: u32, _: u64) -> Option<()> {
-        None
-    }
-    fn acknowledge_interrupt(&mut self) -> Option<u8> {
-        None
-    }
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
-    fn cr8(&mut self) -> u8 {
-        0
-    }
-    fn set_cr8(&mut self, _: u8) {}
-    fn hypercall(&mut self, _: u64, _: [u64; 4]) -> u64 {
-        0
-    }
-}
-
-/// A device whose register counts how often it is read, and which then wants an interrupt.
+/// One register, everywhere, that counts how often it is read; then it wants an interrupt.
 #[derive(Default)]
 struct Counter {
     reads: u32,
@@ -108,13 +76,13 @@ fn get(fd: &OwnedFd, at: u64, n: usize) -> Vec<u8> {
     b
 }
 
-/// Runs `code` at [`CODE`] until it halts; gives the vCPU and the RAM.
+/// Runs `code` at [`CODE`] until it halts; gives the vCPU and the RAM. Interrupts go to
+/// [`CODE`] + 0x100.
 fn run(code: &[u8]) -> (TranslatedVcpu, OwnedFd) {
-    run_on(code, Box::new(Nothing))
+    run_with(code, Config::default())
 }
 
-/// The same with devices. Interrupts go to [`CODE`] + 0x100.
-fn run_on(code: &[u8], platform: Box<dyn Platform>) -> (TranslatedVcpu, OwnedFd) {
+fn run_with(code: &[u8], config: Config) -> (TranslatedVcpu, OwnedFd) {
     let fd = memfd();
     let handler = CODE + 0x100;
     let gate = handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
@@ -141,9 +109,9 @@ fn run_on(code: &[u8], platform: Box<dyn Platform>) -> (TranslatedVcpu, OwnedFd)
     s.gpr[4] = 0x20_0000;
     s.rflags = 2;
     let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
-    let shared = Shared::new(&slots, Config::default()).unwrap();
+    let shared = Shared::new(&slots, config).unwrap();
     let cpuid = CpuidTable::new(&host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
-    let mut v = TranslatedVcpu::new(shared, s, cpuid, platform).unwrap();
+    let mut v = TranslatedVcpu::new(shared, s, cpuid, Box::<Counter>::default()).unwrap();
     assert_eq!(v.run(), Exit::Halted);
     (v, fd)
 }
@@ -188,7 +156,25 @@ fn devices_are_read_once() {
     // mov ebx, 0x2000000; sti; nop; mov eax, [rbx + rcx]; hlt
     let mut code = vec![0xbb, 0, 0, 0, 2, 0xfb, 0x90, 0x8b, 0x04, 0x0b, 0xf4];
     code.resize(0x101, 0xf4);
-    let (v, _) = run_on(&code, Box::<Counter>::default());
+    let (v, _) = run(&code);
     assert_eq!(v.state().gpr[0], 1, "what was read");
     assert_eq!(v.state().rip, CODE + 0x101, "in the handler");
+}
+
+/// More code than the cache holds, twice.
+#[test]
+fn a_full_cache_is_emptied() {
+    const BLOCKS: usize = 100_000;
+    // mov ebx, 2; then BLOCKS times: L: inc eax; jmp to the next; then: dec ebx; jnz L; hlt
+    let mut code = vec![0xbb, 2, 0, 0, 0, 0x90, 0x90, 0x90];
+    for _ in 0..BLOCKS {
+        code.extend([0xff, 0xc0, 0xeb, 4, 0xf4, 0xf4, 0xf4, 0xf4]);
+    }
+    let back = -(BLOCKS as i32 * 8 + 8);
+    code.extend([0xff, 0xcb, 0x0f, 0x85]);
+    code.extend(back.to_le_bytes());
+    code.push(0xf4);
+    let (v, _) = run_with(&code, Config { code_cache_bytes: 4 << 20, ..Config::default() });
+    assert_eq!(v.state().gpr[0], 2 * BLOCKS as u64);
+    assert!(v.stats().cache_flushes >= 2, "{:?}", v.stats());
 }

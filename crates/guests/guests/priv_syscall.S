@@ -56,6 +56,24 @@ main:
     syscall
 k_next:                                 // the entry jumps back here
     CHECK "syscall at CPL 0: rcx", "qword ptr [seen_rcx]", "offset k_next"
+    // Many in a row, from the same place to the same place; then to another one.
+    WRMSR64 MSR_FMASK, 0x257fd5         // what Linux masks since 5.16
+    WRMSR64 MSR_LSTAR, "offset g_entry"
+    USER "many system calls", u_gates, NONE
+    WRMSR64 MSR_LSTAR, "offset g_entry_2"
+    USER "many system calls to another entry", u_gates, NONE
+    CHECK "many system calls: number", "qword ptr [g_count]", 300
+    CHECK "many system calls to another entry: number", "qword ptr [g_count_2]", 300
+    CHECK "many system calls: flags and segments in the kernel", "qword ptr [g_bad]", 0
+    mov rcx, 0x0000800000000000
+    mov r11d, 2
+    FAULT "sysretq: non-canonical rcx after many", GP, 0, sysretq
+    WRMSR64 MSR_FMASK, 0x47000          // IF, DF, TF stay
+    mov qword ptr [user_flags], 0x403
+    WRMSR64 MSR_LSTAR, "offset entry"
+    USER "syscall with less masked", u_call, NONE
+    mov qword ptr [user_flags], 2
+    CHECK "syscall with less masked: rflags", "qword ptr [seen_flags]", 0x403
     // EFER.SCE clear: #UD for both.
     RDMSR64 MSR_EFER
     btr eax, 0
@@ -304,6 +322,38 @@ entry:
     jne 1f
     sysretq
 1:  jmp rcx
+g_entry:
+    mov rax, offset g_count
+    jmp 1f
+g_entry_2:
+    mov rax, offset g_count_2
+1:  mov [g_rsp], rsp
+    mov rsp, offset rsp0_top
+    pushfq
+    pop rdx
+    inc qword ptr [rax]
+    cmp rdx, 2
+    je 1f
+    inc qword ptr [g_bad]
+1:  cmp r11, rdi
+    je 1f
+    inc qword ptr [g_bad]
+1:  mov eax, cs
+    mov edx, ss
+    cmp eax, KCS
+    jne 1f
+    cmp edx, KDS
+    je 2f
+1:  inc qword ptr [g_bad]
+2:  call 5f
+    std
+    mov rsp, [g_rsp]
+    sysretq
+5:  call 6f
+    ret
+6:  call 7f
+    ret
+7:  ret
 se_entry:
     int 0x80
 se_next:
@@ -312,6 +362,39 @@ se_next:
     USER_SECTION
 u_call: syscall
 u_next: int 0x80
+u_gates:
+    mov ebx, 300
+1:  call 2f
+    dec ebx
+    jnz 1b
+    int 0x80
+2:  call 3f
+    ret
+3:  cld
+    test ebx, 1
+    jz 4f
+    std
+4:  lea eax, [rbx - 150]
+    cmp eax, 20                         // flags of many kinds
+    pushfq
+    pop rdi
+    syscall
+u_gates_next:
+    pushfq
+    pop rax
+    cld
+    cmp rax, rdi
+    jne 5f
+    cmp rcx, offset u_gates_next
+    jne 5f
+    mov eax, cs
+    cmp eax, UCS64
+    jne 5f
+    mov eax, ss
+    cmp eax, UDS
+    jne 5f
+    ret
+5:  ud2
 u_sysenter: sysenter
     ud2
     .code32
@@ -330,6 +413,10 @@ u32_syscall: .byte 0x0f, 0x05
 data: .quad 0x5a, 0x5b
     .bss
     .align 8
+g_rsp: .skip 8
+g_count: .skip 8
+g_count_2: .skip 8
+g_bad: .skip 8
 seen_rcx: .skip 8
 seen_r11: .skip 8
 seen_rsp: .skip 8

@@ -13,8 +13,8 @@
 //! guest RCX lives in R14, guest RSP in R15, and guest R10, R11, R14 and R15 stay in
 //! [`Area::state`].
 
-use berth_x86::CpuState;
 use berth_x86::state::flags;
+use berth_x86::{CpuState, Segment};
 
 /// Host register numbers.
 pub mod host {
@@ -149,6 +149,18 @@ pub struct Area {
     pub return_sp: u64,
     /// The return stack's pointer when it is empty.
     pub return_top: u64,
+    /// [`crate::thunks::Thunks::barrier`].
+    pub barrier: u64,
+    /// Where user code's part of the return stack ended at the last SYSCALL.
+    pub user_return_sp: u64,
+    /// What SYSCALL leaves of RFLAGS.
+    pub syscall_keep: u64,
+    /// How SYSCALL goes to the kernel.
+    pub syscall: Gate,
+    /// How SYSRET goes to user code.
+    pub sysret: Gate,
+    /// Generated code went from user code to the kernel or back since this was cleared.
+    pub crossed: u64,
     /// Number of the last return instruction.
     pub return_number: u64,
     /// The `VcpuInner` that owns this area.
@@ -209,6 +221,19 @@ pub struct Area {
     pub host_flags: u64,
     /// Where accesses go that cannot go to memory directly.
     pub bounce: Bounce,
+}
+
+/// What SYSCALL or SYSRET loads; see `translate::gate`.
+#[repr(C)]
+pub struct Gate {
+    /// Not zero: the helper has to execute the instruction.
+    pub closed: u64,
+    /// CS.
+    pub cs: Segment,
+    /// SS.
+    pub ss: Segment,
+    /// GS base: the view.
+    pub base: u64,
 }
 
 /// The bounce buffer.

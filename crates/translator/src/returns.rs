@@ -61,6 +61,7 @@ impl Returns {
     pub fn forget(&self, area: &mut Area, called: bool) {
         let top = self.top();
         area.return_sp = top;
+        area.user_return_sp = top;
         if called && area.thunk_sp != top - 8 {
             // SAFETY: the thunk was called with its return address at `thunk_sp`, which lies in the
             // stack, as do the eight bytes below its top.

@@ -184,6 +184,7 @@ extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_vo
             && crate::vcpu::return_stack_full((*area).owner, (*info).si_addr() as u64)
         {
             regs[libc::REG_RSP as usize] = (*area).return_top as i64;
+            (*area).user_return_sp = (*area).return_top;
             return;
         }
         let trap = regs[libc::REG_TRAPNO as usize] as u64;

@@ -43,6 +43,8 @@ pub struct Thunks {
     pub enter: u64,
     /// Where a return goes when the return stack is empty.
     pub unexpected: u64,
+    /// Where a return of the kernel goes when only user code's entries are left on the return stack.
+    pub barrier: u64,
     exits: [u64; 7],
     /// Where code begins and ends that goes (back) into generated code after a look at
     /// [`Area::run`], and which can be begun again.
@@ -229,9 +231,15 @@ impl Thunks {
         through_jump_cache(&mut a);
         a.store(&field(offset_of!(Area, exit_rip)), S0);
         a.near_abs(0xe9, exits[ExitCode::Return as usize], base);
+        let barrier = base + a.pos() as u64;
+        // It stays where it is.
+        a.lea(host::RSP, &Mem::base(host::RSP, -8));
+        through_jump_cache(&mut a);
+        a.store(&field(offset_of!(Area, exit_rip)), S0);
+        a.near_abs(0xe9, exits[ExitCode::Return as usize], base);
         let end = base + a.pos() as u64;
         cache.push_permanent(&a.buf);
-        Self { mem, commit, helper, enter, unexpected, exits, tails, start: base, end }
+        Self { mem, commit, helper, enter, unexpected, barrier, exits, tails, start: base, end }
     }
 
     /// The beginning of the tail that `pc` is in. Tails run on the thread's stack, where it was when

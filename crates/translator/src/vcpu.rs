@@ -24,13 +24,13 @@ use berth_x86::event::{self, Event};
 use berth_x86::paging::{self, Kind, Rights, Walk};
 use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
 use berth_x86::{CpuState, Exception, Segment};
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
 use crate::code::{BlockId, BlockKey, CodeCache, FastMap, Helped, Site};
 use crate::exec::Flow;
 use crate::features::Allowed;
 use crate::fpu;
-use crate::layout::{Area, ExitCode, FLAG_MASKS, MAX_ACCESS_SHIFT};
+use crate::layout::{Area, ExitCode, FLAG_MASKS, Gate, MAX_ACCESS_SHIFT};
 use crate::mem::{self, Lin, Pieces, Walked};
 use crate::ram::PAGE;
 use crate::returns::Returns;
@@ -38,6 +38,7 @@ use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
 use crate::signal::Stop;
 use crate::thunks::{Then, Thunks};
 use crate::tlb::{Page, Tlb, View};
+use crate::translate::gate::CLEARED;
 use crate::translate::{Class, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour};
 use crate::{Exit, SetupError, Stats, signal};
 
@@ -103,6 +104,8 @@ pub struct Inner {
     in_split: bool,
     /// Bounced store to be committed.
     bounced: Pieces,
+    /// The mode of the code that SYSRET goes to in generated code.
+    sysret_mode: u32,
     /// The addend that leads the last bounced access to the bounce buffer.
     bounced_sc: u64,
     /// The bounced store is x87's: an unmasked exception suppresses it.
@@ -260,6 +263,10 @@ impl Inner {
         area.run_mask = [!0xfff, !0x7ff, !0x3ff, !0x1ff];
         area.return_top = returns.top();
         area.return_sp = returns.top();
+        area.user_return_sp = returns.top();
+        area.barrier = thunks.barrier;
+        area.syscall.closed = 1;
+        area.sysret.closed = 1;
         area.host_mxcsr = 0x1f80;
         let allowed = Allowed::new(cpuid.features());
         let mut inner = Box::new(Self {
@@ -304,6 +311,7 @@ impl Inner {
             exit: None,
             in_split: false,
             bounced: Pieces::default(),
+            sysret_mode: 0,
             bounced_sc: 0,
             bounced_x87: false,
             trial: None,
@@ -350,8 +358,11 @@ impl Inner {
         let host = host & (flags::ARITH | flags::DF);
         let f = &mut self.area.state.rflags;
         *f = *f & !(flags::ARITH | flags::DF) | host | flags::FIXED;
-        // STAC and CLAC in generated code change it.
+        // SYSCALL, SYSRET, STAC and CLAC in generated code change them.
         self.view = self.wanted_view();
+        if std::mem::take(&mut self.area.crossed) != 0 {
+            self.mode = self.mode_of_state();
+        }
     }
 
     fn sync_out(&mut self) {
@@ -480,6 +491,7 @@ impl Inner {
         if std::mem::take(&mut self.check_from_now_on) && !self.checked {
             self.checked = true;
             self.stats.guard_overflows += 1;
+            self.close_gates();
             self.drop_all_code();
         }
         if self.mailbox.any()
@@ -831,6 +843,7 @@ impl Inner {
                 if !mode.single {
                     *m = packed;
                     self.tlb.clear_all_jcs();
+                    self.close_gates();
                 }
             }
             None => self.view_modes.push((view, packed)),
@@ -960,6 +973,7 @@ impl Inner {
 
     /// Drops every cached translation of addresses.
     pub(crate) fn flush_everything(&mut self) {
+        self.close_gates();
         self.tlb.flush_all();
         self.clear_fetch();
         self.code.disconnect_far();
@@ -977,6 +991,35 @@ impl Inner {
         self.stats.space_switches += 1;
         self.tlb.switch(pcid, keep);
         self.clear_fetch();
+        let view = View::User(self.tlb.current());
+        if self.view_modes.contains(&(view, self.sysret_mode)) {
+            self.area.sysret.base = self.tlb.base(view);
+        } else {
+            self.area.sysret.closed = 1;
+        }
+    }
+
+    /// After SYSCALL or SYSRET was executed and generated code goes on behind it: lets generated code
+    /// do the same.
+    fn open_gate(&mut self, code: Code) {
+        let s = &self.area.state;
+        let (cs, ss) = (s.seg[sreg::CS], s.seg[sreg::SS]);
+        let gate = Gate { closed: 0, cs, ss, base: self.tlb.base(self.view) };
+        if code == Code::Syscall && self.view == View::Kernel {
+            if s.sfmask & CLEARED == CLEARED {
+                self.area.syscall_keep = !(s.sfmask | flags::RF | flags::VM) | flags::FIXED;
+                self.area.syscall = gate;
+            }
+        } else if code == Code::Sysretq && self.mode.bits == 64 && !self.mode.aligned {
+            self.sysret_mode = self.mode.pack();
+            self.area.sysret = gate;
+        }
+    }
+
+    /// What SYSCALL or SYSRET follow from has changed.
+    pub(crate) fn close_gates(&mut self) {
+        self.area.syscall.closed = 1;
+        self.area.sysret.closed = 1;
     }
 
     /// Drops the entries of one PCID.
@@ -1435,7 +1478,13 @@ impl Inner {
                 Then::Go
             }
             Ok(Flow::Jump) if stop => Then::Exit,
-            Ok(Flow::Jump) => self.resume(),
+            Ok(Flow::Jump) => {
+                let then = self.resume();
+                if then == Then::Go {
+                    self.open_gate(ins.code());
+                }
+                then
+            }
             Err(e) => {
                 self.area.state.rip = ins.ip();
                 self.raise_and_resume(e)
@@ -1559,7 +1608,7 @@ enum Outcome {
 /// Whether no block goes on behind an instruction.
 fn ends_block(ins: &Instruction, class: Class) -> bool {
     match class {
-        Class::HelperEnds | Class::Refused => true,
+        Class::Gate | Class::HelperEnds | Class::Refused => true,
         Class::Branch => {
             !(ins.is_jcc_short_or_near() || ins.is_call_near() || ins.is_call_near_indirect())
         }

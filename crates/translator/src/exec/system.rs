@@ -13,6 +13,9 @@ use crate::vcpu::Inner;
 /// EBX of CPUID leaf 0 of the vendor whose processors know no SYSCALL in compatibility mode.
 const INTEL: u32 = u32::from_le_bytes(*b"Genu");
 
+/// Upper bits of the numbers of IA32_EFER, IA32_STAR, IA32_LSTAR and IA32_FMASK.
+const SYSTEM_CALL_MSRS: u32 = 0x00c0_0000;
+
 /// The host's time-stamp counter.
 pub fn host_tsc() -> u64 {
     // SAFETY: every x86-64 processor has RDTSC; the host allows it in user mode.
@@ -105,6 +108,9 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
             let x = g[reg::RAX] & 0xffff_ffff | g[reg::RDX] << 32;
             let mut c = MsrContext { platform: &mut *v.lin.platform, table: &v.cpuid, host_tsc };
             let effect = msr::write(&mut v.area.state, &mut c, n, x)?;
+            if n >> 8 == SYSTEM_CALL_MSRS {
+                v.close_gates();
+            }
             v.lin.platform_called = true;
             v.flush(effect.flush);
         }
@@ -119,8 +125,12 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
             let (n, x) = (g[reg::RCX] as u32, g[reg::RAX] & 0xffff_ffff | g[reg::RDX] << 32);
             let supported = if v.cpuid.features().avx { 7 } else { 3 };
             control::xsetbv(&mut v.area.state, supported, n, x)?;
+            v.close_gates();
         }
-        M::Clts => control::clts(&mut v.area.state)?,
+        M::Clts => {
+            control::clts(&mut v.area.state)?;
+            v.close_gates();
+        }
         M::Lmsw => {
             control::privileged(&v.area.state)?;
             let x = v.get(ins, 0)? as u16;
@@ -222,6 +232,7 @@ impl Inner {
         } else {
             self.flush(e.flush);
         }
+        self.close_gates();
         self.area.state.rip = next;
         Flow::Jump
     }

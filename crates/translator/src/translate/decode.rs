@@ -14,6 +14,8 @@ pub enum Class {
     Plain,
     /// A system instruction, emitted (see [`super::system`]).
     System,
+    /// SYSCALL or SYSRET, emitted; the block ends.
+    Gate,
     /// A near branch, emitted.
     Branch,
     /// A helper executes it and the block goes on.
@@ -116,6 +118,7 @@ pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
             return Class::Branch;
         }
         FlowControl::Return if is_near_ret(ins) && mode.bits == 64 => return Class::Branch,
+        _ if super::gate::emitted(ins, mode) => return Class::Gate,
         _ => return Class::HelperEnds,
     }
     if super::system::emitted(ins, mode) {

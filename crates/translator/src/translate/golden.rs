@@ -16,7 +16,9 @@ use iced_x86::{
 
 use super::{Mode, Translation, classify};
 use crate::code::{BlockKey, CodeCache};
-use crate::layout::{Area, ExitCode, FLAG_MASKS, JC_TAGS, JC_TARGETS, disp, gpr_disp, state_disp};
+use crate::layout::{
+    Area, ExitCode, FLAG_MASKS, Gate, JC_TAGS, JC_TARGETS, disp, gpr_disp, state_disp,
+};
 use crate::thunks::{Then, Thunks};
 
 /// Where the guest's code is.
@@ -81,6 +83,10 @@ const BLOCKS: &[Golden] = &[
         mode: USER64,
         code: b"\x64\x48\x8b\x04\x25\x28\x00\x00\x00\x0f\xa2\xff\xc0",
     },
+    // syscall
+    Golden { name: "syscall", mode: USER64, code: b"\x0f\x05" },
+    // sysretq
+    Golden { name: "sysret", mode: KERNEL64, code: b"\x48\x0f\x07" },
     // push eax; mov eax, [esp + 4]; inc eax
     Golden { name: "protected_32", mode: Mode::flat(32, false), code: b"\x50\x8b\x44\x24\x04\x40" },
     // mov ax, [bx + si]; loop to the start
@@ -153,6 +159,9 @@ impl Names {
             if displacement == state_disp(base + offset_of!(Segment, base)) {
                 return Some(format!("guest_{name}_base"));
             }
+            if displacement == state_disp(base + 8) {
+                return Some(format!("guest_{name}_rest"));
+            }
             if displacement == state_disp(base + offset_of!(Segment, selector)) {
                 return Some(format!("guest_{name}_selector"));
             }
@@ -165,6 +174,8 @@ impl Names {
             (offset_of!(Area, flag_mask), FLAG_MASKS.len(), "flag_mask"),
             (offset_of!(Area, kernel_base), 2, "kernel_base"),
             (offset_of!(Area, run_mask), 4, "run_mask"),
+            (offset_of!(Area, syscall), size_of::<Gate>() / 8, "syscall"),
+            (offset_of!(Area, sysret), size_of::<Gate>() / 8, "sysret"),
         ];
         for (offset, count, name) in words {
             for i in 0..count {
@@ -186,6 +197,11 @@ impl Names {
             (state_disp(offset_of!(CpuState, rflags)), "rflags"),
             (state_disp(offset_of!(CpuState, interrupt_shadow)), "interrupt_shadow"),
             (state_disp(offset_of!(CpuState, kernel_gs_base)), "kernel_gs_base"),
+            (disp(offset_of!(Area, syscall_keep)), "syscall_keep"),
+            (disp(offset_of!(Area, user_return_sp)), "user_return_sp"),
+            (disp(offset_of!(Area, crossed)), "crossed"),
+            (disp(offset_of!(Area, barrier)), "barrier"),
+            (state_disp(offset_of!(CpuState, lstar)), "lstar"),
             (state_disp(offset_of!(CpuState, tsc_offset)), "tsc_offset"),
             (state_disp(offset_of!(CpuState, tsc_aux)), "tsc_aux"),
             (state_disp(offset_of!(CpuState, xcr0)), "xcr0"),

@@ -25,6 +25,7 @@
 pub(crate) mod access;
 mod branch;
 pub(crate) mod decode;
+pub mod gate;
 pub(crate) mod regs;
 mod share;
 mod string;
@@ -344,6 +345,10 @@ impl Translation {
                 self.system(ins);
                 self.close_windows();
                 false
+            }
+            Class::Gate => {
+                self.gate(ins);
+                true
             }
             Class::Helper => {
                 self.helper(ins, runner(ins));

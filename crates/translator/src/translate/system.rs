@@ -72,17 +72,17 @@ const fn control(r: Register) -> Option<usize> {
     })
 }
 
-fn area(offset: usize) -> Mem {
+pub(super) fn area(offset: usize) -> Mem {
     Mem::gs(disp(offset))
 }
 
-fn state(offset: usize) -> Mem {
+pub(super) fn state(offset: usize) -> Mem {
     Mem::gs(state_disp(offset))
 }
 
-const RFLAGS: usize = offset_of!(CpuState, rflags);
+pub(super) const RFLAGS: usize = offset_of!(CpuState, rflags);
 
-fn segment(n: usize) -> usize {
+pub(super) fn segment(n: usize) -> usize {
     offset_of!(CpuState, seg) + n * size_of::<Segment>()
 }
 
@@ -146,7 +146,7 @@ impl Translation {
 
     /// Jumps to a helper for `ins`, from which the block goes on at an offset that is set later by
     /// [`Translation::helper_done`].
-    fn rarely(&mut self, jump: Near, ins: &Instruction) -> usize {
+    pub(super) fn rarely(&mut self, jump: Near, ins: &Instruction) -> usize {
         let cold = self.cold.len();
         self.near.push((jump, cold));
         let number = self.next_helper();
@@ -156,7 +156,7 @@ impl Translation {
     }
 
     /// Says that what a helper has done instead ends here.
-    fn helper_done(&mut self, cold: usize) {
+    pub(super) fn helper_done(&mut self, cold: usize) {
         let pos = self.asm.pos();
         if let Some(Cold::Helper { back, .. }) = self.cold.get_mut(cold) {
             *back = pos;

@@ -259,6 +259,9 @@ pub const fn state_disp(offset: usize) -> i32 {
     disp(std::mem::offset_of!(Area, state) + offset)
 }
 
+/// GS-relative displacement of [`Area::tmp`].
+pub const TMP: i32 = disp(std::mem::offset_of!(Area, tmp));
+
 /// GS-relative displacement of a guest general register's slot.
 #[must_use]
 pub const fn gpr_disp(guest: u8) -> i32 {

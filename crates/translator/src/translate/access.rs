@@ -14,7 +14,7 @@ use super::{Cold, Translation};
 use crate::asm::Mem;
 use crate::code::Site;
 use crate::layout::{
-    Area, GUEST_RCX, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, disp, gpr_disp, host, mapped,
+    Area, GUEST_RCX, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, TMP, disp, gpr_disp, host, mapped,
     state_disp,
 };
 
@@ -26,6 +26,15 @@ pub struct Access {
     pub ea: u8,
     /// To be added to it; the host address is the sum plus [`SC`].
     pub disp: i32,
+}
+
+/// What PUSH stores.
+#[derive(Clone, Copy)]
+enum Pushed {
+    Register(u8),
+    Immediate(i32),
+    /// What lies in [`Area::tmp`].
+    Kept,
 }
 
 /// What is to be done with the bytes.
@@ -532,34 +541,46 @@ impl Translation {
     }
 
     fn push(&mut self, ins: &Instruction) {
-        let start = self.asm.pos();
-        let imm = (ins.op0_kind() != OpKind::Register).then(|| ins.immediate(0));
-        let reg = GuestReg::of(ins.op0_register());
+        let value = match ins.op0_kind() {
+            OpKind::Register => match GuestReg::of(ins.op0_register()) {
+                Some(g) => Pushed::Register(g.n),
+                None => return,
+            },
+            OpKind::Memory => {
+                let a = self.operand(ins, Want { size: 8, read: true, write: false });
+                self.asm.load(S0, &Mem::base_index(a.ea, SC, 0, a.disp));
+                self.end_access(a);
+                self.asm.store(&Mem::gs(TMP), S0);
+                Pushed::Kept
+            }
+            _ => Pushed::Immediate(ins.immediate(0) as i32),
+        };
         let want = Want { size: 8, read: false, write: true };
         if let Some(a) = self.shared(4, -8, want, 2) {
-            let to = Mem::base_index(GUEST_RSP, SC, 0, -8);
-            if let Some(imm) = imm {
-                self.asm.store_imm(&to, imm as i32);
-            } else if let Some(g) = reg {
-                let src = self.guest_or_scratch(g.n, S1);
-                self.asm.store(&to, src);
-            }
+            self.store_pushed(value, &Mem::base_index(GUEST_RSP, SC, 0, -8));
             self.asm.add_guest_rsp(-8);
             self.end_access(a);
             return;
         }
+        let start = self.asm.pos();
         self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
         let code = start..self.asm.pos();
-        let a = self.look_up(S0, Want { size: 8, read: false, write: true }, 2, false, code);
-        let to = Mem::base_index(S0, SC, 0, 0);
-        if let Some(imm) = imm {
-            self.asm.store_imm(&to, imm as i32);
-        } else if let Some(g) = reg {
-            let src = self.guest_or_scratch(g.n, S1);
-            self.asm.store(&to, src);
-        }
+        let a = self.look_up(S0, want, 2, false, code);
+        self.store_pushed(value, &Mem::base_index(S0, SC, 0, 0));
         self.asm.mov(GUEST_RSP, S0);
         self.end_access(a);
+    }
+
+    fn store_pushed(&mut self, value: Pushed, to: &Mem) {
+        let src = match value {
+            Pushed::Immediate(value) => return self.asm.store_imm(to, value),
+            Pushed::Register(n) => self.guest_or_scratch(n, S1),
+            Pushed::Kept => {
+                self.asm.load(S1, &Mem::gs(TMP));
+                S1
+            }
+        };
+        self.asm.store(to, src);
     }
 
     fn pop(&mut self, ins: &Instruction) {

@@ -7,10 +7,8 @@ use super::regs::GuestReg;
 use super::{Cold, Translation};
 use crate::asm::{Mem, Near};
 use crate::code::Link;
-use crate::layout::{Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, disp, gpr_disp, mapped};
+use crate::layout::{Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, TMP, disp, gpr_disp, mapped};
 use crate::thunks::through_jump_cache;
-
-const TMP: i32 = disp(std::mem::offset_of!(Area, tmp));
 
 /// A block goes on behind a conditional branch that is among its first so many instructions.
 const GOES_ON: usize = 12;

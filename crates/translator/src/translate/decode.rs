@@ -163,7 +163,7 @@ fn needs_helper(ins: &Instruction, mode: Mode) -> bool {
     }
     let m = ins.mnemonic();
     if ins.is_stack_instruction() {
-        // Emitted: 64-bit PUSH and POP of registers, PUSH of immediates, LEAVE.
+        // Emitted: 64-bit PUSH, POP of registers, LEAVE.
         return !(mode.bits == 64
             && matches!(
                 ins.code(),
@@ -175,7 +175,7 @@ fn needs_helper(ins: &Instruction, mode: Mode) -> bool {
                     | Code::Pop_rm64
                     | Code::Leaveq
             )
-            && ins.op_kinds().all(|k| k != OpKind::Memory));
+            && (ins.code() != Code::Pop_rm64 || ins.op0_kind() != OpKind::Memory));
     }
     if mode.bits != 64 && matches!(m, M::Vzeroall | M::Vzeroupper) {
         // They leave alone the registers that only 64-bit mode has.

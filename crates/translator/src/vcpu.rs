@@ -61,6 +61,8 @@ impl DerefMut for AreaPtr {
     }
 }
 
+/// Bytes of guest code that are read at first for a block.
+const USUAL_BYTES: usize = 256;
 /// An instruction translation of the fetch side: a page that code was found in.
 #[derive(Clone, Copy)]
 struct FetchEntry {
@@ -104,6 +106,8 @@ pub struct Inner {
     in_split: bool,
     /// Bounced store to be committed.
     bounced: Pieces,
+    /// Room for guest code that is decoded.
+    code_bytes: Vec<u8>,
     /// The mode of the code that SYSRET goes to in generated code.
     sysret_mode: u32,
     /// The addend that leads the last bounced access to the bounce buffer.
@@ -311,6 +315,7 @@ impl Inner {
             exit: None,
             in_split: false,
             bounced: Pieces::default(),
+            code_bytes: Vec::new(),
             sysret_mode: 0,
             bounced_sc: 0,
             bounced_x87: false,
@@ -877,9 +882,12 @@ impl Inner {
         if !mode.single {
             self.lin.shared.mark_code(page >> 12, self.lin.index);
         }
-        let mut bytes = [0u8; PAGE as usize + 16];
+        let mut bytes = std::mem::take(&mut self.code_bytes);
+        bytes.resize(PAGE as usize + 16, 0);
         let mut avail = PAGE as usize;
-        self.lin.read_phys(page, &mut bytes[..avail]);
+        // Most blocks are short.
+        let mut have = avail.min(start + USUAL_BYTES);
+        self.lin.read_phys(key.gpa, &mut bytes[start..have]);
         let mut second_page = None;
         let options = DecoderOptions::NONE;
         self.translation.begin(&self.code, key, mode);
@@ -906,6 +914,11 @@ impl Inner {
         }
         let mut d = Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
         while count < max && at < PAGE as usize {
+            if have < PAGE as usize && at + LONGEST > have {
+                self.lin.read_phys(page + have as u64, &mut bytes[have..PAGE as usize]);
+                have = PAGE as usize;
+                d = Decoder::with_ip(u32::from(mode.bits), &bytes[at..avail], end_rip, options);
+            }
             d.set_ip(end_rip);
             let mut ins = d.decode();
             if ins.is_invalid()
@@ -933,6 +946,7 @@ impl Inner {
                 break;
             }
         }
+        self.code_bytes = bytes;
         let (count, ended) = self.translation.all();
         if !ended {
             // As far as was translated.

@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpAccess, OpKind, Register};
+use arrayvec::ArrayVec;
+use iced_x86::{
+    Code, Instruction, InstructionInfoOptions, MemorySize, Mnemonic, OpAccess, OpKind, Register,
+};
 
 use berth_x86::CpuState;
 use berth_x86::state::sreg;
@@ -28,6 +31,11 @@ pub struct Access {
     pub disp: i32,
 }
 
+/// Operands of an instruction.
+const OPERANDS_MAX: usize = 5;
+/// Scratch registers to be stored, and the guest registers they are.
+type Temps = ArrayVec<(u8, GuestReg), OPERANDS_MAX>;
+
 /// What PUSH stores.
 #[derive(Clone, Copy)]
 enum Pushed {
@@ -50,14 +58,17 @@ pub struct Want {
 
 /// Alignment an instruction demands of its memory operand (SDM vol. 2, 2.4): legacy SSE with 16
 /// bytes but for the unaligned moves and string comparisons; of VEX only the aligned moves.
-fn alignment(ins: &Instruction) -> u8 {
+fn alignment(ins: &Instruction, unit: Unit) -> u8 {
     use Mnemonic as M;
     let m = ins.mnemonic();
     if m == M::Cmpxchg16b {
         return 16;
     }
     let size = access_size(ins);
-    if matches!(unit(ins), Unit::Avx) {
+    if unit == Unit::None {
+        return 1;
+    }
+    if unit == Unit::Avx {
         let aligned = matches!(
             m,
             M::Vmovaps
@@ -124,10 +135,27 @@ impl Translation {
     /// Puts the offset of a memory operand (without segment base) into a register: its own, when it
     /// is a plain mapped base, else [`S0`]. May use [`S1`].
     pub(super) fn offset_of(&mut self, ins: &Instruction, may_alias: bool) -> u8 {
+        let base = GuestReg::of(ins.memory_base()).filter(|g| g.size == 8);
+        let plain = ins.memory_index() == Register::None && ins.memory_displacement64() == 0;
+        if may_alias
+            && plain
+            && let Some(h) = base.and_then(|g| mapped(g.n))
+        {
+            return h;
+        }
+        self.offset_into(ins, S0, 8);
+        S0
+    }
+
+    /// Puts the lowest `bytes` (4 or 8) bytes of the offset of a memory operand into `dst`. May use
+    /// [`S0`] and [`S1`].
+    fn offset_into(&mut self, ins: &Instruction, dst: u8, bytes: usize) {
         let base = ins.memory_base();
+        let displ = ins.memory_displacement64();
+        let cut = |v: u64| if bytes == 4 { v & 0xffff_ffff } else { v };
         if base == Register::RIP || base == Register::EIP {
-            self.asm.mov_imm(S0, ins.memory_displacement64());
-            return S0;
+            self.asm.mov_imm(dst, cut(displ));
+            return;
         }
         let addr_size = match (base, ins.memory_index()) {
             (Register::None, Register::None) => ins.memory_displ_size() as usize,
@@ -137,36 +165,33 @@ impl Translation {
         let base = GuestReg::of(base);
         let index = GuestReg::of(ins.memory_index());
         let shift = ins.memory_index_scale().trailing_zeros() as u8;
-        let displ = ins.memory_displacement64();
         let d = displ as i32;
-        match (base, index) {
+        let from = match (base, index) {
             (None, None) => {
                 let v = match addr_size {
                     2 => displ & 0xffff,
                     4 if self.mode.bits != 64 => displ & 0xffff_ffff,
                     _ => displ,
                 };
-                self.asm.mov_imm(S0, v);
-                return S0;
+                self.asm.mov_imm(dst, cut(v));
+                return;
             }
-            (Some(b), None) => {
-                let h = self.guest_or_scratch(b.n, S0);
-                if may_alias && d == 0 && addr_size == 8 && h != S0 {
-                    return h;
-                }
-                self.lea_sized(addr_size, &Mem::base(h, d));
-            }
-            (None, Some(i)) => {
-                let h = self.guest_or_scratch(i.n, S0);
-                self.lea_sized(addr_size, &Mem::index(h, shift, d));
-            }
+            (Some(b), None) => Mem::base(self.guest_or_scratch(b.n, S0), d),
+            (None, Some(i)) => Mem::index(self.guest_or_scratch(i.n, S0), shift, d),
             (Some(b), Some(i)) => {
                 let hb = self.guest_or_scratch(b.n, S0);
                 let hi = self.guest_or_scratch(i.n, if hb == S0 { S1 } else { S0 });
-                self.lea_sized(addr_size, &Mem::base_index(hb, hi, shift, d));
+                Mem::base_index(hb, hi, shift, d)
+            }
+        };
+        match addr_size.min(bytes) {
+            8 => self.asm.lea(dst, &from),
+            4 => self.asm.lea32(dst, &from),
+            _ => {
+                self.asm.lea32(dst, &from);
+                self.asm.movzx16(dst, dst);
             }
         }
-        S0
     }
 
     fn guest_or_scratch(&mut self, n: u8, scratch: u8) -> u8 {
@@ -174,17 +199,6 @@ impl Translation {
             self.asm.load(scratch, &Mem::gs(gpr_disp(n)));
             scratch
         })
-    }
-
-    fn lea_sized(&mut self, size: usize, m: &Mem) {
-        match size {
-            8 => self.asm.lea(S0, m),
-            4 => self.asm.lea32(S0, m),
-            _ => {
-                self.asm.lea32(S0, m);
-                self.asm.movzx16(S0, S0);
-            }
-        }
     }
 
     /// Emits address and look-up of the memory operand of `ins`.
@@ -314,10 +328,11 @@ impl Translation {
         }
         let mut ins = *ins;
         normalize(&mut ins);
-        self.align = alignment(&ins);
-        self.x87 = matches!(unit(&ins), Unit::X87 | Unit::Mmx)
+        let unit = unit(&ins);
+        self.align = alignment(&ins, unit);
+        self.x87 = matches!(unit, Unit::X87 | Unit::Mmx)
             && !matches!(ins.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
-        self.mmx = unit(&ins) == Unit::Mmx;
+        self.mmx = unit == Unit::Mmx;
         self.converts = matches!(ins.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph);
         self.renamed(&ins);
         self.align = 1;
@@ -329,7 +344,9 @@ impl Translation {
     /// Re-encodes an instruction with its registers renamed and its memory operand looked up.
     fn renamed(&mut self, ins: &Instruction) {
         let mut out = *ins;
-        let info = self.infos.info(ins);
+        const OPERANDS: u32 =
+            InstructionInfoOptions::NO_REGISTER_USAGE | InstructionInfoOptions::NO_MEMORY_USAGE;
+        let info = self.infos.info_options(ins, OPERANDS);
         let access: [OpAccess; 5] = std::array::from_fn(|i| {
             if (i as u32) < ins.op_count() { info.op_access(i as u32) } else { OpAccess::None }
         });
@@ -412,9 +429,9 @@ impl Translation {
         }
     }
 
-    fn load_temps(&mut self, out: &mut Instruction, plan: &mut Plan) -> Vec<(u8, GuestReg)> {
-        let mut stores = Vec::new();
-        let mut seen: Vec<(u8, bool, u8)> = Vec::new();
+    fn load_temps(&mut self, out: &mut Instruction, plan: &mut Plan) -> Temps {
+        let mut stores = Temps::new();
+        let mut seen = ArrayVec::<(u8, bool, u8), OPERANDS_MAX>::new();
         for (i, g, acc) in std::mem::take(&mut plan.wanted) {
             let known = seen.iter().find(|s| s.0 == g.n && s.1 == g.high).map(|s| s.2);
             let t = known.or_else(|| plan.take()).expect("an instruction names at most three");
@@ -465,30 +482,31 @@ impl Translation {
     }
 
     fn lea_instruction(&mut self, ins: &Instruction) {
-        let r = self.offset_of(ins, true);
         let Some(g) = GuestReg::of(ins.op0_register()) else { return };
-        match (mapped(g.n), g.size) {
-            (Some(h), 8) => self.asm.mov(h, r),
-            (Some(h), 4) => self.asm.mov32(h, r),
-            (Some(h), _) => {
-                self.asm.buf.push(0x66);
-                self.asm.op_reg(false, &[0x8b], h, r);
-            }
-            (None, size) => {
-                let m = Mem::gs(gpr_disp(g.n));
-                match size {
-                    8 => self.asm.store(&m, r),
-                    4 => {
-                        self.asm.mov32(S0, r);
-                        self.asm.store(&m, S0);
-                    }
-                    _ => {
-                        self.asm.buf.push(0x66);
-                        self.asm.op_mem(false, &[0x89], r, &m);
-                    }
+        if let Some(h) = mapped(g.n)
+            && g.size >= 4
+        {
+            self.offset_into(ins, h, g.size);
+            return;
+        }
+        let r = self.offset_of(ins, true);
+        let Some(h) = mapped(g.n) else {
+            let m = Mem::gs(gpr_disp(g.n));
+            match g.size {
+                8 => self.asm.store(&m, r),
+                4 => {
+                    self.asm.mov32(S0, r);
+                    self.asm.store(&m, S0);
+                }
+                _ => {
+                    self.asm.buf.push(0x66);
+                    self.asm.op_mem(false, &[0x89], r, &m);
                 }
             }
-        }
+            return;
+        };
+        self.asm.buf.push(0x66);
+        self.asm.op_reg(false, &[0x8b], h, r);
     }
 
     /// BT, BTS, BTR, BTC with a memory operand and a register: a bit string of any length.
@@ -620,8 +638,8 @@ impl Translation {
 /// Temporaries of one instruction.
 #[derive(Default)]
 struct Plan {
-    pool: Vec<u8>,
-    wanted: Vec<(u32, GuestReg, OpAccess)>,
+    pool: ArrayVec<u8, 3>,
+    wanted: ArrayVec<(u32, GuestReg, OpAccess), OPERANDS_MAX>,
     cl: bool,
     took_sc: bool,
 }
@@ -631,10 +649,7 @@ impl Plan {
         self.pool.push(r);
     }
     fn take(&mut self) -> Option<u8> {
-        if self.pool.is_empty() {
-            return None;
-        }
-        let r = self.pool.remove(0);
+        let r = self.pool.pop_at(0)?;
         self.took_sc |= r == SC;
         Some(r)
     }

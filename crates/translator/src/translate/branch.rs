@@ -7,7 +7,9 @@ use super::regs::GuestReg;
 use super::{Cold, Translation};
 use crate::asm::{Mem, Near};
 use crate::code::Link;
-use crate::layout::{Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, TMP, disp, gpr_disp, mapped};
+use crate::layout::{
+    Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, TMP, disp, gpr_disp, mapped,
+};
 use crate::thunks::through_jump_cache;
 
 /// A block goes on behind a conditional branch that is among its first so many instructions.

@@ -218,7 +218,7 @@ pub struct Translation {
     /// Instructions of the block, with what is known of them: class, whether they look.
     pub ahead: Vec<(Instruction, Class, bool)>,
     /// The general registers that each of them writes.
-    written: Vec<u16>,
+    written: Vec<Option<u16>>,
     /// Number of the current one.
     index: usize,
     /// Addends kept for several accesses.
@@ -303,7 +303,7 @@ impl Translation {
     /// Translates the instructions in [`Translation::ahead`]; gives how many were, and whether the
     /// block ends with the last of them.
     pub fn all(&mut self) -> (usize, bool) {
-        self.note_writes();
+        self.written.clear();
         let mut ended = false;
         while !ended
             && self.len() < MAX_BLOCK_BYTES / 3

@@ -14,7 +14,7 @@
 //! follow it in the host, faults and takes the slow path. Instructions that do so often look up
 //! for themselves from then on.
 
-use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
 use super::access::{Access, Want, access_size, segment_of};
 use super::decode::Class;
@@ -173,8 +173,9 @@ impl Translation {
     fn lowest(&mut self, base: u8, d: i64, size: i64) -> Option<i64> {
         let (mut low, mut high, mut more) = (d, d + size, false);
         let mut added = 0i64;
-        let list = std::mem::take(&mut self.ahead);
-        for (n, (ins, class, looks)) in list.iter().enumerate().skip(self.index).take(AHEAD) {
+        for n in self.index..self.index + AHEAD {
+            let Some((ins, class, looks)) = self.ahead.get(n).copied() else { break };
+            let ins = &ins;
             if n > self.index {
                 let goes_on = match class {
                     Class::Nothing => true,
@@ -193,7 +194,7 @@ impl Translation {
                     }
                     (low, high, more) = (l, h, true);
                 }
-                if *class == Class::Branch && !ins.is_jcc_short_or_near() {
+                if class == Class::Branch && !ins.is_jcc_short_or_near() {
                     break;
                 }
             }
@@ -203,7 +204,6 @@ impl Translation {
                 Effect::Unknown => break,
             }
         }
-        self.ahead = list;
         more.then_some(low)
     }
 
@@ -236,29 +236,26 @@ impl Translation {
     }
 
     /// General registers, a bit each, that instruction `n` of the block writes.
-    fn writes(&self, n: usize) -> u16 {
-        self.written.get(n).copied().unwrap_or(u16::MAX)
-    }
-
-    /// Notes which registers the instructions of the block write.
-    pub(super) fn note_writes(&mut self) {
-        self.written.clear();
-        for (ins, class, _) in &self.ahead {
-            let mut written = 0;
-            // What ends the search need not be known.
-            if *class == Class::Plain {
-                for used in self.infos.info(ins).used_registers() {
-                    let reads = matches!(
-                        used.access(),
-                        OpAccess::Read | OpAccess::CondRead | OpAccess::None
-                    );
-                    if !reads && let Some(g) = GuestReg::of(used.register()) {
-                        written |= 1 << g.n;
-                    }
-                }
-            }
-            self.written.push(written);
+    fn writes(&mut self, n: usize) -> u16 {
+        if let Some(Some(known)) = self.written.get(n) {
+            return *known;
         }
+        // What ends the search need not be known.
+        let Some((ins, Class::Plain, _)) = self.ahead.get(n) else { return 0 };
+        let info = self.infos.info_options(ins, InstructionInfoOptions::NO_MEMORY_USAGE);
+        let mut written = 0;
+        for used in info.used_registers() {
+            let reads =
+                matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None);
+            if !reads && let Some(g) = GuestReg::of(used.register()) {
+                written |= 1 << g.n;
+            }
+        }
+        if self.written.len() <= n {
+            self.written.resize(n + 1, None);
+        }
+        self.written[n] = Some(written);
+        written
     }
 }
 

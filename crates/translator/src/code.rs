@@ -54,6 +54,35 @@ impl Hasher for MulHasher {
 /// A map with [`MulHasher`].
 pub type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<MulHasher>>;
 
+/// Where the address of an access comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Place {
+    /// A host register, computed by code of the body: its first byte and its length.
+    Register {
+        /// The register.
+        ea: u8,
+        /// The code.
+        code: (u32, u32),
+    },
+    /// The sum of a guest register and a displacement, by a shared look-up.
+    Shared {
+        /// The register.
+        base: u8,
+        /// The displacement.
+        d: i32,
+    },
+}
+
+/// The slow path of an access, made when it is first needed.
+struct Stub {
+    /// Host address of the first byte.
+    host: u64,
+    /// Host bytes.
+    len: u32,
+    /// Index of the block.
+    block: usize,
+}
+
 /// A place in a block where a memory operand is accessed.
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
@@ -63,7 +92,7 @@ pub struct Site {
     pub op: u32,
     /// Host offset of the first byte after the guest instruction's part that follows the access.
     pub op_end: u32,
-    /// Host offset of the slow path.
+    /// Host offset of the slow path; 0 while there is none.
     pub cold: u32,
     /// Host offset of the first byte after the slow path.
     pub cold_end: u32,
@@ -74,6 +103,10 @@ pub struct Site {
     /// Host offset where the slow path makes the access itself, 0 when it never does. The page may
     /// have become inaccessible again by then.
     pub direct: u32,
+    /// What the slow path is made of.
+    pub place: Place,
+    /// Until the access itself, the address is where [`Place`] says.
+    pub simple: bool,
     /// Address of the guest instruction.
     pub rip: u64,
     /// Bytes accessed.
@@ -104,6 +137,22 @@ pub struct Site {
     /// Host offsets of cold code that looks whether the next page follows in the host: where it
     /// begins and ends, and where it goes on when a look-up faults.
     pub cross: [u32; 3],
+}
+
+impl Site {
+    /// Whether the access is made at this offset, or on the way there.
+    pub fn contains(&self, off: u32) -> bool {
+        let out_of_line = self.direct != 0 && off >= self.direct && off < self.cold_end;
+        off >= self.look && off < self.op_end || out_of_line
+    }
+
+    /// Where the access can be begun again.
+    pub fn start(&self) -> u32 {
+        match self.place {
+            Place::Register { code: (start, len), .. } if len != 0 => start,
+            _ => self.look,
+        }
+    }
 }
 
 /// A string instruction, or a part of one, that is emitted. The registers that hold its addresses and
@@ -231,6 +280,8 @@ pub struct CodeCache {
     sites: Vec<Site>,
     /// String instructions of all blocks, in the order of the blocks.
     strings: Vec<StringSite>,
+    /// Slow paths outside of their blocks' code, in the order of their addresses.
+    stubs: Vec<Stub>,
     /// Instructions that helpers execute.
     helpers: Vec<Helped>,
     /// Links between different guest pages; undone when the kernel's mappings change.
@@ -263,8 +314,8 @@ impl CodeCache {
             size,
             start: 0,
             used: 0,
-            cold_start: size / 8 * 3,
-            cold_used: size / 8 * 3,
+            cold_start: size / 8 * 5,
+            cold_used: size / 8 * 5,
             blocks: Vec::new(),
             map: FastMap::default(),
             pages: FastMap::default(),
@@ -274,6 +325,7 @@ impl CodeCache {
             returns: Vec::new(),
             sites: Vec::new(),
             strings: Vec::new(),
+            stubs: Vec::new(),
             helpers: Vec::new(),
             far_links: Vec::new(),
             flushes: 0,
@@ -343,6 +395,7 @@ impl CodeCache {
         self.returns.clear();
         self.sites.clear();
         self.strings.clear();
+        self.stubs.clear();
         self.helpers.clear();
         self.far_links.clear();
         self.flushes += 1;
@@ -524,12 +577,52 @@ impl CodeCache {
 
     /// The block whose code contains host address `pc`.
     pub fn block_at(&self, pc: u64) -> Option<&Block> {
+        self.blocks.get(self.index_at(pc)?)
+    }
+
+    fn index_at(&self, pc: u64) -> Option<usize> {
         let cold = pc >= self.rx + self.cold_start as u64;
+        if cold {
+            let i = self.stubs.partition_point(|s| s.host <= pc);
+            let stub = i.checked_sub(1).and_then(|i| self.stubs.get(i));
+            if let Some(stub) = stub.filter(|s| pc < s.host + u64::from(s.len)) {
+                return Some(stub.block);
+            }
+        }
         let start = |b: &Block| if cold { b.cold } else { b.host };
-        let i = self.blocks.partition_point(|b| start(b) <= pc);
-        let b = self.blocks.get(i.checked_sub(1)?)?;
+        let i = self.blocks.partition_point(|b| start(b) <= pc).checked_sub(1)?;
+        let b = self.blocks.get(i)?;
         let len = if cold { b.cold_len } else { b.len };
-        (pc <= start(b) + u64::from(len)).then_some(b)
+        (pc <= start(b) + u64::from(len)).then_some(i)
+    }
+
+    /// Number of the access that faulted at host address `pc`.
+    pub fn site_at(&self, pc: u64) -> Option<u64> {
+        let block = self.block_at(pc)?;
+        let off = pc.wrapping_sub(block.host) as u32;
+        let i = self.sites_of(block).iter().position(|s| s.contains(off))?;
+        Some(u64::from(block.sites.0) + i as u64)
+    }
+
+    /// The block of access `n`, which is at `pc`, and its code.
+    pub fn body_at(&self, pc: u64) -> Option<(&Block, &[u8])> {
+        let block = self.block_at(pc)?;
+        // SAFETY: inside the executable mapping, which is readable, lives as long as we do, and is
+        // written by this thread only, in methods that borrow us mutably.
+        let body =
+            unsafe { std::slice::from_raw_parts(block.host as *const u8, block.len as usize) };
+        Some((block, body))
+    }
+
+    /// Appends the slow path of access `n`, which is at `pc`.
+    pub fn push_stub(&mut self, n: u64, pc: u64, site: Site, code: &[u8]) {
+        let Some(block) = self.index_at(pc) else { return };
+        let Some(known) = self.sites.get_mut(n as usize) else { return };
+        *known = site;
+        let host = self.next_cold();
+        self.write(host, code);
+        self.cold_used = (self.cold_used + code.len()).next_multiple_of(16);
+        self.stubs.push(Stub { host, len: code.len() as u32, block });
     }
 
     /// A link by number.

@@ -17,7 +17,7 @@ pub fn translate_only(bytes: &[u8], bits: u8) -> Result<usize, SetupError> {
         Then::Exit
     }
     let mut cache = CodeCache::new(4 << 20)?;
-    let thunks = Thunks::new(&mut cache, never, never, never);
+    let thunks = Thunks::new(&mut cache, [never; 4]);
     let table = CpuidTable::new(&crate::host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
     let allowed = Allowed::new(table.features());
     let bits = if matches!(bits, 16 | 32) { bits } else { 64 };

@@ -63,7 +63,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { code_cache_bytes: 16 << 20, address_spaces: 8 }
+        Self { code_cache_bytes: 48 << 20, address_spaces: 8 }
     }
 }
 

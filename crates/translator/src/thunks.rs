@@ -35,6 +35,8 @@ pub type HelperFn = extern "C" fn(owner: u64, ret: u64, ea: u64) -> Then;
 pub struct Thunks {
     /// Slow path of an access.
     pub mem: u64,
+    /// Where the signal handler sends an access that has no slow path yet.
+    pub first: u64,
     /// Commits a bounced store.
     pub commit: u64,
     /// Executes an instruction.
@@ -48,7 +50,7 @@ pub struct Thunks {
     exits: [u64; 7],
     /// Where code begins and ends that goes (back) into generated code after a look at
     /// [`Area::run`], and which can be begun again.
-    tails: [(u64, u64); 4],
+    tails: [(u64, u64); 5],
     start: u64,
     end: u64,
 }
@@ -175,7 +177,7 @@ pub fn through_jump_cache(a: &mut Asm) {
 
 impl Thunks {
     /// Generates the fixed pieces at the start of a cache.
-    pub fn new(cache: &mut CodeCache, mem: HelperFn, commit: HelperFn, helper: HelperFn) -> Self {
+    pub fn new(cache: &mut CodeCache, [mem, first, commit, helper]: [HelperFn; 4]) -> Self {
         debug_assert!(mapped(1) == Some(GUEST_RCX) && mapped(4) == Some(GUEST_RSP));
         let base = cache.next_host();
         let mut a = Asm::default();
@@ -184,7 +186,7 @@ impl Thunks {
             a.push(r);
         }
         a.store(&field(offset_of!(Area, host_rsp)), host::RSP);
-        let mut tails = [(0, 0); 4];
+        let mut tails = [(0, 0); 5];
         let tail = a.pos();
         if_asked_to_leave(&mut a, |a| {
             a.store_imm(&field(offset_of!(Area, exit_code)), ExitCode::Interrupt as i32);
@@ -206,8 +208,11 @@ impl Thunks {
             at
         };
         let mem = thunk(&mut a, mem);
+        let first = thunk(&mut a, first);
         let commit = thunk(&mut a, commit);
         let helper = thunk(&mut a, helper);
+        let call_first = base + a.pos() as u64;
+        a.near_abs(0xe8, first, base);
         let mut exits = [0; 7];
         let common = a.pos();
         save(&mut a);
@@ -239,7 +244,19 @@ impl Thunks {
         a.near_abs(0xe9, exits[ExitCode::Return as usize], base);
         let end = base + a.pos() as u64;
         cache.push_permanent(&a.buf);
-        Self { mem, commit, helper, enter, unexpected, barrier, exits, tails, start: base, end }
+        Self {
+            mem,
+            first: call_first,
+            commit,
+            helper,
+            enter,
+            unexpected,
+            barrier,
+            exits,
+            tails,
+            start: base,
+            end,
+        }
     }
 
     /// The beginning of the tail that `pc` is in. Tails run on the thread's stack, where it was when

@@ -637,6 +637,18 @@ impl Tlb {
         (tag.wrapping_add(rip) == 0).then_some(host)
     }
 
+    /// Forgets the translation of `rip` in the jump caches of all views.
+    pub fn jc_forget(&mut self, rip: u64) {
+        let slots = (0..self.slots.len()).map(|s| s as u8);
+        for view in slots.flat_map(|s| [View::User(s), View::KernelUser(s)]).chain([View::Kernel]) {
+            if self.jc_find(view, rip).is_some() {
+                let index = rip as u16;
+                // SAFETY: as in `clear_jc`.
+                unsafe { self.jc_entry(view, index).write([Self::empty_tag(index), 0]) };
+            }
+        }
+    }
+
     /// Remembers where the translation of `rip` begins, for indirect jumps on a view.
     pub fn jc_insert(&mut self, view: View, rip: u64, host: u64, global: bool) {
         self.jc_local |= !global && !matches!(view, View::User(_));

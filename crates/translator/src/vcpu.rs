@@ -26,11 +26,11 @@ use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
 use berth_x86::{CpuState, Exception, Segment};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
-use crate::code::{BlockId, BlockKey, CodeCache, FastMap, Helped, Site};
+use crate::code::{BlockId, BlockKey, CodeCache, FastMap, Helped, Place, Site};
 use crate::exec::Flow;
 use crate::features::Allowed;
 use crate::fpu;
-use crate::layout::{Area, ExitCode, FLAG_MASKS, Gate, MAX_ACCESS_SHIFT};
+use crate::layout::{Area, ExitCode, FLAG_MASKS, Gate, MAX_ACCESS_SHIFT, S0, mapped};
 use crate::mem::{self, Lin, Pieces, Walked};
 use crate::ram::PAGE;
 use crate::returns::Returns;
@@ -143,6 +143,13 @@ extern "C" fn mem_helper(owner: u64, ret: u64, ea: u64) -> Then {
     inner.back(then)
 }
 
+extern "C" fn first_helper(owner: u64, _ret: u64, s0: u64) -> Then {
+    // SAFETY: as in `mem_helper`.
+    let inner = unsafe { &mut *(owner as *mut Inner) };
+    let then = inner.first_access(s0);
+    inner.back(then)
+}
+
 extern "C" fn commit_helper(owner: u64, ret: u64, _ea: u64) -> Then {
     // SAFETY: as in `mem_helper`.
     let inner = unsafe { &mut *(owner as *mut Inner) };
@@ -169,9 +176,9 @@ pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32) -> u64 {
     {
         let off = (pc - b.host) as u32;
         for s in inner.code.sites_of(b) {
-            let out_of_line = s.direct != 0 && off >= s.direct && off < s.cold_end;
-            if off >= s.look && off < s.op_end || out_of_line {
-                return b.host + u64::from(s.cold);
+            if s.contains(off) {
+                let made = s.cold != 0;
+                return if made { b.host + u64::from(s.cold) } else { inner.thunks.first };
             }
             let [start, end, fix] = s.cross;
             if off >= start && off < end {
@@ -247,7 +254,8 @@ impl Inner {
         let mut tlb = Tlb::new(shared.config.address_spaces)?;
         tlb.init_jcs();
         let mut code = CodeCache::new(shared.config.code_cache_bytes)?;
-        let thunks = Thunks::new(&mut code, mem_helper, commit_helper, instr_helper);
+        let thunks =
+            Thunks::new(&mut code, [mem_helper, first_helper, commit_helper, instr_helper]);
         let returns = Returns::new(thunks.unexpected)
             .map_err(|source| SetupError::Map { what: "the return stack", source })?;
         if !signal::register(code.range()) {
@@ -1062,16 +1070,75 @@ impl Inner {
     /// The slow path of an access; see [`crate::translate`].
     fn slow_access(&mut self, ret: u64, ea: u64) -> Then {
         self.sync_in();
+        let number = self.area.sc;
+        self.make_access(number, ret, ea, true)
+    }
+
+    /// An access that faulted and has no slow path so far. Most only miss their page in the TLB and
+    /// are then made where they are.
+    fn first_access(&mut self, s0: u64) -> Then {
+        self.sync_in();
+        let pc = self.area.fault_pc;
+        let Some((number, site)) =
+            self.code.site_at(pc).and_then(|n| Some((n, *self.code.site(n)?)))
+        else {
+            bug("a slow access from an unknown place", pc);
+        };
+        if !self.code.fits(MAX_BLOCK_BYTES) {
+            // Nothing has been done of the instruction.
+            self.area.fault_trap = 0;
+            self.drop_all_code();
+            self.area.state.rip = wrap(site.rip, self.mode.bits);
+            self.area.exit_code = ExitCode::Helper as u64;
+            return Then::Exit;
+        }
+        let gpr = |n: u8| self.area.state.gpr[usize::from(n & 15)];
+        let ea = match site.place {
+            _ if !site.simple => {
+                let site = self.stub_of(number, pc);
+                return self.go_on_at(pc, site.cold);
+            }
+            Place::Shared { base, d } => gpr(base).wrapping_add(i64::from(d) as u64),
+            Place::Register { ea: S0, .. } => s0,
+            Place::Register { ea, .. } => {
+                gpr((0..16).find(|&g| mapped(g) == Some(ea)).unwrap_or(0))
+            }
+        };
+        self.make_access(number, pc, ea, false)
+    }
+
+    /// The access `number`, which is at `pc`, with its slow path.
+    fn stub_of(&mut self, number: u64, pc: u64) -> Site {
+        let (Some(&site), Some(body)) = (self.code.site(number), self.code.body_at(pc)) else {
+            bug("a slow access from an unknown place", pc);
+        };
+        if site.cold != 0 {
+            return site;
+        }
+        let (code, site) = self.translation.stub(&self.code, body, number, site);
+        self.code.push_stub(number, pc, site, code);
+        site
+    }
+
+    /// Lets the thunk return to an offset in the block that `pc` belongs to.
+    fn go_on_at(&mut self, pc: u64, offset: u32) -> Then {
+        let Some(block) = self.code.block_at(pc) else { bug("outside any block", pc) };
+        self.returns.return_to(&self.area, block.host + u64::from(offset));
+        Then::Go
+    }
+
+    /// Makes access `number`, whose code is at `pc`, or finds out how it can be made. `in_stub`: its
+    /// slow path waits for an answer; otherwise there may be none.
+    fn make_access(&mut self, number: u64, pc: u64, ea: u64, in_stub: bool) -> Then {
         self.stats.slow_accesses += 1;
         let trap = std::mem::take(&mut self.area.fault_trap);
         self.stats.signals += u64::from(trap != 0);
-        let number = self.area.sc;
-        let Some(&site) = self.code.site(self.area.sc) else {
-            bug("a slow access from an unknown place", ret);
+        let Some(&site) = self.code.site(number) else {
+            bug("a slow access from an unknown place", pc);
         };
         let rip = wrap(site.rip, self.mode.bits);
         if trap != 0 && self.crosses(&site, ea) {
-            self.crossed(number, &site, ret);
+            self.crossed(number, &site, pc);
         }
         let access = self.access(&site, ea, trap);
         if let Some(window) = site.window
@@ -1082,12 +1149,24 @@ impl Inner {
         match access {
             Ok(Outcome::Direct(host)) => {
                 self.area.sc = host.wrapping_sub(ea);
-                Then::Go
+                if in_stub {
+                    return Then::Go;
+                }
+                let looked_up = ea.wrapping_sub(u64::from(site.above));
+                if self.tlb.look_up(self.view, looked_up) == (self.area.sc, true) {
+                    return self.go_on_at(pc, site.start());
+                }
+                let ret = self.stub_of(number, pc).ret;
+                self.go_on_at(pc, ret)
             }
             Ok(Outcome::Bounce) => {
                 self.bounced_sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
                 self.area.sc = self.bounced_sc;
                 self.bounced_x87 = site.x87;
+                if !in_stub {
+                    let ret = self.stub_of(number, pc).ret;
+                    self.go_on_at(pc, ret);
+                }
                 if site.write { Then::Bounce } else { Then::Go }
             }
             Ok(Outcome::Alone) => {
@@ -1100,6 +1179,10 @@ impl Inner {
                 let x87 = site.x87.then(fpu::store_x87);
                 self.trial = Some(Box::new(Trial { fault, rip, x87 }));
                 self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
+                if !in_stub {
+                    let ret = self.stub_of(number, pc).ret;
+                    self.go_on_at(pc, ret);
+                }
                 Then::Bounce
             }
             Err(e) => {
@@ -1227,7 +1310,8 @@ impl Inner {
             self.crossing.clear();
         }
         self.crossing.insert(instruction_gpa(&key, site.rip), ());
-        self.tlb.clear_all_jcs();
+        // Returns into the block may stay: it is slow, not wrong.
+        self.tlb.jc_forget(key.rip);
         self.stats.crossings += 1;
     }
 

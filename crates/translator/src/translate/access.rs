@@ -15,7 +15,7 @@ use super::regs::{GuestReg, host_reg};
 use super::string::StringOp;
 use super::{Cold, Translation};
 use crate::asm::Mem;
-use crate::code::Site;
+use crate::code::{Place, Site};
 use crate::layout::{
     Area, GUEST_RCX, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, TMP, disp, gpr_disp, host, mapped,
     state_disp,
@@ -244,10 +244,12 @@ impl Translation {
         let cold = self.cold.len();
         let look = self.asm.pos() as u32;
         let mut looked = None;
+        let mut lazy = true;
         let shift = want.size.next_power_of_two().trailing_zeros() as usize;
         if segmented || self.mode.aligned || shift > MAX_ACCESS_SHIFT {
             let jump = self.asm.jmp();
             self.near.push((jump, cold));
+            lazy = false;
         } else {
             if shift > 0 && (self.mode.checked || self.looks) {
                 // In the last slot of the page? Then it may cross.
@@ -264,18 +266,22 @@ impl Translation {
             self.asm.load(SC, &Mem::gs_index8(SC, 0));
         }
         let op = self.asm.pos() as u32;
-        let site = self.site(Site { look, op, segmented, ..self.site_of(want, seg) });
+        let code = (ea_code.start as u32, ea_code.len() as u32);
+        let place = Place::Register { ea, code };
+        let site = self.site(Site { look, op, segmented, ..self.site_of(want, seg, place) });
         if let Some(go_on) = looked {
             // Before the slow path, to which it jumps forwards.
             let last = want.size as i32 - 1;
             self.cold.push(Cold::Look { site, ea, last, go_on, mem: cold + 1 });
         }
-        self.cold.push(Cold::Mem { site, ea_code, ea });
+        if looked.is_some() || !lazy {
+            self.cold.push(Cold::Mem { site });
+        }
         Access { site, ea, disp: 0 }
     }
 
     /// What is known of an access of the current instruction before it is emitted.
-    pub(super) fn site_of(&self, want: Want, seg: u8) -> Site {
+    pub(super) fn site_of(&self, want: Want, seg: u8, place: Place) -> Site {
         Site {
             look: 0,
             op: 0,
@@ -285,6 +291,8 @@ impl Translation {
             ret: 0,
             commit_ret: 0,
             direct: 0,
+            place,
+            simple: true,
             rip: self.block.key.rip.wrapping_add(u64::from(self.rip_off)),
             size: want.size as u16,
             align: self.align,
@@ -398,6 +406,7 @@ impl Translation {
         });
         if let Some(a) = a {
             if absolute {
+                self.sites[a.site].simple = false;
                 self.asm.lea(S0, &Mem::base_index(a.ea, SC, 0, a.disp));
                 set_memory(&mut out, S0, None, 0);
             } else {

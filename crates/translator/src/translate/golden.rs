@@ -126,12 +126,17 @@ struct Names {
     thunks: Thunks,
     at: u64,
     len: u64,
+    /// Address and length of a slow path that is made later.
+    slow: (u64, u64),
 }
 
 impl Names {
     fn place(&self, address: u64) -> String {
         if let Some(offset) = address.checked_sub(self.at).filter(|o| *o <= self.len) {
             return format!("+{offset:x}");
+        }
+        if let Some(offset) = address.checked_sub(self.slow.0).filter(|o| *o <= self.slow.1) {
+            return format!("slow path +{offset:x}");
         }
         let t = &self.thunks;
         let exits = [
@@ -253,7 +258,7 @@ fn list(text: &mut String, bits: u8, code: &[u8], at: u64, shown: u64, names: Op
 /// The block as text.
 fn listing(golden: &Golden) -> String {
     let mut cache = CodeCache::new(4 << 20).unwrap();
-    let thunks = Thunks::new(&mut cache, never, never, never);
+    let thunks = Thunks::new(&mut cache, [never; 4]);
     let Mode { bits, user, .. } = golden.mode;
     let rip = if bits == 16 { RIP & 0xffff } else { RIP };
     let key = BlockKey { rip, gpa: RIP, mode: golden.mode.pack() };
@@ -273,11 +278,23 @@ fn listing(golden: &Golden) -> String {
     let at = cache.next_host();
     let made = t.finish();
     let code = [made.code, made.cold].concat();
+    let sites = made.sites.len() as u64;
     let mut text = format!("guest, {bits} bits, {}\n", if user { "user" } else { "supervisor" });
     list(&mut text, bits, golden.code, rip, rip, None);
     text.push_str("host\n");
-    let names = Names { thunks, at, len: code.len() as u64 };
-    list(&mut text, 64, &code, at, 0, Some(names));
+    let len = code.len() as u64;
+    list(&mut text, 64, &code, at, 0, Some(Names { thunks, at, len, slow: (0, 0) }));
+    cache.push_block(made, true);
+    for number in 0..sites {
+        let site = *cache.site(number).unwrap();
+        if site.cold == 0 {
+            let slow = cache.next_cold();
+            let (code, _) = t.stub(&cache, cache.body_at(at).unwrap(), number, site);
+            writeln!(text, "slow path of access {number}").unwrap();
+            let names = Names { thunks, at, len, slow: (slow, code.len() as u64) };
+            list(&mut text, 64, code, slow, 0, Some(names));
+        }
+    }
     text
 }
 

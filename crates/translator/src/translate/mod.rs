@@ -31,13 +31,12 @@ mod share;
 mod string;
 mod system;
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
-use crate::code::{Block, BlockKey, CodeCache, Helped, Link, Made, Site, StringSite};
+use crate::code::{Block, BlockKey, CodeCache, Helped, Link, Made, Place, Site, StringSite};
 use crate::exec::{Run, execute, runner};
 use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::{Thunks, through_jump_cache};
@@ -132,15 +131,8 @@ pub fn detour(t: &mut Translation, cache: &CodeCache, target: u64) -> Vec<u8> {
 
 /// Something emitted behind the block's body.
 enum Cold {
-    /// Slow path of an access.
-    Mem {
-        site: usize,
-        /// The code of the body that computes the address, to be run again.
-        ea_code: Range<usize>,
-        ea: u8,
-    },
-    /// Slow path of an access that shares its look-up.
-    Shared { site: usize, base: u8, d: i32, slot: usize },
+    /// Slow path of an access that always, or often, takes it.
+    Mem { site: usize },
     /// An access that may cross into another page: goes on if that page follows in the host, too.
     Look {
         site: usize,
@@ -489,13 +481,23 @@ impl Translation {
                 self.asm.mov_imm(S0, *target);
                 self.indirect();
             }
-            Cold::Mem { site, ea_code, ea } => {
-                let (site, ea, ea_code) = (*site, *ea, ea_code.clone());
-                self.asm.bytes(&self.body.buf[ea_code]);
+            Cold::Mem { site } => {
+                let site = *site;
+                self.slow_path(site);
+            }
+        }
+    }
+
+    /// The slow path of an access.
+    fn slow_path(&mut self, site: usize) {
+        match self.sites[site].place {
+            Place::Register { ea, code: (start, len) } => {
+                let cold = self.asm.pos();
+                self.asm.bytes(&self.body.buf[start as usize..(start + len) as usize]);
                 if ea != S0 {
                     self.asm.mov(S0, ea);
                 }
-                self.sites[site].cold = pos as u32;
+                self.sites[site].cold = cold as u32;
                 self.call_slow(site);
                 let s = self.sites[site];
                 self.asm.jmp_to(s.op as usize);
@@ -506,11 +508,28 @@ impl Translation {
                 }
                 self.sites[site].cold_end = self.asm.pos() as u32;
             }
-            Cold::Shared { site, base, d, slot } => {
-                let (site, base, d, slot) = (*site, *base, *d, *slot);
-                self.cold_shared(site, base, d, slot);
-            }
+            Place::Shared { base, d } => self.cold_shared(site, base, d),
         }
+    }
+
+    /// Makes the slow path of access `number`, `site`, of a block whose code is `body`; it will be at
+    /// the end of the cold part of `cache`.
+    pub fn stub(
+        &mut self,
+        cache: &CodeCache,
+        (block, body): (&Block, &[u8]),
+        number: u64,
+        site: Site,
+    ) -> (&[u8], Site) {
+        self.at = block.host;
+        self.body.restart(0);
+        self.body.bytes(body);
+        self.asm.restart((cache.next_cold() - block.host) as usize);
+        self.sites.clear();
+        self.sites.push(site);
+        self.bases.0 = number as u32;
+        self.slow_path(0);
+        (&self.asm.buf, self.sites[0])
     }
 
     /// Calls the slow path of an access whose address is in [`S0`].

@@ -16,12 +16,12 @@
 
 use iced_x86::{Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
+use super::Translation;
 use super::access::{Access, Want, access_size, segment_of};
 use super::decode::Class;
 use super::regs::GuestReg;
-use super::{Cold, Translation};
 use crate::asm::Mem;
-use crate::code::Site;
+use crate::code::{Place, Site};
 use crate::layout::{Area, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, WINDOWS, disp, mapped};
 
 /// Number of RSP.
@@ -131,15 +131,15 @@ impl Translation {
             op: self.asm.pos() as u32,
             above: (d - window.start) as u16,
             window: Some(window.slot as u8),
-            ..self.site_of(want, seg)
+            ..self.site_of(want, seg, Place::Shared { base, d: d as i32 })
         });
-        self.cold.push(Cold::Shared { site, base, d: d as i32, slot: window.slot });
         Some(Access { site, ea: reg, disp: d as i32 })
     }
 
     /// The slow path of a shared access: the instruction is executed out of line, and the window's
     /// addend loaded again.
-    pub(super) fn cold_shared(&mut self, site: usize, base: u8, d: i32, slot: usize) {
+    pub(super) fn cold_shared(&mut self, site: usize, base: u8, d: i32) {
+        let slot = usize::from(self.sites[site].window.unwrap_or(0));
         self.sites[site].cold = self.asm.pos() as u32;
         self.load_guest(S0, base);
         self.asm.lea(S0, &Mem::base(S0, d));

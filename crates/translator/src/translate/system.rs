@@ -209,6 +209,7 @@ impl Translation {
         self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
         let code = start..self.asm.pos();
         let a = self.look_up(S0, Want { size: 8, read: false, write: true }, 2, false, code);
+        self.sites[a.site].simple = false;
         self.asm.lea(SC, &Mem::base_index(S0, SC, 0, 0));
         // The flags of a thread that is being stepped have TF set.
         self.asm.bytes(&[0x9c]); // pushfq

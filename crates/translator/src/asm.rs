@@ -55,6 +55,10 @@ pub struct Asm {
     pub buf: Vec<u8>,
     /// Offset of the first byte of the buffer: code in two buffers may share one numbering.
     start: usize,
+    /// Offsets behind displacements that lead to fixed host addresses.
+    pub absolute: Vec<u32>,
+    /// Offsets behind displacements that lead to the other buffer.
+    pub across: Vec<u32>,
 }
 
 #[allow(
@@ -66,6 +70,8 @@ impl Asm {
     /// Empties the buffer; its first byte gets an offset.
     pub fn restart(&mut self, start: usize) {
         self.buf.clear();
+        self.absolute.clear();
+        self.across.clear();
         self.start = start;
     }
 
@@ -344,6 +350,9 @@ impl Asm {
     /// Binds a near jump to an offset.
     pub fn bind_near_to(&mut self, n: Near, target: usize) {
         let rel = (target as i64 - n.0 as i64) as i32;
+        if target < self.start || target > self.pos() {
+            self.across.push(n.0 as u32);
+        }
         let at = n.0 - self.start;
         self.buf[at - 4..at].copy_from_slice(&rel.to_le_bytes());
     }
@@ -352,6 +361,7 @@ impl Asm {
         let next = buffer_at + self.pos() as u64 + 5;
         self.buf.push(opcode);
         self.bytes(&(target.wrapping_sub(next) as u32).to_le_bytes());
+        self.absolute.push(self.pos() as u32);
     }
     /// `jmp m`.
     pub fn jmp_mem(&mut self, m: &Mem) {

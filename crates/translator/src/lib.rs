@@ -131,6 +131,8 @@ pub fn translate_only(bytes: &[u8], bits: u8) -> Result<usize, SetupError> {
 pub struct Stats {
     /// Blocks translated.
     pub blocks: u64,
+    /// Blocks copied from another guest address of the same code.
+    pub moved: u64,
     /// Guest instructions in them.
     pub guest_instructions: u64,
     /// Host bytes made of them.

@@ -877,14 +877,28 @@ impl Inner {
                 }
             }
         }
-        self.translate(key, va, mode)
-    }
-
-    #[allow(clippy::too_many_lines, reason = "one loop over the instructions of a block")]
-    fn translate(&mut self, key: BlockKey, va: u64, mode: Mode) -> Result<BlockId, Exception> {
         if !self.code.fits(MAX_BLOCK_BYTES) {
             self.drop_all_code();
         }
+        if let Some(moved) = self.code.moved(&key) {
+            #[cfg(debug_assertions)]
+            if self.crossing.is_empty() {
+                self.compose(key, va, mode)?;
+                moved.check(&self.translation.finish());
+            }
+            self.stats.moved += 1;
+            return Ok(self.code.push_block(moved.made(), true));
+        }
+        self.compose(key, va, mode)?;
+        let made = self.translation.finish();
+        self.stats.blocks += 1;
+        self.stats.host_bytes += (made.code.len() + made.cold.len()) as u64;
+        Ok(self.code.push_block(made, !mode.single))
+    }
+
+    /// Translates a block but for its cold parts.
+    #[allow(clippy::too_many_lines, reason = "one loop over the instructions of a block")]
+    fn compose(&mut self, key: BlockKey, va: u64, mode: Mode) -> Result<(), Exception> {
         let page = key.gpa & !(PAGE - 1);
         let start = (key.gpa & (PAGE - 1)) as usize;
         if !mode.single {
@@ -964,11 +978,8 @@ impl Inner {
             self.translation.continue_at(end_rip);
         }
         self.translation.block.second_page = second_page.filter(|_| at > PAGE as usize);
-        let made = self.translation.finish();
-        self.stats.blocks += 1;
         self.stats.guest_instructions += count as u64;
-        self.stats.host_bytes += (made.code.len() + made.cold.len()) as u64;
-        Ok(self.code.push_block(made, !mode.single))
+        Ok(())
     }
 
     // ---- dropping things ----

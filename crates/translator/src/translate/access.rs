@@ -154,7 +154,8 @@ impl Translation {
         let displ = ins.memory_displacement64();
         let cut = |v: u64| if bytes == 4 { v & 0xffff_ffff } else { v };
         if base == Register::RIP || base == Register::EIP {
-            self.asm.mov_imm(dst, cut(displ));
+            self.movable &= bytes == 8 && base == Register::RIP;
+            self.load_address(dst, cut(displ), false);
             return;
         }
         let addr_size = match (base, ins.memory_index()) {

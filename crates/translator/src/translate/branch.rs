@@ -6,7 +6,7 @@ use super::access::Want;
 use super::regs::GuestReg;
 use super::{Cold, Translation};
 use crate::asm::{Mem, Near};
-use crate::code::Link;
+use crate::code::{Fix, Link};
 use crate::layout::{
     Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, TMP, disp, gpr_disp, mapped,
 };
@@ -79,7 +79,7 @@ impl Translation {
     /// the block if this is where it wanted to go.
     fn returned(&mut self, next: u64) {
         self.reserve(32);
-        self.asm.mov_imm(SC, !next);
+        self.load_address(SC, next, true);
         self.asm.lea(SC, &Mem::base_index(SC, S0, 0, 1));
         let expected = self.asm.jrcxz();
         let other = self.asm.jmp();
@@ -189,7 +189,7 @@ impl Translation {
     fn push_return(&mut self, next: u64) {
         let want = Want { size: 8, read: false, write: true };
         if let Some(a) = self.shared(4, -8, want, 2) {
-            self.asm.mov_imm(S1, next);
+            self.load_address(S1, next, false);
             self.asm.store(&Mem::base_index(GUEST_RSP, SC, 0, -8), S1);
             self.asm.add_guest_rsp(-8);
             self.end_access(a);
@@ -201,7 +201,7 @@ impl Translation {
         self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
         let code = start..self.asm.pos();
         let a = self.look_up(S0, want, 2, false, code);
-        self.asm.mov_imm(S1, next);
+        self.load_address(S1, next, false);
         self.asm.store(&Mem::base_index(S0, SC, 0, 0), S1);
         self.asm.mov(GUEST_RSP, S0);
         self.end_access(a);
@@ -241,6 +241,7 @@ impl Translation {
         self.returns.push((self.here(), self.rsp_taken));
         let field = Mem::gs(disp(std::mem::offset_of!(Area, return_number)));
         self.asm.store_imm(&field, i32::try_from(number).unwrap_or(i32::MAX));
+        self.note(Fix::Return);
         self.asm.ret();
     }
 

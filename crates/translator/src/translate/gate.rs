@@ -85,7 +85,7 @@ impl Translation {
         self.asm.store(&Mem::gs(gpr_disp(11)), S1);
         self.asm.op_mem(true, &[0x23], S0, &area(offset_of!(Area, syscall_keep))); // and
         self.asm.store(&state(RFLAGS), S0);
-        self.asm.mov_imm(GUEST_RCX, ins.next_ip());
+        self.load_address(GUEST_RCX, ins.next_ip(), false);
         self.asm.store(&area(offset_of!(Area, user_return_sp)), host::RSP);
         self.asm.push_mem(&area(offset_of!(Area, barrier)));
         self.other_side(gate);

@@ -36,7 +36,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
-use crate::code::{Block, BlockKey, CodeCache, Helped, Link, Made, Place, Site, StringSite};
+use crate::code::{
+    Block, BlockKey, CodeCache, Fix, Fixup, Helped, Link, Made, Place, Site, StringSite,
+};
 use crate::exec::{Run, execute, runner};
 use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::{Thunks, through_jump_cache};
@@ -192,6 +194,10 @@ pub struct Translation {
     sites: Vec<Site>,
     strings: Vec<StringSite>,
     helpers: Vec<Helped>,
+    /// What depends on where the block is, in the guest and in the cache.
+    fixups: Vec<Fixup>,
+    /// All of it is in there.
+    movable: bool,
     /// Numbers of the first access and of the first instruction for a helper.
     bases: (u32, u32),
     cold: Vec<Cold>,
@@ -248,6 +254,8 @@ impl Translation {
             sites: Vec::new(),
             strings: Vec::new(),
             helpers: Vec::new(),
+            fixups: Vec::new(),
+            movable: false,
             bases: (0, 0),
             cold: Vec::new(),
             pending: Vec::new(),
@@ -282,6 +290,9 @@ impl Translation {
         self.sites.clear();
         self.strings.clear();
         self.helpers.clear();
+        self.fixups.clear();
+        // Code at fixed addresses is never met elsewhere.
+        self.movable = mode.user && mode.bits == 64 && !mode.single;
         self.bases = (cache.next_site(), cache.next_helper());
         self.cold.clear();
         self.pending.clear();
@@ -377,6 +388,14 @@ impl Translation {
             self.cold_part(done);
             done += 1;
         }
+        for (list, kind) in [
+            (&self.body.absolute, Fix::Absolute),
+            (&self.asm.absolute, Fix::Absolute),
+            (&self.body.across, Fix::Across),
+            (&self.asm.across, Fix::Across),
+        ] {
+            self.fixups.extend(list.iter().map(|&at| Fixup { at, kind }));
+        }
         Made {
             block: self.block,
             insns: &self.insns,
@@ -387,7 +406,22 @@ impl Translation {
             sites: &self.sites,
             strings: &self.strings,
             helpers: &self.helpers,
+            fixups: self.movable.then_some(&self.fixups),
         }
+    }
+
+    /// Notes that what was emitted last ends with something that moves with the block.
+    fn note(&mut self, kind: Fix) {
+        self.fixups.push(Fixup { at: self.asm.pos() as u32, kind });
+    }
+
+    /// Loads a guest address that follows from the block's, or with `not` its complement.
+    fn load_address(&mut self, dst: u8, address: u64, not: bool) {
+        let start = self.asm.pos();
+        self.asm.mov_imm(dst, if not { !address } else { address });
+        // Only the long form holds any address.
+        self.movable &= self.asm.pos() - start == 10;
+        self.note(if not { Fix::NotAddress } else { Fix::Address });
     }
 
     #[allow(clippy::too_many_lines, reason = "one match over the kinds")]
@@ -426,6 +460,7 @@ impl Translation {
                     &Mem::gs(disp(std::mem::offset_of!(Area, exit_arg))),
                     i32::try_from(number).unwrap_or(i32::MAX),
                 );
+                self.note(Fix::Link);
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Link), self.at);
             }
             Cold::Look { site, ea, last, go_on, mem } => {
@@ -472,13 +507,14 @@ impl Translation {
             Cold::Miss { rip, taken } => {
                 let (rip, taken) = (*rip, *taken);
                 self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, exit_rip))), S0);
-                self.asm.mov_imm(S1, rip);
+                self.load_address(S1, rip, false);
                 self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, branch_rip))), S1);
                 self.asm.store_imm(&Mem::gs(disp(std::mem::offset_of!(Area, exit_arg))), taken);
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Indirect), self.at);
             }
             Cold::Far { target } => {
-                self.asm.mov_imm(S0, *target);
+                let target = *target;
+                self.load_address(S0, target, false);
                 self.indirect();
             }
             Cold::Mem { site } => {
@@ -535,6 +571,7 @@ impl Translation {
     /// Calls the slow path of an access whose address is in [`S0`].
     fn call_slow(&mut self, site: usize) {
         self.asm.mov_imm(SC, u64::from(self.bases.0) + site as u64);
+        self.note(Fix::Site);
         self.asm.near_abs(0xe8, self.thunks.mem, self.at);
         self.sites[site].ret = self.asm.pos() as u32;
     }
@@ -547,7 +584,7 @@ impl Translation {
 
     /// Sets RIP and leaves.
     fn exit_at(&mut self, rip: u64, code: ExitCode) {
-        self.asm.mov_imm(S0, rip);
+        self.load_address(S0, rip, false);
         self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, exit_rip))), S0);
         self.asm.near_abs(0xe9, self.thunks.exit(code), self.at);
     }
@@ -566,6 +603,7 @@ impl Translation {
 
     fn call_helper(&mut self, number: u64) {
         self.asm.mov_imm(SC, number);
+        self.note(Fix::Helper);
         self.asm.near_abs(0xe8, self.thunks.helper, self.at);
     }
 

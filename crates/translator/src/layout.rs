@@ -107,10 +107,11 @@ pub enum FlagMask {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum ExitCode {
-    /// A direct jump that is not linked yet; [`Area::exit_arg`] is the number of the link.
+    /// A direct jump that is not linked yet; [`SC`] is the number of the link, and goes to
+    /// [`Area::exit_arg`].
     Link = 1,
-    /// An indirect jump missed the jump cache; the target is in [`Area::exit_rip`], its own address
-    /// in [`Area::branch_rip`], what it took from RSP in [`Area::exit_arg`].
+    /// A jump missed the jump cache; the target is in [`S0`] and goes to [`Area::exit_rip`], the
+    /// number of the branch, or an unknown one, is in [`SC`] and goes to [`Area::exit_arg`].
     Indirect = 2,
     /// A stop signal came, [`Area::run`] was zero on the way in, or the block has nothing to go on
     /// with; RIP is in [`Area::exit_rip`].
@@ -120,7 +121,7 @@ pub enum ExitCode {
     /// A host signal at [`Area::fault_pc`].
     Fault = 5,
     /// A return went to where no call is known and missed the jump cache; the target is in
-    /// [`Area::exit_rip`], the number of the return in [`Area::return_number`].
+    /// [`S0`], too, the number of the return in [`Area::return_number`].
     Return = 6,
 }
 
@@ -213,8 +214,6 @@ pub struct Area {
     pub string_flags: u64,
     /// A value that has to survive a second access of the same instruction.
     pub tmp: u64,
-    /// Address of the indirect branch that missed the jump cache.
-    pub branch_rip: u64,
     /// Where to enter generated code.
     pub enter_pc: u64,
     /// RFLAGS as the host has them: arithmetic flags and DF of the guest.

@@ -30,6 +30,9 @@ pub enum Then {
 /// A function that generated code calls: the vCPU, the return address, the address in S0.
 pub type HelperFn = extern "C" fn(owner: u64, ret: u64, ea: u64) -> Then;
 
+/// Stands for the number of a branch that cannot fault at its target.
+const NO_BRANCH: u64 = u32::MAX as u64;
+
 /// Host addresses of the fixed pieces.
 #[derive(Clone, Copy)]
 pub struct Thunks {
@@ -43,6 +46,8 @@ pub struct Thunks {
     pub helper: u64,
     /// Entry from Rust: `extern "C" fn()`.
     pub enter: u64,
+    /// Where a jump to the canonical address in [`S0`] goes that missed the jump cache.
+    pub miss: u64,
     /// Where a return goes when the return stack is empty.
     pub unexpected: u64,
     /// Where a return of the kernel goes when only user code's entries are left on the return stack.
@@ -226,21 +231,31 @@ impl Thunks {
             ExitCode::Return,
         ] {
             exits[code as usize] = base + a.pos() as u64;
+            match code {
+                ExitCode::Link => a.store(&field(offset_of!(Area, exit_arg)), SC),
+                ExitCode::Indirect => {
+                    a.store(&field(offset_of!(Area, exit_arg)), SC);
+                    a.store(&field(offset_of!(Area, exit_rip)), S0);
+                }
+                ExitCode::Return => a.store(&field(offset_of!(Area, exit_rip)), S0),
+                _ => {}
+            }
             a.store(&field(offset_of!(Area, return_sp)), host::RSP);
             a.load(host::RSP, &field(offset_of!(Area, host_rsp)));
             a.store_imm(&field(offset_of!(Area, exit_code)), code as i32);
             a.jmp_to(common);
         }
+        let miss = base + a.pos() as u64;
+        a.mov_imm(SC, NO_BRANCH);
+        a.near_abs(0xe9, exits[ExitCode::Indirect as usize], base);
         let unexpected = base + a.pos() as u64;
         a.load(host::RSP, &field(offset_of!(Area, return_top)));
         through_jump_cache(&mut a);
-        a.store(&field(offset_of!(Area, exit_rip)), S0);
         a.near_abs(0xe9, exits[ExitCode::Return as usize], base);
         let barrier = base + a.pos() as u64;
         // It stays where it is.
         a.lea(host::RSP, &Mem::base(host::RSP, -8));
         through_jump_cache(&mut a);
-        a.store(&field(offset_of!(Area, exit_rip)), S0);
         a.near_abs(0xe9, exits[ExitCode::Return as usize], base);
         let end = base + a.pos() as u64;
         cache.push_permanent(&a.buf);
@@ -250,6 +265,7 @@ impl Thunks {
             commit,
             helper,
             enter,
+            miss,
             unexpected,
             barrier,
             exits,

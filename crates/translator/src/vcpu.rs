@@ -734,18 +734,19 @@ impl Inner {
             None => self.area.exit_rip,
         };
         self.area.state.rip = rip;
-        if code == ExitCode::Return as u64
-            && let Some((at, taken)) = self.code.return_of(self.area.return_number)
-        {
-            self.area.branch_rip = at;
-            self.area.exit_arg = i64::from(taken) as u64;
-        }
-        if (code == ExitCode::Indirect as u64 || code == ExitCode::Return as u64)
+        let branch = if code == ExitCode::Return as u64 {
+            self.code.return_of(self.area.return_number)
+        } else if code == ExitCode::Indirect as u64 {
+            self.code.return_of(self.area.exit_arg)
+        } else {
+            None
+        };
+        if let Some((at, taken)) = branch
             && mem::check_canonical(&self.area.state, rip, false).is_err()
         {
             // The branch itself faults: undo what it did to the stack pointer.
-            self.area.state.rip = self.area.branch_rip;
-            let undo = self.area.exit_arg;
+            self.area.state.rip = at;
+            let undo = i64::from(taken) as u64;
             let sp = &mut self.area.state.gpr[berth_x86::state::reg::RSP];
             *sp = sp.wrapping_add(undo);
             self.raise(Exception::gp(0));

@@ -1,5 +1,6 @@
 //! Near branches.
 
+use berth_x86::paging::canonical;
 use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind};
 
 use super::access::Want;
@@ -37,6 +38,7 @@ impl Translation {
         } else if ins.is_call_near() {
             let target = self.direct_target(ins);
             self.push_return(next);
+            self.rsp_taken = 8;
             if !self.mode.single {
                 self.reserve(32);
                 let call = self.asm.call();
@@ -58,8 +60,8 @@ impl Translation {
                 self.reserve(32);
                 let call = self.asm.call();
                 self.near.push((call, self.cold.len()));
-                let rip = self.here();
-                self.cold.push(Cold::Jump { rip, taken: self.rsp_taken });
+                let branch = self.branch_number();
+                self.cold.push(Cold::Jump { branch });
                 self.returned(next);
                 return false;
             }
@@ -122,7 +124,9 @@ impl Translation {
         let in_page = (key.gpa & 0xfff).checked_add_signed(delta).is_some_and(|o| o < 4096);
         let kernel = self.mode.bits == 64 && !self.mode.user && target >> 63 != 0;
         if !in_page && !kernel && (self.mode.bits == 64 || self.mode.flat) {
-            self.cold.push(Cold::Far { target });
+            let faults = self.mode.bits == 64 && !canonical(target);
+            let branch = faults.then(|| self.branch_number());
+            self.cold.push(Cold::Far { target, branch });
             return;
         }
         self.links.push(Link {
@@ -237,12 +241,18 @@ impl Translation {
             self.indirect();
             return;
         }
-        let number = self.return_base + self.returns.len() as u32;
-        self.returns.push((self.here(), self.rsp_taken));
+        let number = self.branch_number();
         let field = Mem::gs(disp(std::mem::offset_of!(Area, return_number)));
         self.asm.store_imm(&field, i32::try_from(number).unwrap_or(i32::MAX));
         self.note(Fix::Return);
         self.asm.ret();
+    }
+
+    /// Gives the current branch a number, by which is found what to undo when it faults.
+    pub(super) fn branch_number(&mut self) -> u32 {
+        let number = self.return_base + self.returns.len() as u32;
+        self.returns.push((self.here(), self.rsp_taken));
+        number
     }
 
     /// Jumps to the guest address in [`S0`] through the jump cache.
@@ -253,8 +263,8 @@ impl Translation {
         }
         let miss = self.asm.jmp();
         self.near.push((miss, self.cold.len()));
-        let rip = self.here();
-        self.cold.push(Cold::Miss { rip, taken: self.rsp_taken });
+        let branch = self.branch_number();
+        self.cold.push(Cold::Miss { branch });
     }
 }
 

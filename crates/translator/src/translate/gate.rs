@@ -16,7 +16,7 @@ use berth_x86::{CpuState, Segment};
 use iced_x86::{Code, Instruction};
 
 use super::system::{RFLAGS, area, segment, state};
-use super::{Cold, Mode, Translation};
+use super::{Mode, Translation};
 use crate::asm::Mem;
 use crate::layout::{Area, ExitCode, GUEST_RCX, Gate, S0, S1, SC, disp, gpr_disp, host};
 use crate::thunks::through_jump_cache;
@@ -66,10 +66,7 @@ impl Translation {
             self.leave_kernel(gate, helped)
         }
         through_jump_cache(&mut self.asm);
-        let miss = self.asm.jmp();
-        self.near.push((miss, self.cold.len()));
-        let rip = ins.ip();
-        self.cold.push(Cold::Miss { rip, taken: 0 });
+        self.asm.near_abs(0xe9, self.thunks.miss, self.at);
         self.helper_done(helped);
         self.exit_at(ins.next_ip(), ExitCode::Interrupt);
     }

@@ -147,7 +147,7 @@ impl Names {
             (ExitCode::Fault, "exit_fault"),
             (ExitCode::Return, "exit_return"),
         ];
-        let calls = [(t.mem, "mem"), (t.commit, "commit"), (t.helper, "helper")];
+        let calls = [(t.mem, "mem"), (t.commit, "commit"), (t.helper, "helper"), (t.miss, "miss")];
         let mut all = exits.map(|(code, name)| (t.exit(code), name)).into_iter().chain(calls);
         all.find(|(a, _)| *a == address).map_or("elsewhere".into(), |(_, name)| name.into())
     }
@@ -195,7 +195,6 @@ impl Names {
             (disp(offset_of!(Area, exit_rip)), "exit_rip"),
             (disp(offset_of!(Area, look_s1)), "look_s1"),
             (disp(offset_of!(Area, return_number)), "return_number"),
-            (disp(offset_of!(Area, branch_rip)), "branch_rip"),
             (disp(offset_of!(Area, tmp)), "tmp"),
             (disp(offset_of!(Area, irq)), "irq"),
             (disp(offset_of!(Area, shadow_rip)), "shadow_rip"),

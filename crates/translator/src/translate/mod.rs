@@ -125,8 +125,7 @@ pub fn detour(t: &mut Translation, cache: &CodeCache, target: u64) -> Vec<u8> {
     t.begin(cache, key, mode);
     t.at = cache.next_cold();
     t.cold_start = None;
-    t.asm.mov_imm(S0, target);
-    t.indirect();
+    t.far(target, None);
     let made = t.finish();
     [made.code, made.cold].concat()
 }
@@ -156,14 +155,14 @@ enum Cold {
     Interrupt { rip: u64 },
     /// Unlinked direct jump.
     Link { link: usize },
-    /// Indirect jump that missed the jump cache; the target is in [`S0`].
-    Miss { rip: u64, taken: i32 },
+    /// Indirect jump, with its number, that missed the jump cache; the target is in [`S0`].
+    Miss { branch: u32 },
     /// A jump to the address in [`S0`] by the jump cache.
-    Jump { rip: u64, taken: i32 },
+    Jump { branch: u32 },
     /// A return that did not want to go where it came; its target is in [`S0`].
     Unexpected,
     /// Direct jump to another page, whose mapping may change: by the jump cache.
-    Far { target: u64 },
+    Far { target: u64, branch: Option<u32> },
 }
 
 /// The translation of one block in the making.
@@ -456,10 +455,7 @@ impl Translation {
                 let link = *link;
                 self.links[link].stub = self.at + pos as u64;
                 let number = self.link_base + link as u32;
-                self.asm.store_imm(
-                    &Mem::gs(disp(std::mem::offset_of!(Area, exit_arg))),
-                    i32::try_from(number).unwrap_or(i32::MAX),
-                );
+                self.asm.mov_imm(SC, u64::from(number));
                 self.note(Fix::Link);
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Link), self.at);
             }
@@ -491,31 +487,22 @@ impl Translation {
                 self.near.push((other, mem));
                 self.sites[site].cross = [pos as u32, end as u32, fix as u32];
             }
-            Cold::Jump { rip, taken } => {
-                let (rip, taken) = (*rip, *taken);
+            Cold::Jump { branch } => {
+                let branch = *branch;
                 through_jump_cache(&mut self.asm);
-                let cold = self.cold.len();
-                self.cold.push(Cold::Miss { rip, taken });
-                let miss = self.asm.jmp();
-                self.near.push((miss, cold));
+                self.miss(branch);
             }
             Cold::Unexpected => {
                 through_jump_cache(&mut self.asm);
-                self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, exit_rip))), S0);
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Return), self.at);
             }
-            Cold::Miss { rip, taken } => {
-                let (rip, taken) = (*rip, *taken);
-                self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, exit_rip))), S0);
-                self.load_address(S1, rip, false);
-                self.asm.store(&Mem::gs(disp(std::mem::offset_of!(Area, branch_rip))), S1);
-                self.asm.store_imm(&Mem::gs(disp(std::mem::offset_of!(Area, exit_arg))), taken);
-                self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Indirect), self.at);
+            Cold::Miss { branch } => {
+                let branch = *branch;
+                self.miss(branch);
             }
-            Cold::Far { target } => {
-                let target = *target;
-                self.load_address(S0, target, false);
-                self.indirect();
+            Cold::Far { target, branch } => {
+                let (target, branch) = (*target, *branch);
+                self.far(target, branch);
             }
             Cold::Mem { site } => {
                 let site = *site;
@@ -580,6 +567,23 @@ impl Translation {
     fn call_commit(&mut self, site: usize) {
         self.asm.near_abs(0xe8, self.thunks.commit, self.at);
         self.sites[site].commit_ret = self.asm.pos() as u32;
+    }
+
+    /// Leaves because the target in [`S0`] of branch number `branch` is not in the jump cache.
+    fn miss(&mut self, branch: u32) {
+        self.asm.mov_imm(SC, u64::from(branch));
+        self.note(Fix::Return);
+        self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Indirect), self.at);
+    }
+
+    /// A direct jump by the jump cache; with a number, if it faults at its target.
+    fn far(&mut self, target: u64, branch: Option<u32>) {
+        self.load_address(S0, target, false);
+        through_jump_cache(&mut self.asm);
+        match branch {
+            Some(branch) => self.miss(branch),
+            None => self.asm.near_abs(0xe9, self.thunks.miss, self.at),
+        }
     }
 
     /// Sets RIP and leaves.

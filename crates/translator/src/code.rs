@@ -66,7 +66,7 @@ pub enum Place {
         /// The register.
         ea: u8,
         /// The code.
-        code: (u32, u32),
+        code: (u16, u16),
     },
     /// The sum of a guest register and a displacement, by a shared look-up.
     Shared {
@@ -91,11 +91,11 @@ struct Stub {
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
     /// Host offset (from the block's start) where the look-up begins.
-    pub look: u32,
+    pub look: u16,
     /// Host offset of the access itself.
-    pub op: u32,
+    pub op: u16,
     /// Host offset of the first byte after the guest instruction's part that follows the access.
-    pub op_end: u32,
+    pub op_end: u16,
     /// Host offset of the slow path; 0 while there is none.
     pub cold: u32,
     /// Host offset of the first byte after the slow path.
@@ -147,15 +147,15 @@ impl Site {
     /// Whether the access is made at this offset, or on the way there.
     pub fn contains(&self, off: u32) -> bool {
         let out_of_line = self.direct != 0 && off >= self.direct && off < self.cold_end;
-        off >= self.look && off < self.op_end || out_of_line
+        off >= u32::from(self.look) && off < u32::from(self.op_end) || out_of_line
     }
 
     /// Where the access can be begun again.
     pub fn start(&self) -> u32 {
-        match self.place {
+        u32::from(match self.place {
             Place::Register { code: (start, len), .. } if len != 0 => start,
             _ => self.look,
-        }
+        })
     }
 }
 
@@ -226,7 +226,7 @@ pub struct Made<'a> {
     /// The record.
     pub block: Block,
     /// Where each guest instruction begins: host offset, offset from the block's RIP.
-    pub insns: &'a [(u32, u16)],
+    pub insns: &'a [(u16, u16)],
     /// Host code.
     pub code: &'a [u8],
     /// Host code that is rarely executed.
@@ -281,7 +281,7 @@ pub struct CodeCache {
     blocks: Vec<Block>,
     map: FastMap<BlockKey, BlockId>,
     pages: FastMap<u64, Vec<BlockId>>,
-    insns: Vec<(u32, u16)>,
+    insns: Vec<(u16, u16)>,
     links: Vec<Link>,
     /// For each link in a block's list of incoming ones: the one made before it, and the block.
     listed: Vec<(u32, u32)>,
@@ -526,7 +526,7 @@ impl CodeCache {
         self.sites.get(first..first + count).unwrap_or_default()
     }
 
-    fn insns_of(&self, block: &Block) -> &[(u32, u16)] {
+    fn insns_of(&self, block: &Block) -> &[(u16, u16)] {
         let (first, count) = (block.insns.0 as usize, block.insns.1 as usize);
         self.insns.get(first..first + count).unwrap_or_default()
     }
@@ -555,7 +555,7 @@ impl CodeCache {
             return Some(s.rip);
         }
         let insns = self.insns_of(block);
-        let i = insns.partition_point(|&(h, _)| h <= off);
+        let i = insns.partition_point(|&(h, _)| u32::from(h) <= off);
         let r = insns.get(i.wrapping_sub(1)).map_or(0, |&(_, r)| r);
         Some(block.key.rip.wrapping_add(u64::from(r)))
     }
@@ -576,14 +576,14 @@ impl CodeCache {
             return (first.cold == s.cold).then_some(s.rip);
         }
         let insns = self.insns_of(block);
-        let i = insns.partition_point(|&(h, _)| h <= off).checked_sub(1)?;
+        let i = insns.partition_point(|&(h, _)| u32::from(h) <= off).checked_sub(1)?;
         let &(start, r) = insns.get(i)?;
         let rip = block.key.rip.wrapping_add(u64::from(r));
         let before = || {
             let first = sites.iter().find(|s| s.rip == rip);
-            first.is_some_and(|s| off < s.op || off == s.op && !bounced)
+            first.map(|s| u32::from(s.op)).is_some_and(|op| off < op || off == op && !bounced)
         };
-        (start == off || before()).then_some(rip)
+        (u32::from(start) == off || before()).then_some(rip)
     }
 
     /// The address of the guest instruction behind the one whose store is committed by the call that

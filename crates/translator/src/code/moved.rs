@@ -41,7 +41,7 @@ pub enum Fix {
 /// A copy of a block for another guest address.
 pub struct Moved {
     block: Block,
-    insns: Vec<(u32, u16)>,
+    insns: Vec<(u16, u16)>,
     code: Vec<u8>,
     cold: Vec<u8>,
     links: Vec<Link>,

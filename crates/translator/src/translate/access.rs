@@ -243,7 +243,7 @@ impl Translation {
         self.reserve(48);
         self.held = None;
         let cold = self.cold.len();
-        let look = self.asm.pos() as u32;
+        let look = self.asm.pos() as u16;
         let mut looked = None;
         let mut lazy = true;
         let shift = want.size.next_power_of_two().trailing_zeros() as usize;
@@ -266,8 +266,8 @@ impl Translation {
             self.asm.pext_gs(SC, ea, disp(mask));
             self.asm.load(SC, &Mem::gs_index8(SC, 0));
         }
-        let op = self.asm.pos() as u32;
-        let code = (ea_code.start as u32, ea_code.len() as u32);
+        let op = self.asm.pos() as u16;
+        let code = (ea_code.start as u16, ea_code.len() as u16);
         let place = Place::Register { ea, code };
         let site = self.site(Site { look, op, segmented, ..self.site_of(want, seg, place) });
         if let Some(go_on) = looked {
@@ -313,7 +313,7 @@ impl Translation {
 
     /// Says that everything that belongs to the access has been emitted.
     pub(super) fn end_access(&mut self, a: Access) {
-        self.sites[a.site].op_end = self.asm.pos() as u32;
+        self.sites[a.site].op_end = self.asm.pos() as u16;
         self.reserve(0);
     }
 

@@ -186,7 +186,7 @@ pub struct Translation {
     /// The record.
     pub block: Block,
     /// Where each guest instruction begins: host offset, offset from the block's RIP.
-    insns: Vec<(u32, u16)>,
+    insns: Vec<(u16, u16)>,
     links: Vec<Link>,
     /// Returns: address and what they took from RSP.
     returns: Vec<(u64, i32)>,
@@ -322,7 +322,7 @@ impl Translation {
     pub fn instruction(&mut self, ins: &Instruction, class: Class) -> bool {
         self.rip_off = ins.ip().wrapping_sub(self.block.key.rip) as u16;
         self.reserve(0);
-        self.insns.push((self.asm.pos() as u32, self.rip_off));
+        self.insns.push((self.asm.pos() as u16, self.rip_off));
         self.block.guest_len = self.rip_off + ins.len() as u16;
         let jcc = ins.is_jcc_short_or_near();
         let windows_stay = matches!(class, Class::Nothing | Class::Plain);
@@ -516,18 +516,18 @@ impl Translation {
         match self.sites[site].place {
             Place::Register { ea, code: (start, len) } => {
                 let cold = self.asm.pos();
-                self.asm.bytes(&self.body.buf[start as usize..(start + len) as usize]);
+                self.asm.bytes(&self.body.buf[usize::from(start)..usize::from(start + len)]);
                 if ea != S0 {
                     self.asm.mov(S0, ea);
                 }
                 self.sites[site].cold = cold as u32;
                 self.call_slow(site);
                 let s = self.sites[site];
-                self.asm.jmp_to(s.op as usize);
+                self.asm.jmp_to(usize::from(s.op));
                 if s.write {
-                    self.asm.bytes(&self.body.buf[s.op as usize..s.op_end as usize]);
+                    self.asm.bytes(&self.body.buf[usize::from(s.op)..usize::from(s.op_end)]);
                     self.call_commit(site);
-                    self.asm.jmp_to(s.op_end as usize);
+                    self.asm.jmp_to(usize::from(s.op_end));
                 }
                 self.sites[site].cold_end = self.asm.pos() as u32;
             }

@@ -105,7 +105,7 @@ impl Translation {
             }
         };
         self.reserve(60);
-        let look = self.asm.pos() as u32;
+        let look = self.asm.pos() as u16;
         let reg = mapped(base).unwrap_or_else(|| {
             self.load_guest(S0, base);
             S0
@@ -128,7 +128,7 @@ impl Translation {
         self.held = Some(window.slot);
         let site = self.site(Site {
             look,
-            op: self.asm.pos() as u32,
+            op: self.asm.pos() as u16,
             above: (d - window.start) as u16,
             window: Some(window.slot as u8),
             ..self.site_of(want, seg, Place::Shared { base, d: d as i32 })
@@ -146,7 +146,7 @@ impl Translation {
         self.call_slow(site);
         let direct = self.asm.jmp();
         let s = self.sites[site];
-        let tail = s.op as usize..s.op_end as usize;
+        let tail = usize::from(s.op)..usize::from(s.op_end);
         let reload_base = |t: &mut Self| {
             if mapped(base).is_none() {
                 t.load_guest(S0, base);
@@ -157,14 +157,14 @@ impl Translation {
             self.asm.bytes(&self.body.buf[tail.clone()]);
             self.call_commit(site);
             self.asm.load(SC, &kept(slot));
-            self.asm.jmp_to(s.op_end as usize);
+            self.asm.jmp_to(usize::from(s.op_end));
         }
         self.asm.bind_near(direct);
         self.sites[site].direct = self.asm.pos() as u32;
         reload_base(self);
         self.asm.bytes(&self.body.buf[tail]);
         self.asm.load(SC, &kept(slot));
-        self.asm.jmp_to(s.op_end as usize);
+        self.asm.jmp_to(usize::from(s.op_end));
         self.sites[site].cold_end = self.asm.pos() as u32;
     }
 

@@ -69,6 +69,8 @@ pub struct Case {
     /// Pieces of memory (image offset, length) whose contents are not architectural, such as the
     /// x87's last instruction pointer in an FXSAVE image.
     pub masked: Vec<(u32, u32)>,
+    /// Host instructions after which a translator that is stopped on the way is stopped first.
+    pub stop_after: u32,
 }
 
 impl Case {

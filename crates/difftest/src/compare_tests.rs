@@ -23,6 +23,7 @@ fn one(code: &[u8]) -> Case {
         code: code.to_vec(),
         spans: vec![Span { start: 0, len: code.len() as u8 }],
         masked: Vec::new(),
+        stop_after: 1,
     }
 }
 

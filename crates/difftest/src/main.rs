@@ -14,7 +14,7 @@ use anyhow::{Context, bail};
 const HELP: &str = "\
 Run generated instruction sequences on the host processor and on the translator, and compare.
 
-difftest [--cases N] [--seed N] [--jobs N] [--against translated|native|wrong]
+difftest [--cases N] [--seed N] [--jobs N] [--against B]
 difftest --seed N --case K          run one case, print it, shrink it if it differs
 difftest --traps                        run the table of cases with known answers
 
@@ -23,7 +23,13 @@ difftest --traps                        run the table of cases with known answer
   --seed N        seed of the generator (default 1)
   --case K        run only case K
   --jobs N        worker processes (default: one per processor)
-  --against B     what to compare the host processor with (default translated)
+  --against B     what to compare the host processor with (default translated):
+                    translated       the translator
+                    stopped          the same, stopped again and again on the way
+                    looking          the same with accesses that look whether they cross pages
+                    looking-stopped  both
+                    native           the host processor
+                    wrong            the same with a mistake in its flags
   --failures N    stop a worker after so many distinct differences (default 5)
   --compat N      percent of cases in 32-bit compatibility mode (default 12)
   --faults N      percent of cases made to fault (default 25)

@@ -55,6 +55,7 @@ fn case() -> Case {
         code: Vec::new(),
         spans: Vec::new(),
         masked: Vec::new(),
+        stop_after: 1,
     }
 }
 

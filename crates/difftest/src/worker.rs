@@ -13,7 +13,7 @@ use berth_difftest::native::NativeBackend;
 use berth_difftest::report;
 use berth_difftest::run::{Stats, minimize, run, signature};
 use berth_difftest::shrink::shrink;
-use berth_difftest::translated::GuardedBackend;
+use berth_difftest::translated::{GuardedBackend, Way};
 use berth_difftest::wrong::{Mistake, WrongBackend};
 
 use crate::Arguments;
@@ -21,13 +21,20 @@ use crate::Arguments;
 /// Makes the backend to be tested.
 fn backend(name: &str) -> anyhow::Result<Box<dyn Backend>> {
     Ok(match name {
-        "translated" => Box::new(GuardedBackend::new().context("setting up the translator")?),
+        "translated" => translator(Way::Plain)?,
+        "stopped" => translator(Way::Stopped)?,
+        "looking" => translator(Way::Looking)?,
+        "looking-stopped" => translator(Way::LookingAndStopped)?,
         "native" => Box::new(NativeBackend::new()?),
         "wrong" => {
             Box::new(WrongBackend { native: NativeBackend::new()?, mistake: Mistake::Carry })
         }
-        other => bail!("no backend named {other}: translated, native or wrong"),
+        other => bail!("no backend named {other}: see difftest --help"),
     })
+}
+
+fn translator(way: Way) -> anyhow::Result<Box<dyn Backend>> {
+    Ok(Box::new(GuardedBackend::new(way).context("setting up the translator")?))
 }
 
 /// Cases between two `at` lines.

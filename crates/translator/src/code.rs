@@ -150,6 +150,18 @@ impl Site {
         off >= u32::from(self.look) && off < u32::from(self.op_end) || out_of_line
     }
 
+    /// Whether the address is being computed or looked up at this offset. Between the two, and
+    /// before, may lie islands of code that belongs to earlier instructions.
+    pub fn is_looked_up_at(&self, off: u32) -> bool {
+        let computed = match self.place {
+            Place::Register { code: (start, len), .. } => {
+                off.wrapping_sub(start.into()) < len.into()
+            }
+            Place::Shared { .. } => false,
+        };
+        computed || off >= self.look.into() && off < self.op.into()
+    }
+
     /// Where the access can be begun again.
     pub fn start(&self) -> u32 {
         u32::from(match self.place {
@@ -208,6 +220,8 @@ pub struct Block {
     fixups: (u32, u32),
     /// The last link that was made to jump here; the others follow it in `CodeCache::listed`.
     incoming: u32,
+    /// Instructions that look whether they cross into another page.
+    pub looks: u16,
     /// Still to be found.
     pub valid: bool,
 }
@@ -581,7 +595,7 @@ impl CodeCache {
         let rip = block.key.rip.wrapping_add(u64::from(r));
         let before = || {
             let first = sites.iter().find(|s| s.rip == rip);
-            first.map(|s| u32::from(s.op)).is_some_and(|op| off < op || off == op && !bounced)
+            first.is_some_and(|s| s.is_looked_up_at(off) || off == u32::from(s.op) && !bounced)
         };
         (u32::from(start) == off || before()).then_some(rip)
     }
@@ -612,6 +626,7 @@ impl CodeCache {
             others: [(0, 0); 3],
             fixups: (0, 0),
             incoming: NO_LINK,
+            looks: 0,
             valid: true,
         }
     }

@@ -59,11 +59,15 @@ pub struct Config {
     /// Guest address spaces (PCIDs) whose translations are kept per vCPU, 1 to 8. Each reserves
     /// 768 GiB of the host's address space, besides 512 GiB per vCPU.
     pub address_spaces: usize,
+    /// Pages that are reached through mappings of their own, because the next guest page is not the
+    /// next one in RAM; fewer if the system allows fewer mappings (each costs two). With more such
+    /// pages, accesses look whether they cross.
+    pub guarded_pages: usize,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { code_cache_bytes: 48 << 20, address_spaces: 8 }
+        Self { code_cache_bytes: 48 << 20, address_spaces: 8, guarded_pages: 20_000 }
     }
 }
 
@@ -255,6 +259,13 @@ impl TranslatedVcpu {
     #[must_use]
     pub fn kicker(&self) -> Kicker {
         Kicker { mailbox: self.inner.mailbox.clone() }
+    }
+
+    /// Makes [`TranslatedVcpu::run`] leave generated code after so many host instructions, then after
+    /// one more than that and so on, as it does when something outside is to be done; 0: no more. Slow;
+    /// for tests of just that.
+    pub fn stop_after(&mut self, host_instructions: u32) {
+        self.inner.stop_after = host_instructions;
     }
 
     /// Counts since creation.

@@ -27,8 +27,6 @@ use crate::{RamSlot, SetupError};
 /// Page size of the host and of the smallest guest mapping.
 pub const PAGE: u64 = 4096;
 
-/// Most guarded mappings, if the system allows that many; each costs two of its mappings.
-const MAX_GUARDED: usize = 20_000;
 /// From one guarded page to the next.
 const GUARDED_STRIDE: u64 = 2 * PAGE;
 
@@ -65,15 +63,15 @@ fn guarded_limit() -> usize {
         .ok()
         .and_then(|s| s.trim().parse::<usize>().ok())
         .unwrap_or(65_530);
-    (limit / 3).min(MAX_GUARDED)
+    limit / 3
 }
 
 impl Ram {
-    /// Maps the slots.
+    /// Maps the slots; there will be at most `guarded_pages` guarded mappings.
     ///
     /// # Errors
     /// When address space or a mapping is refused.
-    pub fn new(slots: &[RamSlot<'_>]) -> Result<Self, SetupError> {
+    pub fn new(slots: &[RamSlot<'_>], guarded_pages: usize) -> Result<Self, SetupError> {
         let span = slots.iter().map(|s| s.gpa.saturating_add(s.size)).max().unwrap_or(0);
         let reserve = |what| {
             Reservation::new(span as usize + (1 << 21))
@@ -97,7 +95,7 @@ impl Ram {
                     .map_err(|source| SetupError::Map { what: "a guest RAM slot", source })?;
             list.push(Slot { gpa: s.gpa, size: s.size, fd, offset: s.offset });
         }
-        let limit = guarded_limit();
+        let limit = guarded_limit().min(guarded_pages);
         let space = Reservation::new((limit as u64 * GUARDED_STRIDE + PAGE) as usize)
             .map_err(|source| SetupError::Map { what: "guarded pages", source })?;
         let pages = (span / PAGE) as usize;

@@ -106,7 +106,7 @@ impl Shared {
     /// [`SetupError`] when the host lacks an instruction or address space.
     pub fn new(slots: &[RamSlot<'_>], config: Config) -> Result<Arc<Self>, SetupError> {
         crate::host_check()?;
-        let ram = Ram::new(slots)?;
+        let ram = Ram::new(slots, config.guarded_pages)?;
         let pages = (ram.span() / PAGE) as usize;
         let code = (0..pages).map(|_| AtomicU16::new(0)).collect();
         Ok(Arc::new(Self {

@@ -130,6 +130,11 @@ pub struct Inner {
     pub(crate) no_step_trap: bool,
     /// The instruction that ran traps although TF was clear before it.
     pub(crate) step_trap: bool,
+    /// For tests: generated code is left after so many host instructions, then after one more and so
+    /// on, as if by a stop signal; 0: never.
+    pub(crate) stop_after: u32,
+    /// Host instructions until then; 0: not begun.
+    steps_left: u32,
     pub(crate) stats: Stats,
     /// Instructions executed by helpers, by the number of the mnemonic.
     pub(crate) helper_counts: Vec<u64>,
@@ -227,6 +232,11 @@ pub unsafe fn stop_target(owner: u64, pc: u64, sc: u64, stepped: bool) -> Stop {
     if inner.in_single {
         return Stop::Later;
     }
+    if stepped && inner.steps_left > 1 {
+        inner.steps_left -= 1;
+        return Stop::Step;
+    }
+    inner.steps_left = 0;
     // What was read for an access, from a device perhaps, is not read twice.
     match inner.code.restart_at(pc, sc == inner.bounced_sc) {
         Some(rip) => {
@@ -335,6 +345,8 @@ impl Inner {
             state_changed: true,
             no_step_trap: false,
             step_trap: false,
+            stop_after: 0,
+            steps_left: 0,
             stats: Stats::default(),
             helper_counts: vec![0; Mnemonic::values().len()],
         });
@@ -362,7 +374,23 @@ impl Inner {
         if then != Then::Exit && std::mem::take(&mut self.tlb.returns_stale) {
             self.returns.forget(&mut self.area, true);
         }
+        if then != Then::Exit {
+            self.step_on();
+        }
         then
+    }
+
+    /// Lets generated code run in single steps when it is to be left after a number of them.
+    fn step_on(&mut self) {
+        if self.stop_after == 0 {
+            return;
+        }
+        if self.steps_left == 0 {
+            self.steps_left = self.stop_after;
+            self.stop_after += 1;
+        }
+        self.area.stepping = 1;
+        self.area.host_flags |= flags::TF;
     }
 
     fn sync_in(&mut self) {
@@ -695,6 +723,7 @@ impl Inner {
                 self.returns.forget(&mut self.area, false);
             }
             self.sync_out();
+            self.step_on();
             self.area.enter_pc = host;
             self.area.exit_rip = self.area.state.rip;
             let enter = self.thunks.enter;
@@ -883,7 +912,7 @@ impl Inner {
         }
         if let Some(moved) = self.code.moved(&key) {
             #[cfg(debug_assertions)]
-            if self.crossing.is_empty() {
+            {
                 self.compose(key, va, mode)?;
                 moved.check(&self.translation.finish());
             }

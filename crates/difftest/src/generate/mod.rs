@@ -27,6 +27,9 @@ use crate::rng::Rng;
 
 pub use crate::generate::assemble::is_prefix;
 
+/// Most host instructions before the first stop.
+const STOP_AFTER_MAX: u32 = 60;
+
 /// Makes cases.
 pub struct Generator {
     catalogs: [Catalog; 2],
@@ -211,6 +214,7 @@ impl<'a> Builder<'a> {
                 *value = if i < 8 { *value & 0xffff_ffff } else { 0 };
             }
         }
+        let stop_after = 1 + self.rng.below(STOP_AFTER_MAX);
         let pieces: usize = self.patches.iter().map(|p| p.data.len().div_ceil(64)).sum();
         (pieces + code.len().div_ceil(64) < 60).then_some(Case {
             mode: self.mode,
@@ -225,6 +229,7 @@ impl<'a> Builder<'a> {
             code,
             spans,
             masked: self.masked,
+            stop_after,
         })
     }
 

@@ -120,6 +120,19 @@ impl Drop for Ram {
     }
 }
 
+/// How the translator runs cases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// As it does by default.
+    Plain,
+    /// It is stopped again and again, as by interrupts.
+    Stopped,
+    /// Accesses look whether they cross into another page.
+    Looking,
+    /// Both.
+    LookingAndStopped,
+}
+
 /// The translator.
 pub struct TranslatedBackend {
     vcpu: TranslatedVcpu,
@@ -128,6 +141,7 @@ pub struct TranslatedBackend {
     base: Vec<u8>,
     /// Twice the number of cases begun, plus one while one runs.
     progress: Arc<AtomicU64>,
+    stopped: bool,
 }
 
 impl TranslatedBackend {
@@ -135,7 +149,14 @@ impl TranslatedBackend {
     ///
     /// # Errors
     /// [`TranslatedError`] when RAM or the translator cannot be made.
-    pub fn new() -> Result<Self, TranslatedError> {
+    pub fn new(way: Way) -> Result<Self, TranslatedError> {
+        let config = match way {
+            Way::Looking | Way::LookingAndStopped => {
+                Config { guarded_pages: 0, ..Config::default() }
+            }
+            Way::Plain | Way::Stopped => Config::default(),
+        };
+        let stopped = matches!(way, Way::Stopped | Way::LookingAndStopped);
         let mut ram = Ram::new()?;
         let base = base_image();
         machine::build(ram.bytes());
@@ -144,7 +165,7 @@ impl TranslatedBackend {
             ram.bytes()[at..at + base.len()].copy_from_slice(&base);
         }
         let slot = RamSlot { gpa: 0, size: RAM as u64, fd: ram.fd.as_fd(), offset: 0 };
-        let shared = Shared::new(&[slot], Config::default())?;
+        let shared = Shared::new(&[slot], config)?;
         let idle = Case {
             mode: crate::case::Mode::Bits64,
             world: World::Low,
@@ -158,6 +179,7 @@ impl TranslatedBackend {
             code: Vec::new(),
             spans: Vec::new(),
             masked: Vec::new(),
+            stop_after: 1,
         };
         let state = machine::initial_state(&idle);
         let topology = Topology { index: 0, count: 1 };
@@ -165,7 +187,7 @@ impl TranslatedBackend {
         let vcpu = TranslatedVcpu::new(Arc::clone(&shared), state, cpuid, Box::new(Bare))?;
         let progress = Arc::new(AtomicU64::new(0));
         watch(vcpu.kicker(), &progress);
-        Ok(Self { vcpu, shared, ram, base, progress })
+        Ok(Self { vcpu, shared, ram, base, progress, stopped })
     }
 
     fn collect(&mut self, case: &Case, expected: &[u8]) -> Vec<(u32, u64)> {
@@ -250,6 +272,7 @@ impl Backend for TranslatedBackend {
         }
         *self.vcpu.state_mut() = machine::initial_state(case);
         self.progress.fetch_add(1, Ordering::Relaxed);
+        self.vcpu.stop_after(if self.stopped { case.stop_after } else { 0 });
         let exit = self.vcpu.run();
         self.progress.fetch_add(1, Ordering::Relaxed);
         let outcome = self.outcome(exit, case, &expected);
@@ -261,6 +284,7 @@ impl Backend for TranslatedBackend {
 /// The translator, made anew after a panic, which becomes the case's outcome.
 pub struct GuardedBackend {
     inner: Option<TranslatedBackend>,
+    way: Way,
 }
 
 impl GuardedBackend {
@@ -268,14 +292,15 @@ impl GuardedBackend {
     ///
     /// # Errors
     /// As [`TranslatedBackend::new`].
-    pub fn new() -> Result<Self, TranslatedError> {
-        Ok(Self { inner: Some(TranslatedBackend::new()?) })
+    pub fn new(way: Way) -> Result<Self, TranslatedError> {
+        Ok(Self { inner: Some(TranslatedBackend::new(way)?), way })
     }
 }
 
 impl Backend for GuardedBackend {
     fn run(&mut self, case: &Case) -> Outcome {
-        let mut inner = match self.inner.take().map_or_else(TranslatedBackend::new, Ok) {
+        let mut inner = match self.inner.take().map_or_else(|| TranslatedBackend::new(self.way), Ok)
+        {
             Ok(inner) => inner,
             Err(error) => return Outcome::Broken(format!("no translator: {error}")),
         };

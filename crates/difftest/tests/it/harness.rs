@@ -9,24 +9,36 @@ use berth_difftest::native::NativeBackend;
 use berth_difftest::run::{minimize, run};
 use berth_difftest::wrong::{Mistake, WrongBackend};
 
-#[test]
-fn the_processor_agrees_with_itself() {
+/// No case differs.
+fn agrees(against: &str, cases: &str) {
     let output = Command::new(env!("CARGO_BIN_EXE_difftest"))
-        .args(["--against", "native", "--cases", "20000"])
+        .args(["--against", against, "--cases", cases, "--failures", "20"])
         .output()
-        .unwrap();
+        .expect("difftest is built with its tests");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
+fn the_processor_agrees_with_itself() {
+    agrees("native", "20000");
+}
+
+#[test]
 fn the_translator_agrees_with_the_processor() {
-    let output = Command::new(env!("CARGO_BIN_EXE_difftest"))
-        .args(["--cases", "100000", "--failures", "20"])
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    agrees("translated", "100000");
+}
+
+#[test]
+fn the_translator_agrees_when_accesses_look_for_crossings() {
+    agrees("looking", "20000");
+}
+
+/// Interrupts come at any time; what was begun then must be done once.
+#[test]
+fn the_translator_agrees_when_it_is_stopped() {
+    agrees("stopped", "20000");
+    agrees("looking-stopped", "20000");
 }
 
 #[test]

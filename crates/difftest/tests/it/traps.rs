@@ -2,7 +2,7 @@
 
 use berth_difftest::case::{Backend, Outcome};
 use berth_difftest::native::NativeBackend;
-use berth_difftest::translated::TranslatedBackend;
+use berth_difftest::translated::{TranslatedBackend, Way};
 use berth_difftest::traps;
 
 /// Checks the whole table on a backend.
@@ -24,5 +24,5 @@ fn the_table_of_traps_is_what_the_processor_does() {
 
 #[test]
 fn the_translator_knows_the_table_of_traps() {
-    check(&mut TranslatedBackend::new().unwrap());
+    check(&mut TranslatedBackend::new(Way::Plain).unwrap());
 }

@@ -51,6 +51,12 @@ const BLOCKS: &[Golden] = &[
     Golden { name: "stack", mode: USER64, code: b"\x53\x41\x5a\xc3" },
     // call to another page
     Golden { name: "call", mode: KERNEL64, code: b"\xe8\x00\x10\x00\x00" },
+    // add [rip + 0x2000], eax; movzx ecx, word [rip + 0x1000]; call behind it
+    Golden {
+        name: "rip_relative",
+        mode: USER64,
+        code: b"\x01\x05\x00\x20\x00\x00\x0f\xb7\x0d\x00\x10\x00\x00\xe8\x00\x00\x00\x00",
+    },
     // jmp rax
     Golden { name: "indirect", mode: USER64, code: b"\xff\xe0" },
     // add r10, r11; xchg r15, r14; mov al, r14b; mov ah, r10b is not encodable, mov cl, ah is
@@ -254,6 +260,21 @@ fn list(text: &mut String, bits: u8, code: &[u8], at: u64, shown: u64, names: Op
     }
 }
 
+/// Translates the block at `rip` but for its cold parts. `looks`: its accesses look whether they
+/// cross into another page.
+fn body(t: &mut Translation, golden: &Golden, rip: u64, looks: bool) {
+    let bits = u32::from(golden.mode.bits);
+    for ins in &mut Decoder::with_ip(bits, golden.code, rip, DecoderOptions::NONE) {
+        assert!(!ins.is_invalid(), "{}: {ins:?}", golden.name);
+        t.ahead.push((ins, classify(&ins, golden.mode, true), looks));
+    }
+    let (count, ended) = t.all();
+    assert_eq!(count, t.ahead.len(), "{}", golden.name);
+    if !ended {
+        t.continue_at(rip + golden.code.len() as u64);
+    }
+}
+
 /// The block as text.
 fn listing(golden: &Golden) -> String {
     let mut cache = CodeCache::new(4 << 20).unwrap();
@@ -265,15 +286,7 @@ fn listing(golden: &Golden) -> String {
     t.begin(&cache, key, golden.mode);
     // Body and cold parts in one piece, whatever the size of the cache.
     t.cold_start = None;
-    for ins in &mut Decoder::with_ip(u32::from(bits), golden.code, rip, DecoderOptions::NONE) {
-        assert!(!ins.is_invalid(), "{}: {ins:?}", golden.name);
-        t.ahead.push((ins, classify(&ins, golden.mode, true), false));
-    }
-    let (count, ended) = t.all();
-    assert_eq!(count, t.ahead.len(), "{}", golden.name);
-    if !ended {
-        t.continue_at(rip + golden.code.len() as u64);
-    }
+    body(&mut t, golden, rip, false);
     let at = cache.next_host();
     let made = t.finish();
     let code = [made.code, made.cold].concat();
@@ -329,4 +342,29 @@ fn golden_listings_have_names_for_all_places() {
             assert!(!operand.contains("FFFF"), "{}: {operand}", golden.name);
         }
     }
+}
+
+/// A copy is what the translator would make at the other address.
+#[test]
+fn copies_are_like_translations() {
+    let mut copied = 0;
+    for (golden, looks) in BLOCKS.iter().flat_map(|b| [(b, false), (b, true)]) {
+        let mut cache = CodeCache::new(4 << 20).unwrap();
+        let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
+        let mode = golden.mode.pack();
+        let keys = [0x7f12_3456_7000, 0x5555_5555_4000].map(|base| BlockKey {
+            rip: base | RIP & 0xfff,
+            gpa: RIP,
+            mode,
+        });
+        t.begin(&cache, keys[0], golden.mode);
+        body(&mut t, golden, keys[0].rip, looks);
+        cache.push_block(t.finish(), true);
+        let Some(copy) = cache.moved(&keys[1]) else { continue };
+        t.begin(&cache, keys[1], golden.mode);
+        body(&mut t, golden, keys[1].rip, looks);
+        copy.check(&t.finish());
+        copied += 1;
+    }
+    assert!(copied > 10, "{copied}");
 }

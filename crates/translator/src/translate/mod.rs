@@ -312,6 +312,7 @@ impl Translation {
             && let Some((ins, class, looks)) = self.ahead.get(self.index).copied()
         {
             self.looks = looks;
+            self.block.looks += u16::from(looks);
             ended = self.instruction(&ins, class);
             self.index += 1;
         }
@@ -516,7 +517,7 @@ impl Translation {
         match self.sites[site].place {
             Place::Register { ea, code: (start, len) } => {
                 let cold = self.asm.pos();
-                self.asm.bytes(&self.body.buf[usize::from(start)..usize::from(start + len)]);
+                self.repeat(start, start + len);
                 if ea != S0 {
                     self.asm.mov(S0, ea);
                 }
@@ -525,7 +526,7 @@ impl Translation {
                 let s = self.sites[site];
                 self.asm.jmp_to(usize::from(s.op));
                 if s.write {
-                    self.asm.bytes(&self.body.buf[usize::from(s.op)..usize::from(s.op_end)]);
+                    self.repeat(s.op, s.op_end);
                     self.call_commit(site);
                     self.asm.jmp_to(usize::from(s.op_end));
                 }
@@ -533,6 +534,17 @@ impl Translation {
             }
             Place::Shared { base, d } => self.cold_shared(site, base, d),
         }
+    }
+
+    /// Emits the code of the body between two offsets once more.
+    pub(super) fn repeat(&mut self, start: u16, end: u16) {
+        let by = (self.asm.pos() as u32).wrapping_sub(u32::from(start));
+        self.asm.bytes(&self.body.buf[usize::from(start)..usize::from(end)]);
+        let within = u32::from(start) + 1..=u32::from(end);
+        let moved = |f: &Fixup| Fixup { at: f.at.wrapping_add(by), kind: f.kind };
+        let again: Vec<_> =
+            self.fixups.iter().filter(|f| within.contains(&f.at)).map(moved).collect();
+        self.fixups.extend(again);
     }
 
     /// Makes the slow path of access `number`, `site`, of a block whose code is `body`; it will be at
@@ -550,6 +562,8 @@ impl Translation {
         self.asm.restart((cache.next_cold() - block.host) as usize);
         self.sites.clear();
         self.sites.push(site);
+        // It is never copied.
+        self.fixups.clear();
         self.bases.0 = number as u32;
         self.slow_path(0);
         (&self.asm.buf, self.sites[0])

@@ -146,7 +146,6 @@ impl Translation {
         self.call_slow(site);
         let direct = self.asm.jmp();
         let s = self.sites[site];
-        let tail = usize::from(s.op)..usize::from(s.op_end);
         let reload_base = |t: &mut Self| {
             if mapped(base).is_none() {
                 t.load_guest(S0, base);
@@ -154,7 +153,7 @@ impl Translation {
         };
         if s.write {
             reload_base(self);
-            self.asm.bytes(&self.body.buf[tail.clone()]);
+            self.repeat(s.op, s.op_end);
             self.call_commit(site);
             self.asm.load(SC, &kept(slot));
             self.asm.jmp_to(usize::from(s.op_end));
@@ -162,7 +161,7 @@ impl Translation {
         self.asm.bind_near(direct);
         self.sites[site].direct = self.asm.pos() as u32;
         reload_base(self);
-        self.asm.bytes(&self.body.buf[tail]);
+        self.repeat(s.op, s.op_end);
         self.asm.load(SC, &kept(slot));
         self.asm.jmp_to(usize::from(s.op_end));
         self.sites[site].cold_end = self.asm.pos() as u32;

@@ -72,6 +72,26 @@ main:
     mov cr4, rax
     SEE "global page after setting PGE", rdi, 'B'
 
+    // Code in a global page that was jumped to from several address spaces.
+    mov dword ptr [frames + 16], 0xc341b0           // mov al, 'A'; ret
+    mov dword ptr [frames + 4096 + 16], 0xc342b0
+    lea rax, [t_pdpt + 7]
+    mov [pml4 + 300 * 8], rax
+    MAP 3, 0, 0x103
+    mov rdi, 0xffff960000003010
+    .irp n, first, again
+    xor eax, eax
+    call rdi
+    CHECK "global code, \n", rax, 'A'
+    mov rax, cr3
+    mov cr3, rax
+    .endr
+    MAP 3, 1, 0x103
+    invlpg [rdi + 0x10]
+    xor eax, eax
+    call rdi
+    CHECK "global code after invlpg", rax, 'B'
+
     // A change of an upper entry needs an invalidation too; INVLPG drops paging-structure caches.
     lea rax, [t_pt2 + 7]
     mov [t_pd], rax

@@ -275,7 +275,7 @@ pub(crate) const GUESTS: &[Guest] = &[
         ],
         ..guest!("paging_bits", [1], Expect::Checks(55), [Need::FullEmulation])
     },
-    guest!("paging_tlb", [1], Expect::Checks(45), []),
+    guest!("paging_tlb", [1], Expect::Checks(48), []),
     Guest {
         qemu_skips: Some("the error code of read-modify-write accesses, in each of these checks"),
         ..guest!("paging_random", [1], Expect::Checks(4), [Need::FullEmulation])

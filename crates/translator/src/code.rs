@@ -220,7 +220,7 @@ pub struct Block {
     fixups: (u32, u32),
     /// The last link that was made to jump here; the others follow it in `CodeCache::listed`.
     incoming: u32,
-    /// Instructions that look whether they cross into another page.
+    /// Instructions, here and right behind, that look whether they cross into another page.
     pub looks: u16,
     /// Still to be found.
     pub valid: bool,

@@ -151,6 +151,44 @@ struct Slot {
 struct JumpCache {
     /// Indexes of entries that are set.
     journal: Vec<u16>,
+    /// Where the code that they lead to comes from.
+    sources: Sources,
+}
+
+/// Pages, some more than were added.
+struct Sources([u64; 64]);
+
+impl Default for Sources {
+    fn default() -> Self {
+        Self([0; 64])
+    }
+}
+
+impl Sources {
+    /// Word and bit of page `n`, or of gibibyte `n` with large pages.
+    const fn place(n: u64, large: bool) -> (usize, u64) {
+        let hash = (n ^ (large as u64) << 60).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+        ((hash >> 6) as usize, 1 << (hash & 63))
+    }
+
+    fn add(&mut self, va: u64, large: bool) {
+        let (word, bit) = Self::place(if large { va >> 30 } else { va >> 12 }, large);
+        self.0[word] |= bit;
+    }
+
+    fn have(&self, n: u64, large: bool) -> bool {
+        let (word, bit) = Self::place(n, large);
+        self.0[word] & bit != 0
+    }
+}
+
+/// The mapping that code was fetched through.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// It is global.
+    pub global: bool,
+    /// It maps more than 4 KiB.
+    pub large: bool,
 }
 
 /// The tables of one vCPU.
@@ -612,6 +650,7 @@ impl Tlb {
         let cache = self.jc(view);
         cache.journal = journal;
         cache.journal.clear();
+        cache.sources = Sources::default();
     }
 
     /// A tag that matches no address whose index is `i`, canonical or not: address 0 has index 0, and
@@ -649,14 +688,43 @@ impl Tlb {
         }
     }
 
+    /// Forgets all translations that come, or may go on, in the page of `va`, whose mapping has
+    /// changed.
+    pub fn jc_invalidate(&mut self, va: u64) {
+        let page = va >> 12;
+        // A block may begin in the page before.
+        let pages = [page, page.wrapping_sub(1)];
+        let slots = (0..self.slots.len()).map(|s| s as u8);
+        for view in slots.flat_map(|s| [View::User(s), View::KernelUser(s)]).chain([View::Kernel]) {
+            let sources = &self.jc(view).sources;
+            if sources.have(va >> 30, true) {
+                self.clear_jc(view);
+            } else if pages.iter().any(|&p| sources.have(p, false)) {
+                self.returns_stale = true;
+                let journal = std::mem::take(&mut self.jc(view).journal);
+                for &i in &journal {
+                    // SAFETY: as in `clear_jc`.
+                    let [tag, _] = unsafe { self.jc_entry(view, i).read() };
+                    if pages.contains(&(tag.wrapping_neg() >> 12)) {
+                        // SAFETY: as in `clear_jc`.
+                        unsafe { self.jc_entry(view, i).write([Self::empty_tag(i), 0]) };
+                    }
+                }
+                self.jc(view).journal = journal;
+            }
+        }
+    }
+
     /// Remembers where the translation of `rip` begins, for indirect jumps on a view.
-    pub fn jc_insert(&mut self, view: View, rip: u64, host: u64, global: bool) {
-        self.jc_local |= !global && !matches!(view, View::User(_));
+    pub fn jc_insert(&mut self, view: View, rip: u64, host: u64, source: Source) {
+        self.jc_local |= !source.global && !matches!(view, View::User(_));
         if self.jc(view).journal.len() > JC_ENTRIES {
             self.clear_jc(view);
         }
         let index = rip as u16;
-        self.jc(view).journal.push(index);
+        let cache = self.jc(view);
+        cache.journal.push(index);
+        cache.sources.add(rip, source.large);
         // SAFETY: as in `clear_jc`.
         unsafe { self.jc_entry(view, index).write([rip.wrapping_neg(), host]) };
     }

@@ -37,9 +37,11 @@ use crate::returns::Returns;
 use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
 use crate::signal::Stop;
 use crate::thunks::{Then, Thunks};
-use crate::tlb::{Page, Tlb, View};
+use crate::tlb::{Page, Source, Tlb, View};
 use crate::translate::gate::CLEARED;
-use crate::translate::{Class, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour};
+use crate::translate::{
+    Class, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour, goes_on,
+};
 use crate::{Exit, SetupError, Stats, signal};
 
 /// The area of a vCPU, owned by it.
@@ -69,7 +71,12 @@ struct FetchEntry {
     page: u64,
     user: bool,
     gpa: u64,
-    global: bool,
+    source: Source,
+}
+
+impl FetchEntry {
+    const NONE: Self =
+        Self { page: !0, user: false, gpa: 0, source: Source { global: false, large: false } };
 }
 
 const FETCH_ENTRIES: usize = 512;
@@ -310,7 +317,7 @@ impl Inner {
             mailbox,
             cpuid,
             allowed,
-            fetch: vec![FetchEntry { page: !0, user: false, gpa: 0, global: false }; FETCH_ENTRIES],
+            fetch: vec![FetchEntry::NONE; FETCH_ENTRIES],
             view: View::Kernel,
             view_modes: Vec::new(),
             mode: Mode {
@@ -664,8 +671,8 @@ impl Inner {
             && (mode.bits == 64 || mode.flat)
             && self.tlb.jc_find(self.view, rip) != Some(host)
         {
-            let global = self.fetched_globally(rip);
-            self.tlb.jc_insert(self.view, rip, host, global);
+            let source = self.source(rip);
+            self.tlb.jc_insert(self.view, rip, host, source);
         }
         self.area.state.rflags &= !flags::RF;
         self.no_step_trap = false;
@@ -804,8 +811,8 @@ impl Inner {
                 if split { self.detour(n, rip) } else { self.connect(n, id, rip) }
             }
         } else if self.mode.bits == 64 || self.mode.flat {
-            let global = self.fetched_globally(rip);
-            self.tlb.jc_insert(self.view, rip, host, global);
+            let source = self.source(rip);
+            self.tlb.jc_insert(self.view, rip, host, source);
         }
         Some(host)
     }
@@ -826,16 +833,16 @@ impl Inner {
         } else if !self.mode.user
             && self.mode.bits == 64
             && target >> 63 != 0
-            && self.fetched_globally(target)
+            && self.source(target).global
         {
             self.code.connect(n, id, true);
         }
     }
 
-    /// Whether the last fetch from the page of `rip` went through a global mapping.
-    fn fetched_globally(&self, rip: u64) -> bool {
+    /// The mapping of the last fetch from the page of `rip`.
+    fn source(&self, rip: u64) -> Source {
         let e = self.fetch[(rip >> 12) as usize % FETCH_ENTRIES];
-        e.page == rip >> 12 && e.global
+        if e.page == rip >> 12 { e.source } else { Source { global: false, large: true } }
     }
 
     // ---- finding and making blocks ----
@@ -864,7 +871,8 @@ impl Inner {
         let rights = Rights::explicit(&self.area.state, Kind::Fetch);
         let w = self.lin.walk(&self.area.state, va, rights)?;
         let gpa = w.gpa & !(PAGE - 1);
-        self.fetch[slot] = FetchEntry { page: va >> 12, user, gpa, global: w.global };
+        let source = Source { global: w.global, large: w.page_bytes != PAGE };
+        self.fetch[slot] = FetchEntry { page: va >> 12, user, gpa, source };
         Ok(gpa)
     }
 
@@ -994,7 +1002,7 @@ impl Inner {
             at += ins.len();
             end_rip = wrap(end_rip.wrapping_add(ins.len() as u64), mode.bits);
             count += 1;
-            if second_page.is_some() || ends_block(&ins, class) {
+            if second_page.is_some() || ends_block(&ins, class, mode, count) {
                 break;
             }
         }
@@ -1095,14 +1103,16 @@ impl Inner {
     pub(crate) fn invalidate(&mut self, va: u64) {
         self.tlb.invalidate(va);
         self.lin.walked.clear();
-        // A large page covers more than the entry named by `va`.
-        let is_code = self.fetch.iter().any(|e| e.page != !0 && e.page >> 18 == va >> 30);
-        if is_code {
-            self.clear_fetch();
-            self.tlb.clear_all_jcs();
-            if va >> 63 != 0 {
-                self.code.disconnect_far();
+        for e in &mut self.fetch {
+            // A large page covers more than the entry named by `va`.
+            if e.page == va >> 12 || e.source.large && e.page >> 18 == va >> 30 {
+                e.page = !0;
             }
+        }
+        self.tlb.jc_invalidate(va);
+        if va >> 63 != 0 {
+            self.code.disconnect_far();
+            self.tlb.returns_stale = true;
         }
     }
 
@@ -1744,13 +1754,12 @@ enum Outcome {
     Alone,
 }
 
-/// Whether no block goes on behind an instruction.
-fn ends_block(ins: &Instruction, class: Class) -> bool {
+/// Whether no block goes on behind an instruction, its `count`th.
+fn ends_block(ins: &Instruction, class: Class, mode: Mode, count: usize) -> bool {
     match class {
         Class::Gate | Class::HelperEnds | Class::Refused => true,
-        Class::Branch => {
-            !(ins.is_jcc_short_or_near() || ins.is_call_near() || ins.is_call_near_indirect())
-        }
+        Class::Branch if ins.is_jcc_short_or_near() => !goes_on(mode, count),
+        Class::Branch => !(ins.is_call_near() || ins.is_call_near_indirect()),
         _ => false,
     }
 }

@@ -5,7 +5,7 @@ use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind};
 
 use super::access::Want;
 use super::regs::GuestReg;
-use super::{Cold, Translation};
+use super::{Cold, Mode, Translation};
 use crate::asm::{Mem, Near};
 use crate::code::{Fix, Link};
 use crate::layout::{
@@ -15,6 +15,11 @@ use crate::thunks::through_jump_cache;
 
 /// A block goes on behind a conditional branch that is among its first so many instructions.
 const GOES_ON: usize = 12;
+
+/// Whether a block goes on behind a conditional branch, its `count`th instruction.
+pub const fn goes_on(mode: Mode, count: usize) -> bool {
+    mode.bits == 64 && !mode.single && count < GOES_ON
+}
 
 impl Translation {
     /// Translates a branch; tells whether the block ends with it.
@@ -29,7 +34,7 @@ impl Translation {
             self.reserve(40);
             let jump = self.asm.jcc(cc(ins.condition_code()));
             self.link(jump, target);
-            if self.mode.bits == 64 && !self.mode.single && self.insns.len() < GOES_ON {
+            if goes_on(self.mode, self.insns.len()) {
                 return false;
             }
             self.jump_to(next);

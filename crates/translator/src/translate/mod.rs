@@ -44,6 +44,7 @@ use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
 use crate::thunks::{Thunks, through_jump_cache};
 
 pub use access::{access_size, segment_of, sreg_index};
+pub use branch::goes_on;
 pub use decode::{Class, Unit, classify, unit};
 pub use regs::GuestReg;
 
@@ -306,13 +307,14 @@ impl Translation {
     /// block ends with the last of them.
     pub fn all(&mut self) -> (usize, bool) {
         self.written.clear();
+        // Those behind the block's end count too: look-ups are shared with regard to them.
+        self.block.looks = self.ahead.iter().filter(|i| i.2).count() as u16;
         let mut ended = false;
         while !ended
             && self.len() < MAX_BLOCK_BYTES / 3
             && let Some((ins, class, looks)) = self.ahead.get(self.index).copied()
         {
             self.looks = looks;
-            self.block.looks += u16::from(looks);
             ended = self.instruction(&ins, class);
             self.index += 1;
         }

@@ -107,10 +107,10 @@ pub struct RunArgs {
     /// A kernel: bzImage, PVH ELF or Multiboot, told apart by looking [default: the image's]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
-    /// An initial RAM disk, or the first Multiboot module
+    /// An initial RAM disk; or Multiboot modules, as `FILE ARGS,FILE ARGS`
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Option<PathBuf>,
-    /// Words added to the kernel command line
+    /// Words added to the kernel command line; a bzImage gets panic=-1 too, unless they say panic=N
     #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
     pub append: String,
     /// A raw disk; with `,ro` it is not written. May be repeated

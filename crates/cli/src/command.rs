@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use berth_api::agent::client::{Client, ClientError, Event, Input, Session};
 use berth_api::agent::message::{Exec, Exit, Reason, Shutdown};
+use berth_vmm::console::EscapeFilter;
+use rustix::termios::Termios;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 
@@ -89,7 +91,12 @@ pub fn run(dial: &mut dyn Dial, exec: &Exec) -> Result<ExitCode, CommandError> {
         None => None,
     };
     watch_signals(&session, raw.as_ref())?;
-    let exit = pump(session, io::stdin(), &mut io::stdout(), &mut io::stderr());
+    let keys = Keys {
+        stdin: io::stdin(),
+        before: raw.as_ref().map(RawTerminal::before),
+        filter: EscapeFilter::default(),
+    };
+    let exit = pump(session, keys, &mut io::stdout(), &mut io::stderr());
     drop(raw);
     exit.map(exit_code)
 }
@@ -144,6 +151,37 @@ fn pump<R: Read, W: Write + Send + 'static>(
             Event::Stdout(bytes) => write(&bytes, stdout)?,
             Event::Stderr(bytes) => write(&bytes, stderr)?,
             Event::Exit(exit) => return Ok(exit),
+        }
+    }
+}
+
+/// Status after the escape, as after a hang-up by SIGINT.
+const ESCAPED: i32 = 130;
+
+/// Standard input; on a terminal that is raw, Ctrl-] then `.` ends the machine.
+struct Keys<R> {
+    stdin: R,
+    before: Option<Termios>,
+    filter: EscapeFilter,
+}
+
+impl<R: Read> Read for Keys<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(before) = &self.before else { return self.stdin.read(buffer) };
+        loop {
+            // A kept Ctrl-] may come on top of what is read.
+            let room = buffer.len().saturating_sub(1);
+            let count = self.stdin.read(&mut buffer[..room])?;
+            let (data, ended) = self.filter.pass(&buffer[..count]);
+            if ended {
+                terminal::restore(before);
+                // The machine is part of this process and ends with it.
+                std::process::exit(ESCAPED);
+            }
+            if count == 0 || !data.is_empty() {
+                buffer[..data.len()].copy_from_slice(&data);
+                return Ok(data.len());
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 //! are possible, the image's throwaway disk and initramfs are made.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -11,12 +11,13 @@ use berth_image::agent::{self, NoAgent};
 use berth_image::disk::ThrowawayDisk;
 use berth_image::initramfs::{self, InitramfsError};
 use berth_image::store::{Image, ImageName, Store, StoreError};
+use berth_vmm::boot::Module;
+use berth_vmm::limits::MEMORY_BYTES_MIN;
 
 use crate::args::{Accel, ConsoleArg, NetArg, RunArgs};
 use crate::size::Size;
 use crate::terminal;
 
-const MEMORY_BYTES_MIN: u64 = 1 << 20;
 const PAGE_BYTES: u64 = 4096;
 const SECTOR_BYTES: u64 = 512;
 /// Of a terminal that does not know its size, as behind a serial line or in `script`.
@@ -341,8 +342,19 @@ fn given_kernel(args: &RunArgs) -> Result<PathBuf, PlanError> {
 }
 
 fn given_initrd(args: &RunArgs) -> Result<Option<PathBuf>, PlanError> {
-    let Some(path) = &args.initrd else { return Ok(None) };
-    check_file(path, "an initrd", false).map(|_| Some(path.clone()))
+    let Some(list) = &args.initrd else { return Ok(None) };
+    for module in Module::parse_list(&list.to_string_lossy()) {
+        check_file(&module.path, "an initrd", false)?;
+    }
+    Ok(Some(list.clone()))
+}
+
+/// Whether a file is a Linux kernel by its boot protocol's signature (Linux,
+/// Documentation/arch/x86/boot.rst).
+fn is_bzimage(path: &Path) -> bool {
+    let mut head = [0; 0x206];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut head));
+    read.is_ok() && head.ends_with(b"HdrS")
 }
 
 /// Opens a file the way the machine will, to say now what would fail then. Returns its length.
@@ -444,6 +456,11 @@ fn command_line(args: &RunArgs, name: &str) -> Result<String, PlanError> {
             words.extend(terminal_words());
         }
     }
+    let panic_said = args.append.split_whitespace().any(|word| word.starts_with("panic="));
+    if args.image.is_none() && !panic_said && args.kernel.as_deref().is_some_and(is_bzimage) {
+        // Else a kernel that has panicked waits forever.
+        words.push("panic=-1".to_owned());
+    }
     if !args.append.is_empty() {
         words.push(args.append.clone());
     }
@@ -496,6 +513,41 @@ mod tests {
         let args = Args::try_parse_from(words.split_whitespace()).unwrap();
         let Command::Vm(VmCommand::Run(run)) = args.command else { panic!() };
         *run
+    }
+
+    #[test]
+    fn each_module_of_a_list_is_looked_at() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str| directory.path().join(name).display().to_string();
+        fs::write(file("kernel"), b"k").unwrap();
+        fs::write(file("a"), b"a").unwrap();
+        fs::write(file("b"), b"b").unwrap();
+        let check = |list: String| {
+            let mut args = run_args("--kernel k --initrd i");
+            args.initrd = Some(list.into());
+            given_initrd(&args)
+        };
+        assert!(check(format!("{} one two,{}", file("a"), file("b"))).is_ok());
+        let error = check(format!("{},{}", file("a"), file("missing"))).unwrap_err();
+        assert!(error.to_string().contains("missing"), "{error}");
+    }
+
+    #[test]
+    fn a_panic_ends_linux_unless_told_otherwise() {
+        let directory = tempfile::tempdir().unwrap();
+        let kernel = directory.path().join("kernel");
+        let mut head = vec![0; 0x202];
+        head.extend(b"HdrS and more");
+        let line = |append: &str, content: &[u8]| {
+            fs::write(&kernel, content).unwrap();
+            let mut args = run_args("--kernel k");
+            args.kernel = Some(kernel.clone());
+            args.append = append.to_owned();
+            command_line(&args, "box").unwrap()
+        };
+        assert_eq!(line("quiet", &head), "panic=-1 quiet");
+        assert_eq!(line("panic=5", &head), "panic=5");
+        assert_eq!(line("quiet", b"\x7fELF"), "quiet");
     }
 
     #[test]
@@ -561,8 +613,8 @@ mod tests {
     #[test]
     fn memory_has_bounds() {
         let check = |text: &str| check_memory(text.parse().unwrap(), Some(8 << 30));
-        assert!(check("512M").is_ok() && check("1M").is_ok() && check("8G").is_ok());
-        for bad in ["0", "512K", "1048577", "9G"] {
+        assert!(check("512M").is_ok() && check("4M").is_ok() && check("8G").is_ok());
+        for bad in ["0", "512K", "3M", "5000001", "9G"] {
             assert!(check(bad).is_err(), "{bad}");
         }
     }

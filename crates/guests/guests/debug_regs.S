@@ -77,6 +77,25 @@ main:
     WATCH "read/write 4: push m", 1, push [rbx]
     pop rax
     WATCH "read/write 4: elsewhere", 0, mov eax, [rbx + 8]
+    // I/O breakpoints, with CR4.DE only (17.2.4); 0x80 is a port without effect.
+    mov rax, cr4
+    bts rax, 3
+    mov cr4, rax
+    mov eax, 0x80
+    mov dr0, rax
+    DR7_ CTL(0,2,LEN1)
+    WATCH "port: out", 1, out 0x80, al
+    WATCH "port: in", 1, in al, 0x80
+    WATCH "port: word that covers it", 1, out 0x7f, ax
+    WATCH "port: the next one", 0, out 0x81, al
+    WATCH "port: memory at the same address", 0, mov al, [0x80]
+    mov edx, 0x80
+    mov rsi, rbx
+    WATCH "port: outsb", 1, outsb
+    mov rax, cr4
+    btr rax, 3
+    mov cr4, rax
+    mov dr0, rbx
     // Address not aligned to the length: low bits are ignored (17.2.5).
     lea rax, [rbx + 2]
     mov dr0, rax

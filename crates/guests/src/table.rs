@@ -435,7 +435,7 @@ pub(crate) const GUESTS: &[Guest] = &[
             ),
             differs("gd: mov from dr6", "vol. 3, 17.2.4: general detect; TCG does not have it"),
         ],
-        ..guest!("debug_regs", [1], Expect::Checks(88), [Need::FullEmulation])
+        ..guest!("debug_regs", [1], Expect::Checks(102), [Need::FullEmulation])
     },
     guest!("smc", [1], Expect::Checks(26), [Need::FullEmulation, Need::Speed]),
     Guest {

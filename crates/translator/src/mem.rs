@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use berth_x86::paging::{self, Kind, Rights, Walk};
-use berth_x86::state::{flags, sreg};
+use berth_x86::state::{cr4, flags, sreg};
 use berth_x86::{Access, CpuState, Exception, LinearMem, Platform};
 
 use crate::ram::PAGE;
@@ -188,23 +188,36 @@ impl Lin {
 
     /// Records data breakpoints that an access of `len` bytes at `va` hits (SDM vol. 3, 17.2.4).
     pub fn watch(&mut self, cpu: &CpuState, va: u64, len: usize, write: bool) {
+        self.watch_for(cpu, va, len, |kind| kind == 3 || kind == 1 && write);
+    }
+
+    /// Records I/O breakpoints that an access of `len` bytes to a port hits; there are some with
+    /// CR4.DE set only (SDM vol. 3, 17.2.4).
+    pub fn watch_port(&mut self, cpu: &CpuState, port: u16, len: usize) {
+        if cpu.cr4 & cr4::DE != 0 {
+            self.watch_for(cpu, u64::from(port), len, |kind| kind == 2);
+        }
+    }
+
+    /// Records breakpoints of the kinds (R/W bits of DR7) that an access hits.
+    fn watch_for(&mut self, cpu: &CpuState, at: u64, len: usize, kinds: impl Fn(u64) -> bool) {
         if cpu.dr7 & 0xff == 0 {
             return;
         }
         for i in 0..4 {
             let enabled = cpu.dr7 >> (i * 2) & 3 != 0;
-            let rw = cpu.dr7 >> (16 + i * 4) & 3;
+            let kind = cpu.dr7 >> (16 + i * 4) & 3;
             let bytes = match cpu.dr7 >> (18 + i * 4) & 3 {
                 0 => 1u64,
                 1 => 2,
                 3 => 4,
                 _ => 8,
             };
-            if !enabled || rw == 0 || rw == 2 || (rw == 1 && !write) {
+            if !enabled || !kinds(kind) {
                 continue;
             }
             let start = cpu.dr[i] & !(bytes - 1);
-            if va < start.wrapping_add(bytes) && start < va.wrapping_add(len as u64) {
+            if at < start.wrapping_add(bytes) && start < at.wrapping_add(len as u64) {
                 self.watch_hits |= 1 << i;
             }
         }

@@ -31,6 +31,7 @@ use crate::console::output::{Client, ClientWriter, Output};
 use crate::console::port::{Port, SerialPort, StreamPort};
 use crate::outcome::Ending;
 
+pub use crate::console::input::EscapeFilter;
 pub use crate::console::output::OutputSink;
 pub use crate::console::terminal::{RawTerminal, SignalWatch};
 

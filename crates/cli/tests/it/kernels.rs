@@ -172,7 +172,7 @@ fn truncated_and_damaged_linux_kernels_fail_in_order() {
     assert!(end <= whole.len(), "{end} > {}", whole.len());
     for cut in [513, 0x260, 5000, end / 4, end - 4096, end - 16] {
         let kernel = file(directory.path(), "cut", &whole[..cut]);
-        let options = ["--append", "console=ttyS0 panic=-1"];
+        let options = ["--append", "console=ttyS0"];
         let mut command = berth(&["vm", "run", "--kernel"]);
         command.arg(&kernel).args(options);
         let ran = run_within(&mut command, b"", Duration::from_secs(60));
@@ -184,7 +184,7 @@ fn truncated_and_damaged_linux_kernels_fail_in_order() {
     let middle = damaged.len() / 2;
     damaged[middle..middle + 4096].copy_from_slice(&noise(4096, 3));
     let kernel = file(directory.path(), "damaged", &damaged);
-    let mut command = berth(&["vm", "run", "--append", "console=ttyS0 panic=-1", "--kernel"]);
+    let mut command = berth(&["vm", "run", "--append", "console=ttyS0", "--kernel"]);
     let ran = run_within(command.arg(&kernel), b"", Duration::from_secs(10));
     assert!(ran.status.is_none_or(|status| status == 1), "{:?}", ran.status);
     assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
@@ -193,7 +193,7 @@ fn truncated_and_damaged_linux_kernels_fail_in_order() {
 #[test]
 fn linux_without_a_root_panics_and_that_is_a_failure() {
     let Some(debian) = Debian::take() else { return };
-    let mut command = berth(&["vm", "run", "--append", "console=ttyS0 panic=-1", "--kernel"]);
+    let mut command = berth(&["vm", "run", "--append", "console=ttyS0", "--kernel"]);
     let ran = run(command.arg(debian.image.kernel()), b"");
     ran.check_failed(&["the guest reset itself"]);
     assert!(ran.text().contains("Unable to mount root fs"), "{}", ran.text());
@@ -206,7 +206,7 @@ fn broken_initrds_are_the_guests_failure() {
     let boot = |initrd: &Path, memory: &str| {
         let mut command = berth(&["vm", "run", "--memory", memory, "--kernel"]);
         command.arg(debian.image.kernel()).arg("--initrd").arg(initrd);
-        run(command.args(["--append", "console=ttyS0 panic=-1"]), b"")
+        run(command.args(["--append", "console=ttyS0"]), b"")
     };
     let random = file(directory.path(), "random", &noise(1 << 20, 9));
     boot(&random, "512M").check_failed(&["the guest reset itself"]);
@@ -226,8 +226,7 @@ fn memory_that_is_too_small_for_linux_is_an_error() {
     let Some(debian) = Debian::take() else { return };
     for memory in ["1M", "4M", "8M", "16M"] {
         let mut command = berth(&["vm", "run", "--memory", memory, "--kernel"]);
-        let command =
-            command.arg(debian.image.kernel()).args(["--append", "console=ttyS0 panic=-1"]);
+        let command = command.arg(debian.image.kernel()).args(["--append", "console=ttyS0"]);
         run_within(command, b"", Duration::from_secs(60)).check_failed(&["memory"]);
     }
 }

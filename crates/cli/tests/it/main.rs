@@ -90,7 +90,7 @@ fn what_is_missing_is_named() {
     check(&with(twice), &["alias.raw", "twice"]);
     check(&with("--net tap=nosuch0".into()), &["nosuch0", "ip tuntap"]);
     check(&with("--memory 900T".into()), &["900T", "this host has"]);
-    check(&with("--memory 4K".into()), &["4K", "the least is 1M"]);
+    check(&with("--memory 4K".into()), &["4K", "the least is 4M"]);
     check("vm run debian", &["debian", "berth image bootstrap debian bookworm"]);
     check("vm run other", &["other"]);
     check("vm run ../../etc", &["../../etc", "no image name"]);

@@ -112,6 +112,23 @@ fn the_escape_ends_the_machine() {
 }
 
 #[test]
+fn the_escape_ends_a_command() {
+    let Some(debian) = Debian::take() else { return };
+    let mut terminal = Terminal::open();
+    let before = terminal.settings();
+    let mut child = terminal.start(debian.command(&[], &["sh", "-c", "echo re''ady; sleep 1000"]));
+    terminal.await_text("ready");
+    // One for the guest, whose terminal shows it; then the escape in two pieces.
+    terminal.keys.write_all(&[0x1d, 0x1d]).unwrap();
+    terminal.await_text("^]");
+    terminal.keys.write_all(&[0x1d]).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    terminal.keys.write_all(b".").unwrap();
+    assert_eq!(child.wait(Duration::from_secs(10)), Some(130), "{}", terminal.shown());
+    assert_eq!(terminal.settings(), before);
+}
+
+#[test]
 fn a_shell_on_the_terminal_knows_its_size_and_ends_in_order() {
     let Some(debian) = Debian::take() else { return };
     let mut terminal = Terminal::open();

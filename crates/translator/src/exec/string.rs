@@ -228,6 +228,7 @@ fn one(v: &mut Inner, p: &Plan) -> Result<(), Exception> {
             let port = v.area.state.gpr[reg::RDX] as u16;
             v.lin.platform_called = true;
             let x = v.lin.platform.port_read(port, p.size as u8);
+            v.lin.watch_port(&v.area.state, port, p.size);
             v.write_uint(es, di, p.size, u64::from(x))?;
             moves_di = true;
         }
@@ -236,6 +237,7 @@ fn one(v: &mut Inner, p: &Plan) -> Result<(), Exception> {
             let port = v.area.state.gpr[reg::RDX] as u16;
             v.lin.platform_called = true;
             v.lin.platform.port_write(port, p.size as u8, x as u32);
+            v.lin.watch_port(&v.area.state, port, p.size);
             moves_si = true;
         }
     }

@@ -495,5 +495,6 @@ fn port(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
         let x = v.reg(r) as u32;
         v.lin.platform.port_write(port, r.size() as u8, x);
     }
+    v.lin.watch_port(&v.area.state, port, r.size());
     Ok(())
 }

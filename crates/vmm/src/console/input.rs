@@ -135,13 +135,13 @@ fn read_fd(fd: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// Finds Ctrl-] followed by `.`; Ctrl-] twice is one for the guest.
 #[derive(Default)]
-struct EscapeFilter {
+pub struct EscapeFilter {
     escaped: bool,
 }
 
 impl EscapeFilter {
     /// What is for the guest, and whether the escape came.
-    fn pass(&mut self, data: &[u8]) -> (Vec<u8>, bool) {
+    pub fn pass(&mut self, data: &[u8]) -> (Vec<u8>, bool) {
         let mut out = Vec::with_capacity(data.len() + 1);
         for &byte in data {
             match (std::mem::take(&mut self.escaped), byte) {

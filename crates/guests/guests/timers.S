@@ -166,6 +166,16 @@ s4: nop
     nop
     cli
     CHECK "popf: taken at once", "qword ptr [tick_rip]", "offset s4"
+    // STI's shadow is over after one instruction, also when that jumps to itself.
+    mov qword ptr [ticks], 0
+    mov dword ptr [INIT_COUNT], 1000
+    call wait_irr_40
+    mov qword ptr [leave_to], offset s6
+    sti
+s5: jmp s5
+s6: cli
+    CHECK "sti; jmp to itself: one interrupt", "qword ptr [ticks]", 1
+    CHECK "sti; jmp to itself: where", "qword ptr [tick_rip]", "offset s5"
 
     // TPR holds back vectors of its class and below.
     mov qword ptr [ticks], 0
@@ -390,7 +400,12 @@ on_tick:
     inc qword ptr [ticks]
     mov rax, [rdi + F_RIP]
     mov [tick_rip], rax
-    cmp rax, offset rep_begin
+    cmp qword ptr [leave_to], 0
+    je 1f
+    mov rcx, [leave_to]
+    mov [rdi + F_RIP], rcx
+    mov qword ptr [leave_to], 0
+1:  cmp rax, offset rep_begin
     jne 3f
     // RSI and RDI have gone as far as RCX says.
     mov rax, 65536
@@ -470,6 +485,7 @@ wait_irr_40:                            // RAX: 1 when vector 0x40 is pending
     .bss
     .align 64
 ticks: .skip 8
+leave_to: .skip 8
 tick_rip: .skip 8
 c51: .skip 8
 c61: .skip 8

@@ -445,7 +445,7 @@ pub(crate) const GUESTS: &[Guest] = &[
         )],
         ..guest!("smp", [2, 4], Expect::Checks(34), [Need::Cmpxchg16b, Need::Speed])
     },
-    guest!("timers", [1], Expect::Checks(50), [Need::Speed]),
+    guest!("timers", [1], Expect::Checks(52), [Need::Speed]),
     Guest {
         qemu_differs: &[
             differs(

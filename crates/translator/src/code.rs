@@ -529,6 +529,12 @@ impl CodeCache {
         self.sites.get(usize::try_from(n).ok()?)
     }
 
+    /// Whether access `n` is the first of its instruction.
+    pub fn first_of(&self, n: u64) -> bool {
+        let before = n.checked_sub(1).and_then(|n| self.site(n));
+        before.map(|s| s.rip) != self.site(n).map(|s| s.rip)
+    }
+
     /// An instruction for a helper by number.
     pub fn helper(&self, n: u64) -> Option<&Helped> {
         self.helpers.get(usize::try_from(n).ok()?)

@@ -113,8 +113,7 @@ pub enum ExitCode {
     /// A jump missed the jump cache; the target is in [`S0`] and goes to [`Area::exit_rip`], the
     /// number of the branch, or an unknown one, is in [`SC`] and goes to [`Area::exit_arg`].
     Indirect = 2,
-    /// A stop signal came, [`Area::run`] was zero on the way in, or the block has nothing to go on
-    /// with; RIP is in [`Area::exit_rip`].
+    /// A stop signal came, or the block has nothing to go on with; RIP is in [`Area::exit_rip`].
     Interrupt = 3,
     /// A helper asked for it; everything is in the state.
     Helper = 4,
@@ -123,6 +122,8 @@ pub enum ExitCode {
     /// A return went to where no call is known and missed the jump cache; the target is in
     /// [`S0`], too, the number of the return in [`Area::return_number`].
     Return = 6,
+    /// [`Area::run`] was zero on the way in: nothing has been executed.
+    NotBegun = 7,
 }
 
 /// What generated code and helpers share. Addressed relative to GS; see the module.

@@ -88,6 +88,8 @@ fn install() {
             sa.sa_sigaction = handler as *const () as usize;
             sa.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
             libc::sigemptyset(&mut sa.sa_mask);
+            // In another handler it would find no generated code to leave, and nobody sends it again.
+            libc::sigaddset(&mut sa.sa_mask, stop_signal());
             libc::sigaction(sig, &sa, std::ptr::null_mut());
         }
     }

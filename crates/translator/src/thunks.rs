@@ -194,7 +194,7 @@ impl Thunks {
         let mut tails = [(0, 0); 5];
         let tail = a.pos();
         if_asked_to_leave(&mut a, |a| {
-            a.store_imm(&field(offset_of!(Area, exit_code)), ExitCode::Interrupt as i32);
+            a.store_imm(&field(offset_of!(Area, exit_code)), ExitCode::NotBegun as i32);
             host_units(a);
             leave(a);
         });

@@ -390,10 +390,7 @@ impl Tlb {
             }
         }
         if bytes > 4096 {
-            self.large.insert(va >> 21);
-            if bytes > 4 << 20 {
-                self.huge.insert(va >> 30);
-            }
+            self.reaches_into(va, bytes);
         }
         if long {
             self.overflows += 1;
@@ -497,6 +494,14 @@ impl Tlb {
         }
         self.open.clear();
         self.last_open = !0;
+    }
+
+    /// Some entry vouches for a part of the large page of `bytes` bytes at `va`.
+    pub fn reaches_into(&mut self, va: u64, bytes: u64) {
+        self.large.insert(va >> 21);
+        if bytes > 4 << 20 {
+            self.huge.insert(va >> 30);
+        }
     }
 
     /// Drops one page (of whatever size the guest mapped it with) from all tables.

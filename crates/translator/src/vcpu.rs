@@ -26,7 +26,7 @@ use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
 use berth_x86::{CpuState, Exception, Segment};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
-use crate::code::{BlockId, BlockKey, CodeCache, FastMap, Helped, Place, Site};
+use crate::code::{Block, BlockId, BlockKey, CodeCache, FastMap, Helped, Place, Site};
 use crate::exec::Flow;
 use crate::features::Allowed;
 use crate::fpu;
@@ -63,6 +63,8 @@ impl DerefMut for AreaPtr {
     }
 }
 
+/// More than the slow path of an access has.
+const STUB_BYTES: usize = 1024;
 /// Bytes of guest code that are read at first for a block.
 const USUAL_BYTES: usize = 256;
 /// An instruction translation of the fetch side: a page that code was found in.
@@ -674,9 +676,19 @@ impl Inner {
             let source = self.source(rip);
             self.tlb.jc_insert(self.view, rip, host, source);
         }
+        let before = (self.area.state.rflags & flags::RF, self.area.state.interrupt_shadow);
         self.area.state.rflags &= !flags::RF;
+        if once && self.area.state.interrupt_shadow != 0 {
+            // This is the instruction that it holds for.
+            self.area.state.interrupt_shadow = 0;
+        }
         self.no_step_trap = false;
         self.enter(host);
+        if self.in_single && self.area.exit_code == ExitCode::NotBegun as u64 {
+            self.area.state.rflags |= before.0;
+            self.area.state.interrupt_shadow = before.1;
+            return None;
+        }
         // MOV SS and POP SS hold off traps until after the next instruction (SDM vol. 3, 6.8.3).
         if self.pending.is_none() && self.stack_shadow() {
             return None;
@@ -756,7 +768,7 @@ impl Inner {
     /// After an exit: the block to go on with at once, if that is all there is to do.
     fn next_block(&mut self) -> Option<u64> {
         let code = self.area.exit_code;
-        if code == ExitCode::Helper as u64 {
+        if code == ExitCode::Helper as u64 || code == ExitCode::NotBegun as u64 {
             return None;
         }
         if code == ExitCode::Fault as u64 {
@@ -829,7 +841,12 @@ impl Inner {
     fn connect(&mut self, n: u32, id: BlockId, target: u64) {
         let Some(l) = self.code.link(n) else { return };
         if l.linkable {
-            self.code.connect(n, id, false);
+            // The mapping may have changed since the source was entered.
+            let page = |b: &Block| b.key.gpa >> 12;
+            let source = self.code.block_at(l.patch).map(page);
+            if source.is_some() && source == self.code.block(id).map(page) {
+                self.code.connect(n, id, false);
+            }
         } else if !self.mode.user
             && self.mode.bits == 64
             && target >> 63 != 0
@@ -1110,9 +1127,9 @@ impl Inner {
             }
         }
         self.tlb.jc_invalidate(va);
+        self.tlb.returns_stale = true;
         if va >> 63 != 0 {
             self.code.disconnect_far();
-            self.tlb.returns_stale = true;
         }
     }
 
@@ -1135,7 +1152,8 @@ impl Inner {
         else {
             bug("a slow access from an unknown place", pc);
         };
-        if !self.code.fits(MAX_BLOCK_BYTES) {
+        let first = self.code.first_of(number);
+        if !self.code.fits(if first { MAX_BLOCK_BYTES } else { STUB_BYTES }) {
             // Nothing has been done of the instruction.
             self.area.fault_trap = 0;
             self.drop_all_code();
@@ -1269,7 +1287,8 @@ impl Inner {
             return Err(Exception::gp(0));
         }
         mem::check_canonical(&self.area.state, va, stack)?;
-        if trap == 13 && !(self.mode.user && va >> 47 != 0) {
+        let looked_up = paging::canonical(ea.wrapping_sub(u64::from(site.above)));
+        if trap == 13 && looked_up && !(self.mode.user && va >> 47 != 0) {
             // Canonical, and yet the host's processor objects: the operand's alignment.
             return Err(Exception::gp(0));
         }
@@ -1298,7 +1317,7 @@ impl Inner {
                     || checked
                     || !self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE)
                 {
-                    return Ok(Outcome::Direct(self.lin.shared.ram.raw_addr(w.gpa)));
+                    return Ok(Outcome::Direct(self.slow_addr(w.gpa, site.write)));
                 }
                 return Ok(Outcome::Direct(self.fill(va, &w, site.write)));
             }
@@ -1320,7 +1339,7 @@ impl Inner {
             if alone {
                 return Ok(Outcome::Alone);
             }
-            return Ok(Outcome::Direct(self.lin.shared.ram.raw_addr(p.first.gpa)));
+            return Ok(Outcome::Direct(self.slow_addr(p.first.gpa, site.write)));
         }
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
         if site.read && site.write && p.second.len != 0 {
@@ -1386,13 +1405,20 @@ impl Inner {
         !self.in_single
     }
 
+    /// Host address for an access past the TLB. Stores go where a page with translations is protected,
+    /// since another vCPU may have made one of the page a moment ago.
+    fn slow_addr(&self, gpa: u64, write: bool) -> u64 {
+        let ram = &self.lin.shared.ram;
+        if write { ram.view_addr(gpa, true) } else { ram.raw_addr(gpa) }
+    }
+
     /// Enters a walked page into the TLB; the host address of `va`.
     fn fill(&mut self, va: u64, w: &Walk, write: bool) -> u64 {
         const REGION: u64 = 2 << 20;
         let rw = w.writable && w.dirty;
         if write && !rw {
             // A supervisor's write to a read-only page (CR0.WP = 0).
-            return self.lin.shared.ram.raw_addr(w.gpa);
+            return self.slow_addr(w.gpa, true);
         }
         let (start, from) = (va & !(REGION - 1), w.gpa & !(REGION - 1));
         if w.page_bytes >= REGION && self.lin.shared.ram.contains(from, REGION) {
@@ -1409,7 +1435,7 @@ impl Inner {
         }
         let page = va & !(PAGE - 1);
         let Some(host) = self.host_page(page, w) else {
-            return self.lin.shared.ram.raw_addr(w.gpa);
+            return self.slow_addr(w.gpa, write);
         };
         let entry = self.entry(page, host, w);
         self.tlb.fill(self.view, va, entry);
@@ -1492,7 +1518,7 @@ impl Inner {
     }
 
     /// Whether the guest page behind `page` is the one behind it in RAM, with the same rights.
-    fn followed(&self, page: u64, gpa: u64, w: &Walk) -> bool {
+    fn followed(&mut self, page: u64, gpa: u64, w: &Walk) -> bool {
         let next = page.wrapping_add(PAGE);
         if next & 0xffff_ffff == 0
             || !paging::canonical(next)
@@ -1501,12 +1527,17 @@ impl Inner {
             return false;
         }
         let rw = w.writable && w.dirty;
-        paging::peek(&self.lin.shared.ram, &self.area.state, next).is_some_and(|n| {
-            n.gpa == gpa + PAGE
-                && (!rw || n.writable && n.dirty)
-                && n.readable_user == w.readable_user
-                && n.global == w.global
-        })
+        let Some(n) = paging::peek(&self.lin.shared.ram, &self.area.state, next) else {
+            return false;
+        };
+        let goes_on = n.gpa == gpa + PAGE
+            && (!rw || n.writable && n.dirty)
+            && n.readable_user == w.readable_user
+            && n.global == w.global;
+        if goes_on && n.page_bytes > PAGE {
+            self.tlb.reaches_into(next, n.page_bytes);
+        }
+        goes_on
     }
 
     /// Enters neighbours that need no mapping to be made: a fault is dearer than looking.

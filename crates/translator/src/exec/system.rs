@@ -153,8 +153,15 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
                 false => base.wrapping_add(off) & 0xffff_ffff,
             };
             v.invalidate(va);
+            // The rest of the block may be of a page that is no longer there.
+            v.area.state.rip = next;
+            return Ok(Flow::Jump);
         }
-        M::Invpcid => invpcid(v, ins)?,
+        M::Invpcid => {
+            invpcid(v, ins)?;
+            v.area.state.rip = next;
+            return Ok(Flow::Jump);
+        }
         M::Wbinvd | M::Invd | M::Wbnoinvd => control::privileged(&v.area.state)?,
         M::Swapgs => {
             control::privileged(&v.area.state)?;

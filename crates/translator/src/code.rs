@@ -400,11 +400,7 @@ impl CodeCache {
     pub fn around(&self, pc: u64) -> (u64, Vec<u8>) {
         let start = pc.saturating_sub(48).max(self.rx);
         let end = (pc + 32).min(self.rx + self.size as u64);
-        let bytes = (start..end).map(|host| {
-            // SAFETY: inside the executable mapping, which is readable and written by this thread only.
-            unsafe { (host as *const u8).read() }
-        });
-        (start, bytes.collect())
+        (start, self.bytes(start, end.saturating_sub(start) as u32).unwrap_or_default().to_vec())
     }
 
     /// Whether `bytes` more bytes fit.
@@ -679,11 +675,7 @@ impl CodeCache {
     /// The block of access `n`, which is at `pc`, and its code.
     pub fn body_at(&self, pc: u64) -> Option<(&Block, &[u8])> {
         let block = self.block_at(pc)?;
-        // SAFETY: inside the executable mapping, which is readable, lives as long as we do, and is
-        // written by this thread only, in methods that borrow us mutably.
-        let body =
-            unsafe { std::slice::from_raw_parts(block.host as *const u8, block.len as usize) };
-        Some((block, body))
+        Some((block, self.bytes(block.host, block.len)?))
     }
 
     /// Appends the slow path of access `n`, which is at `pc`.

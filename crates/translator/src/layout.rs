@@ -165,7 +165,7 @@ pub struct Area {
     pub crossed: u64,
     /// Number of the last return instruction.
     pub return_number: u64,
-    /// The `VcpuInner` that owns this area.
+    /// The `vcpu::Inner` that owns this area.
     pub owner: u64,
     /// Scratch registers at a call of a thunk.
     pub s0: u64,

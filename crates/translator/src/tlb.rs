@@ -640,6 +640,17 @@ impl Tlb {
         start.wrapping_add(usize::from(index))
     }
 
+    fn jc_empty(&mut self, view: View, index: u16) {
+        // SAFETY: the jump cache of a view has an entry for each `u16`, is mapped as long as we live
+        // and used by this thread only.
+        unsafe { self.jc_entry(view, index).write([Self::empty_tag(index), 0]) };
+    }
+
+    fn views(&self) -> impl Iterator<Item = View> + use<> {
+        let slots = (0..self.slots.len()).map(|s| s as u8);
+        slots.flat_map(|s| [View::User(s), View::KernelUser(s)]).chain([View::Kernel])
+    }
+
     fn clear_jc(&mut self, view: View) {
         self.returns_stale = true;
         let journal = std::mem::take(&mut self.jc(view).journal);
@@ -648,9 +659,7 @@ impl Tlb {
         }
         self.jc_clears += 1;
         for &i in &journal {
-            // SAFETY: the jump cache of a view has an entry for each `u16`, is mapped as long as we
-            // live and used by this thread only.
-            unsafe { self.jc_entry(view, i).write([Self::empty_tag(i), 0]) };
+            self.jc_empty(view, i);
         }
         let cache = self.jc(view);
         cache.journal = journal;
@@ -676,31 +685,27 @@ impl Tlb {
 
     /// Where the translation of `rip` begins, if the jump cache of a view knows.
     pub fn jc_find(&self, view: View, rip: u64) -> Option<u64> {
-        // SAFETY: as in `clear_jc`.
+        // SAFETY: as in `jc_empty`.
         let [tag, host] = unsafe { self.jc_entry(view, rip as u16).read() };
         (tag.wrapping_add(rip) == 0).then_some(host)
     }
 
     /// Forgets the translation of `rip` in the jump caches of all views.
     pub fn jc_forget(&mut self, rip: u64) {
-        let slots = (0..self.slots.len()).map(|s| s as u8);
-        for view in slots.flat_map(|s| [View::User(s), View::KernelUser(s)]).chain([View::Kernel]) {
+        for view in self.views() {
             if self.jc_find(view, rip).is_some() {
-                let index = rip as u16;
-                // SAFETY: as in `clear_jc`.
-                unsafe { self.jc_entry(view, index).write([Self::empty_tag(index), 0]) };
+                self.jc_empty(view, rip as u16);
             }
         }
     }
 
-    /// Forgets all translations that come, or may go on, in the page of `va`, whose mapping has
-    /// changed.
+    /// Forgets all translations that begin in the page of `va`, whose mapping has changed, or may
+    /// go on there.
     pub fn jc_invalidate(&mut self, va: u64) {
         let page = va >> 12;
         // A block may begin in the page before.
         let pages = [page, page.wrapping_sub(1)];
-        let slots = (0..self.slots.len()).map(|s| s as u8);
-        for view in slots.flat_map(|s| [View::User(s), View::KernelUser(s)]).chain([View::Kernel]) {
+        for view in self.views() {
             let sources = &self.jc(view).sources;
             if sources.have(va >> 30, true) {
                 self.clear_jc(view);
@@ -708,11 +713,10 @@ impl Tlb {
                 self.returns_stale = true;
                 let journal = std::mem::take(&mut self.jc(view).journal);
                 for &i in &journal {
-                    // SAFETY: as in `clear_jc`.
+                    // SAFETY: as in `jc_empty`.
                     let [tag, _] = unsafe { self.jc_entry(view, i).read() };
                     if pages.contains(&(tag.wrapping_neg() >> 12)) {
-                        // SAFETY: as in `clear_jc`.
-                        unsafe { self.jc_entry(view, i).write([Self::empty_tag(i), 0]) };
+                        self.jc_empty(view, i);
                     }
                 }
                 self.jc(view).journal = journal;
@@ -730,7 +734,7 @@ impl Tlb {
         let cache = self.jc(view);
         cache.journal.push(index);
         cache.sources.add(rip, source.large);
-        // SAFETY: as in `clear_jc`.
+        // SAFETY: as in `jc_empty`.
         unsafe { self.jc_entry(view, index).write([rip.wrapping_neg(), host]) };
     }
 }

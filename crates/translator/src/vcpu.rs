@@ -625,11 +625,7 @@ impl Inner {
     }
 
     /// Queues an exception of the instruction at the current RIP.
-    pub(crate) fn queue(&mut self, e: Exception) {
-        self.pending = Some(e);
-    }
-
-    fn raise(&mut self, e: Exception) {
+    pub(crate) fn raise(&mut self, e: Exception) {
         self.pending = Some(e);
     }
 

@@ -252,7 +252,7 @@ impl Inner {
     /// A trap: RIP already names the next instruction.
     pub(super) fn trap(&mut self, e: Exception) {
         self.no_step_trap = true;
-        self.queue(e);
+        self.raise(e);
     }
 }
 

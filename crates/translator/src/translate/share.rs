@@ -170,6 +170,11 @@ impl Translation {
     /// The lowest displacement of the accesses from the current instruction on that one window can
     /// serve, in terms of the present value of `base`; `None` when there is only the current one.
     fn lowest(&mut self, base: u8, d: i64, size: i64) -> Option<i64> {
+        // Behind a call, a return or a system instruction nothing is left of a window.
+        let (ins, class, _) = self.ahead.get(self.index)?;
+        if !matches!(class, Class::Nothing | Class::Plain) && !ins.is_jcc_short_or_near() {
+            return None;
+        }
         let (mut low, mut high, mut more) = (d, d + size, false);
         let mut added = 0i64;
         for n in self.index..self.index + AHEAD {

@@ -674,16 +674,16 @@ impl Inner {
         }
         let before = (self.area.state.rflags & flags::RF, self.area.state.interrupt_shadow);
         self.area.state.rflags &= !flags::RF;
-        if once && self.area.state.interrupt_shadow != 0 {
-            // This is the instruction that it holds for.
-            self.area.state.interrupt_shadow = 0;
-        }
         self.no_step_trap = false;
         self.enter(host);
         if self.in_single && self.area.exit_code == ExitCode::NotBegun as u64 {
             self.area.state.rflags |= before.0;
             self.area.state.interrupt_shadow = before.1;
             return None;
+        }
+        if once && self.area.state.rip == rip && self.area.shadow_rip == rip {
+            // It jumped to itself; once is all that the shadow holds for.
+            self.area.state.interrupt_shadow = 0;
         }
         // MOV SS and POP SS hold off traps until after the next instruction (SDM vol. 3, 6.8.3).
         if self.pending.is_none() && self.stack_shadow() {

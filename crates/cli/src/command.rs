@@ -155,8 +155,16 @@ fn pump<R: Read, W: Write + Send + 'static>(
     }
 }
 
-/// Status after the escape, as after a hang-up by SIGINT.
-const ESCAPED: i32 = 130;
+/// Status after the escape, as after SIGINT.
+const ESCAPED: i32 = 128 + SIGINT;
+
+/// Ends the program, and with it the machine, which is part of this process.
+fn end(before: Option<&Termios>, status: i32) -> ! {
+    if let Some(before) = before {
+        terminal::restore(before);
+    }
+    std::process::exit(status)
+}
 
 /// Standard input; on a terminal that is raw, Ctrl-] then `.` ends the machine.
 struct Keys<R> {
@@ -174,9 +182,7 @@ impl<R: Read> Read for Keys<R> {
             let count = self.stdin.read(&mut buffer[..room])?;
             let (data, ended) = self.filter.pass(&buffer[..count]);
             if ended {
-                terminal::restore(before);
-                // The machine is part of this process and ends with it.
-                std::process::exit(ESCAPED);
+                end(Some(before), ESCAPED);
             }
             if count == 0 || !data.is_empty() {
                 buffer[..data.len()].copy_from_slice(&data);
@@ -213,11 +219,7 @@ fn watch_signals(
     thread::spawn(move || {
         for signal in &mut signals {
             if signal != SIGWINCH {
-                if let Some(before) = &before {
-                    terminal::restore(before);
-                }
-                // The machine is part of this process and ends with it.
-                std::process::exit(128 + signal);
+                end(before.as_ref(), 128 + signal);
             }
             if let (Some(size), Some(_)) = (terminal::size(), &before) {
                 let _ = input.resize(size);

@@ -11,7 +11,7 @@ use berth_image::agent::{self, NoAgent};
 use berth_image::disk::ThrowawayDisk;
 use berth_image::initramfs::{self, InitramfsError};
 use berth_image::store::{Image, ImageName, Store, StoreError};
-use berth_vmm::boot::Module;
+use berth_vmm::boot::{self, Module};
 use berth_vmm::limits::MEMORY_BYTES_MIN;
 
 use crate::args::{Accel, ConsoleArg, NetArg, RunArgs};
@@ -349,12 +349,10 @@ fn given_initrd(args: &RunArgs) -> Result<Option<PathBuf>, PlanError> {
     Ok(Some(list.clone()))
 }
 
-/// Whether a file is a Linux kernel by its boot protocol's signature (Linux,
-/// Documentation/arch/x86/boot.rst).
-fn is_bzimage(path: &Path) -> bool {
-    let mut head = [0; 0x206];
+fn holds_bzimage(path: &Path) -> bool {
+    let mut head = [0; boot::HEAD_BYTES];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut head));
-    read.is_ok() && head.ends_with(b"HdrS")
+    read.is_ok() && boot::is_bzimage(&head)
 }
 
 /// Opens a file the way the machine will, to say now what would fail then. Returns its length.
@@ -457,7 +455,7 @@ fn command_line(args: &RunArgs, name: &str) -> Result<String, PlanError> {
         }
     }
     let panic_said = args.append.split_whitespace().any(|word| word.starts_with("panic="));
-    if args.image.is_none() && !panic_said && args.kernel.as_deref().is_some_and(is_bzimage) {
+    if args.image.is_none() && !panic_said && args.kernel.as_deref().is_some_and(holds_bzimage) {
         // Else a kernel that has panicked waits forever.
         words.push("panic=-1".to_owned());
     }
@@ -536,8 +534,8 @@ mod tests {
     fn a_panic_ends_linux_unless_told_otherwise() {
         let directory = tempfile::tempdir().unwrap();
         let kernel = directory.path().join("kernel");
-        let mut head = vec![0; 0x202];
-        head.extend(b"HdrS and more");
+        let mut head = vec![0; 0x1fe];
+        head.extend(b"\x55\xaa\0\0HdrS and more");
         let line = |append: &str, content: &[u8]| {
             fs::write(&kernel, content).unwrap();
             let mut args = run_args("--kernel k");

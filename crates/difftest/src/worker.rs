@@ -21,20 +21,16 @@ use crate::Arguments;
 /// Makes the backend to be tested.
 fn backend(name: &str) -> anyhow::Result<Box<dyn Backend>> {
     Ok(match name {
-        "translated" => translator(Way::Plain)?,
-        "stopped" => translator(Way::Stopped)?,
-        "looking" => translator(Way::Looking)?,
-        "looking-stopped" => translator(Way::LookingAndStopped)?,
+        "translated" | "stopped" | "looking" | "looking-stopped" => {
+            let way = Way { looking: name.contains("looking"), stopped: name.contains("stopped") };
+            Box::new(GuardedBackend::new(way).context("setting up the translator")?)
+        }
         "native" => Box::new(NativeBackend::new()?),
         "wrong" => {
             Box::new(WrongBackend { native: NativeBackend::new()?, mistake: Mistake::Carry })
         }
         other => bail!("no backend named {other}: see difftest --help"),
     })
-}
-
-fn translator(way: Way) -> anyhow::Result<Box<dyn Backend>> {
-    Ok(Box::new(GuardedBackend::new(way).context("setting up the translator")?))
 }
 
 /// Cases between two `at` lines.

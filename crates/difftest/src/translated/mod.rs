@@ -121,16 +121,12 @@ impl Drop for Ram {
 }
 
 /// How the translator runs cases.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
-    /// As it does by default.
-    Plain,
-    /// It is stopped again and again, as by interrupts.
-    Stopped,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Way {
     /// Accesses look whether they cross into another page.
-    Looking,
-    /// Both.
-    LookingAndStopped,
+    pub looking: bool,
+    /// It is stopped again and again, as by interrupts.
+    pub stopped: bool,
 }
 
 /// The translator.
@@ -150,13 +146,10 @@ impl TranslatedBackend {
     /// # Errors
     /// [`TranslatedError`] when RAM or the translator cannot be made.
     pub fn new(way: Way) -> Result<Self, TranslatedError> {
-        let config = match way {
-            Way::Looking | Way::LookingAndStopped => {
-                Config { guarded_pages: 0, ..Config::default() }
-            }
-            Way::Plain | Way::Stopped => Config::default(),
-        };
-        let stopped = matches!(way, Way::Stopped | Way::LookingAndStopped);
+        let mut config = Config::default();
+        if way.looking {
+            config.guarded_pages = 0;
+        }
         let mut ram = Ram::new()?;
         let base = base_image();
         machine::build(ram.bytes());
@@ -187,7 +180,7 @@ impl TranslatedBackend {
         let vcpu = TranslatedVcpu::new(Arc::clone(&shared), state, cpuid, Box::new(Bare))?;
         let progress = Arc::new(AtomicU64::new(0));
         watch(vcpu.kicker(), &progress);
-        Ok(Self { vcpu, shared, ram, base, progress, stopped })
+        Ok(Self { vcpu, shared, ram, base, progress, stopped: way.stopped })
     }
 
     fn collect(&mut self, case: &Case, expected: &[u8]) -> Vec<(u32, u64)> {

@@ -24,5 +24,5 @@ fn the_table_of_traps_is_what_the_processor_does() {
 
 #[test]
 fn the_translator_knows_the_table_of_traps() {
-    check(&mut TranslatedBackend::new(Way::Plain).unwrap());
+    check(&mut TranslatedBackend::new(Way::default()).unwrap());
 }

@@ -11,9 +11,12 @@ const FORMAT: &str = "bzImage";
 const VERSION_MIN: u16 = 0x20c;
 const KERNEL_64: u16 = 1;
 const ENTRY_64: u64 = 0x200;
+/// Bytes that tell a bzImage.
+pub const HEAD_BYTES: usize = 0x206;
 
-/// Whether the file has the boot sector's signature and that of the setup header.
-pub(super) fn is(data: &[u8]) -> bool {
+/// Whether a file is a bzImage, by the signatures of its boot sector and its setup header, which lie
+/// in the first [`HEAD_BYTES`] bytes.
+pub fn is_bzimage(data: &[u8]) -> bool {
     u16_at(data, 0x1fe) == Some(0xaa55) && data.get(0x202..0x206) == Some(b"HdrS")
 }
 

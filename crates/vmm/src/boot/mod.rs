@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use berth_x86::CpuState;
 use vm_memory::{Bytes, GuestAddress};
 
+pub use crate::boot::bzimage::{HEAD_BYTES, is_bzimage};
 pub use crate::boot::error::BootError;
 pub use crate::boot::layout::{ACPI_TABLES, HIGH_START, MapRange, RangeKind, memory_map};
 use crate::chips::power;
@@ -100,7 +101,7 @@ pub fn load(ram: &GuestRam, files: &BootFiles<'_>) -> Result<Loaded, BootError> 
         return Err(BootError::CmdlineZero);
     }
     let loader = Loader { ram, files };
-    if bzimage::is(&data) {
+    if is_bzimage(&data) {
         return bzimage::load(&loader, &data);
     }
     if let Some(header) = multiboot::find(&data) {

@@ -116,6 +116,9 @@ fn config(plan: &RunPlan) -> MachineConfig {
     let mut c = MachineConfig::new(&plan.kernel);
     c.cpus = u32::from(plan.cpus);
     c.memory_bytes = plan.memory_bytes;
+    if let Some(bytes) = plan.code_cache_bytes {
+        c.translator.code_cache_bytes = bytes;
+    }
     c.accel = match plan.accel {
         Accel::Auto => AccelChoice::Auto,
         Accel::Translate => AccelChoice::Translate,

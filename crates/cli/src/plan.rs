@@ -36,6 +36,8 @@ pub struct RunPlan {
     pub cpus: u8,
     /// Memory; whole pages.
     pub memory_bytes: u64,
+    /// Bytes of translated code kept for each processor, unless it is the default.
+    pub code_cache_bytes: Option<usize>,
     /// What runs the guest's instructions.
     pub accel: Accel,
     /// The kernel file, of any kind the machine boots.
@@ -132,6 +134,12 @@ pub enum PlanError {
         /// What is allowed.
         limit: u64,
     },
+    /// So much code is not kept.
+    #[error("cannot keep {asked} of translated code: it can be 4M to 512M")]
+    CodeCache {
+        /// What was asked for.
+        asked: Size,
+    },
     /// The memory is impossible.
     #[error("cannot give the guest {asked} of memory: {reason}")]
     Memory {
@@ -201,6 +209,7 @@ impl RunPlan {
             name,
             cpus: args.cpus,
             memory_bytes: args.memory.bytes(),
+            code_cache_bytes: args.code_cache.map(check_code_cache).transpose()?,
             accel: args.accel,
             kernel: files.kernel,
             initrd: files.initrd,
@@ -311,6 +320,12 @@ fn check_open_files(parts: u64, limit: Option<u64>) -> Result<(), PlanError> {
         Some(limit) if limit < needed => Err(PlanError::OpenFiles { needed, limit }),
         _ => Ok(()),
     }
+}
+
+fn check_code_cache(asked: Size) -> Result<usize, PlanError> {
+    let bytes = usize::try_from(asked.bytes()).ok();
+    let bytes = bytes.filter(|bytes| (4 << 20..=512 << 20).contains(bytes));
+    bytes.ok_or(PlanError::CodeCache { asked })
 }
 
 fn check_memory(asked: Size, host_bytes: Option<u64>) -> Result<(), PlanError> {
@@ -606,6 +621,15 @@ mod tests {
         assert!(check_open_files(1, Some(1024)).is_ok());
         let error = check_open_files(4, Some(32)).unwrap_err().to_string();
         assert!(error.contains("ulimit -n 96") && error.contains("is 32"), "{error}");
+    }
+
+    #[test]
+    fn the_code_cache_has_bounds() {
+        let check = |text: &str| check_code_cache(text.parse().unwrap());
+        assert_eq!(check("4M").unwrap(), 4 << 20);
+        assert_eq!(check("512M").unwrap(), 512 << 20);
+        assert!(check("4095K").is_err_and(|error| error.to_string().contains("4M to 512M")));
+        assert!(check("1G").is_err());
     }
 
     #[test]

@@ -358,7 +358,7 @@ impl Asm {
     }
     /// `jmp` or `call` to an absolute host address, given the address this buffer will be at.
     pub fn near_abs(&mut self, opcode: u8, target: u64, buffer_at: u64) {
-        let next = buffer_at + self.pos() as u64 + 5;
+        let next = buffer_at.wrapping_add(self.pos() as u64 + 5);
         self.buf.push(opcode);
         self.bytes(&(target.wrapping_sub(next) as u32).to_le_bytes());
         self.absolute.push(self.pos() as u32);

@@ -272,3 +272,20 @@ pub const fn gpr_disp(guest: u8) -> i32 {
 pub const JC_TAGS: i32 = -((AREA_SIZE + JC_SIZE) as i32);
 /// GS-relative displacement of the jump cache's host addresses.
 pub const JC_TARGETS: i32 = JC_TAGS + 8;
+
+/// Bytes of an entry of the jump cache.
+const JC_ENTRY: i32 = 16;
+
+/// GS-relative displacements of the entry of a guest address in the jump cache: its tag, its target.
+pub const fn jump_cache_entry(rip: u64) -> (i32, i32) {
+    let at = (rip & 0xffff) as i32 * JC_ENTRY;
+    (JC_TAGS + at, JC_TARGETS + at)
+}
+
+/// What becomes of such a displacement when the guest address moves by `delta`.
+pub const fn jump_cache_moved(entry: i32, delta: u64) -> i32 {
+    let offset = entry - JC_TAGS;
+    let index = (offset / JC_ENTRY) as u64;
+    let moved = index.wrapping_add(delta) & 0xffff;
+    JC_TAGS + moved as i32 * JC_ENTRY + offset % JC_ENTRY
+}

@@ -54,7 +54,8 @@ pub struct RamSlot<'a> {
 /// Limits and switches of a translator.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Bytes of host code kept per vCPU before all of it is dropped.
+    /// Bytes of host code kept per vCPU; when they are full, those that were not used for the longest
+    /// time are dropped.
     pub code_cache_bytes: usize,
     /// Guest address spaces (PCIDs) whose translations are kept per vCPU, 1 to 8. Each reserves
     /// 768 GiB of the host's address space, besides 512 GiB per vCPU.
@@ -67,7 +68,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { code_cache_bytes: 48 << 20, address_spaces: 8, guarded_pages: 20_000 }
+        Self { code_cache_bytes: 19 << 20, address_spaces: 6, guarded_pages: 20_000 }
     }
 }
 
@@ -137,6 +138,8 @@ pub struct Stats {
     pub blocks: u64,
     /// Blocks copied from another guest address of the same code.
     pub moved: u64,
+    /// Blocks changed for another guest address, because the address space of theirs is gone.
+    pub moved_in_place: u64,
     /// Guest instructions in them.
     pub guest_instructions: u64,
     /// Host bytes made of them.
@@ -161,8 +164,10 @@ pub struct Stats {
     pub jump_cache_clears: u64,
     /// MOV CR3.
     pub space_switches: u64,
-    /// Times the whole cache was dropped.
-    pub cache_flushes: u64,
+    /// Blocks kept by a copy when the segment of the cache that they were in was about to be dropped.
+    pub rescued: u64,
+    /// Times a segment of the cache, or all of it, was dropped.
+    pub cache_drops: u64,
     /// Accesses that came to the slow path by a signal.
     pub signals: u64,
     /// Accesses that look for page crossings because they trapped too often.

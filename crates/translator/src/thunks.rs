@@ -50,6 +50,8 @@ pub struct Thunks {
     pub miss: u64,
     /// Where a return goes when the return stack is empty.
     pub unexpected: u64,
+    /// Where a jump to the address in [`S0`] goes that a return made.
+    pub unmatched: u64,
     /// Where a return of the kernel goes when only user code's entries are left on the return stack.
     pub barrier: u64,
     exits: [u64; 7],
@@ -184,7 +186,7 @@ impl Thunks {
     /// Generates the fixed pieces at the start of a cache.
     pub fn new(cache: &mut CodeCache, [mem, first, commit, helper]: [HelperFn; 4]) -> Self {
         debug_assert!(mapped(1) == Some(GUEST_RCX) && mapped(4) == Some(GUEST_RSP));
-        let base = cache.next_host();
+        let base = cache.range().0;
         let mut a = Asm::default();
         let enter = base;
         for r in CALLEE_SAVED {
@@ -252,6 +254,9 @@ impl Thunks {
         a.load(host::RSP, &field(offset_of!(Area, return_top)));
         through_jump_cache(&mut a);
         a.near_abs(0xe9, exits[ExitCode::Return as usize], base);
+        let unmatched = base + a.pos() as u64;
+        through_jump_cache(&mut a);
+        a.near_abs(0xe9, exits[ExitCode::Return as usize], base);
         let barrier = base + a.pos() as u64;
         // It stays where it is.
         a.lea(host::RSP, &Mem::base(host::RSP, -8));
@@ -267,6 +272,7 @@ impl Thunks {
             enter,
             miss,
             unexpected,
+            unmatched,
             barrier,
             exits,
             tails,

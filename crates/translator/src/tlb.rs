@@ -44,8 +44,10 @@ const PAGE_ENTRIES: u64 = 512;
 /// Bytes of the host pages without access that unknown addresses lead into the middle of; more than
 /// twice the distance of an access from the address that was looked up.
 const GUARD_BYTES: usize = 1 << 20;
-/// Entries a journal may have before its table is dropped.
-const MAX_JOURNAL: usize = 1 << 17;
+/// Entries a journal may have before it names pages of the table instead.
+const MAX_JOURNAL: usize = 1 << 13;
+/// Pages a journal may have before its table is dropped.
+const MAX_JOURNAL_PAGES: usize = 1 << 12;
 /// Bytes before the table of each view.
 const HEAD: usize = AREA_SIZE + JC_SIZE;
 
@@ -85,7 +87,7 @@ struct Half {
     first: u64,
     /// Host address that pages without an entry lead to.
     guard: u64,
-    /// Indexes of entries that may be set.
+    /// Indexes of entries that may be set, besides those in the pages below.
     journal: Vec<u64>,
     /// Numbers of whole pages of the table that may be set.
     journal_pages: Vec<u64>,
@@ -108,6 +110,11 @@ impl Half {
     fn set(&mut self, index: u64, value: u64) {
         self.entry(index).store(value, Ordering::Relaxed);
         self.journal.push(index);
+        if self.journal.len() >= MAX_JOURNAL {
+            self.journal_pages.extend(self.journal.drain(..).map(|i| i / PAGE_ENTRIES));
+            self.journal_pages.sort_unstable();
+            self.journal_pages.dedup();
+        }
     }
 
     fn forget(&self, index: u64) {
@@ -132,18 +139,19 @@ impl Half {
     }
 
     fn long(&self) -> bool {
-        self.journal.len() > MAX_JOURNAL || self.journal_pages.len() > MAX_JOURNAL / 64
+        self.journal_pages.len() > MAX_JOURNAL_PAGES
     }
 }
 
 struct Slot {
     pcid: Option<u16>,
+    /// Number of the address space it was last given to.
+    space: u16,
     used: u64,
     user: Half,
     user_view: u64,
     kernel_view: u64,
     jc_user: JumpCache,
-    jc_kernel: JumpCache,
 }
 
 /// What is in the jump cache of a view.
@@ -198,6 +206,8 @@ pub struct Tlb {
     _guard: Reservation,
     slots: Vec<Slot>,
     current: usize,
+    /// Address spaces so far; it wraps.
+    spaces: u16,
     clock: u64,
     kernel_view: u64,
     jc_kernel: JumpCache,
@@ -231,9 +241,9 @@ impl Tlb {
     pub fn new(slots: usize) -> Result<Self, SetupError> {
         let map_err = |source| SetupError::Map { what: "TLB tables", source };
         let head = HEAD as u64;
-        // File: area, a jump cache per view, then the halves.
-        let views = slots as u64 * 2 + 1;
-        let halves_at = (AREA_SIZE as u64 + views * JC_SIZE as u64).next_multiple_of(1 << 21);
+        // File: area, the kernel's jump cache, one for each slot, then the halves.
+        let jcs = slots as u64 + 1;
+        let halves_at = (AREA_SIZE as u64 + jcs * JC_SIZE as u64).next_multiple_of(1 << 21);
         let halves = slots as u64 + 2;
         let fd = sys::memfd(c"berth-tlb", halves_at + halves * HALF).map_err(map_err)?;
         let per_slot = 2 * head + HALF + 2 * HALF;
@@ -245,10 +255,8 @@ impl Tlb {
         let rw = libc::PROT_READ | libc::PROT_WRITE;
         let raw = fd.as_raw_fd();
         let mut at = 0u64;
-        let mut view_no = 0u64;
-        let mut place = |halves: &[u64]| -> std::io::Result<u64> {
-            let jc = AREA_SIZE as u64 + view_no * JC_SIZE as u64;
-            view_no += 1;
+        let mut place = |jc: u64, halves: &[u64]| -> std::io::Result<u64> {
+            let jc = AREA_SIZE as u64 + jc * JC_SIZE as u64;
             space.map_file(at as usize, JC_SIZE, rw, raw, jc)?;
             space.map_file(at as usize + JC_SIZE, AREA_SIZE, rw, raw, 0)?;
             let base = at + head;
@@ -261,7 +269,7 @@ impl Tlb {
             Ok(space.addr() + base)
         };
         let (low_no, high_no) = (slots as u64, slots as u64 + 1);
-        let kernel_view = place(&[low_no, high_no]).map_err(map_err)?;
+        let kernel_view = place(0, &[low_no, high_no]).map_err(map_err)?;
         let half = |no: u64, at: u64, first: u64| Half {
             file_offset: halves_at + no * HALF,
             at,
@@ -272,16 +280,16 @@ impl Tlb {
         };
         let mut list = Vec::new();
         for s in 0..slots as u64 {
-            let user_view = place(&[s]).map_err(map_err)?;
-            let kernel_user = place(&[s, high_no]).map_err(map_err)?;
+            let user_view = place(s + 1, &[s]).map_err(map_err)?;
+            let kernel_user = place(0, &[s, high_no]).map_err(map_err)?;
             list.push(Slot {
                 pcid: None,
+                space: 0,
                 used: 0,
                 user: half(s, user_view, 0),
                 user_view,
                 kernel_view: kernel_user,
                 jc_user: JumpCache::default(),
-                jc_kernel: JumpCache::default(),
             });
         }
         Ok(Self {
@@ -290,6 +298,7 @@ impl Tlb {
             _guard: guard_space,
             slots: list,
             current: 0,
+            spaces: 0,
             clock: 0,
             kernel_view,
             jc_kernel: JumpCache::default(),
@@ -545,6 +554,8 @@ impl Tlb {
     /// Switches to the address space `pcid`, dropping its non-global entries unless `keep`.
     pub fn switch(&mut self, pcid: u16, keep: bool) {
         self.clock += 1;
+        self.spaces = self.spaces.wrapping_add(1);
+        let space = self.spaces;
         let found = self.slots.iter().position(|s| s.pcid == Some(pcid));
         let slot = found.unwrap_or_else(|| {
             (0..self.slots.len()).min_by_key(|&i| self.slots[i].used).unwrap_or(0)
@@ -555,22 +566,32 @@ impl Tlb {
         s.used = clock;
         s.pcid = Some(pcid);
         if !keep || found.is_none() {
+            s.space = space;
             self.flush_slot(slot);
         }
         self.flush_kernel_local();
         self.returns_stale = true;
     }
 
+    /// Number of the current address space, or of some that had its PCID.
+    pub fn space(&self) -> u16 {
+        self.slots.get(self.current).map_or(0, |s| s.space)
+    }
+
+    /// Whether the PCID of an address space has been given to another one, or was flushed.
+    pub fn is_gone(&self, space: u16) -> bool {
+        self.slots.iter().all(|s| s.space != space)
+    }
+
     fn flush_slot(&mut self, slot: usize) {
         self.slots[slot].user.clear();
         self.clear_jc(View::User(slot as u8));
-        self.clear_jc(View::KernelUser(slot as u8));
     }
 
     /// Drops what belongs to no PCID and is not global.
     fn flush_kernel_local(&mut self) {
         if std::mem::take(&mut self.jc_local) {
-            self.clear_kernel_jcs();
+            self.clear_jc(View::Kernel);
         }
         if !self.low.journal.is_empty() || !self.low.journal_pages.is_empty() {
             self.low.clear();
@@ -583,7 +604,7 @@ impl Tlb {
             for p in std::mem::take(&mut self.high_local_pages) {
                 self.high.forget_page(p);
             }
-            self.clear_kernel_jcs();
+            self.clear_jc(View::Kernel);
         }
     }
 
@@ -607,21 +628,14 @@ impl Tlb {
     pub fn flush_all(&mut self) {
         self.flush_non_global();
         self.high.clear();
-        self.clear_kernel_jcs();
+        self.clear_jc(View::Kernel);
         self.large.clear();
         self.huge.clear();
     }
 
-    fn clear_kernel_jcs(&mut self) {
-        self.clear_jc(View::Kernel);
-        for i in 0..self.slots.len() {
-            self.clear_jc(View::KernelUser(i as u8));
-        }
-    }
-
     /// Clears the jump caches of all views.
     pub fn clear_all_jcs(&mut self) {
-        self.clear_kernel_jcs();
+        self.clear_jc(View::Kernel);
         for i in 0..self.slots.len() {
             self.clear_jc(View::User(i as u8));
         }
@@ -629,9 +643,9 @@ impl Tlb {
 
     fn jc(&mut self, view: View) -> &mut JumpCache {
         match view {
-            View::Kernel => &mut self.jc_kernel,
+            // Kernel code is the same on all of its views.
+            View::Kernel | View::KernelUser(_) => &mut self.jc_kernel,
             View::User(s) => &mut self.slots[usize::from(s)].jc_user,
-            View::KernelUser(s) => &mut self.slots[usize::from(s)].jc_kernel,
         }
     }
 
@@ -646,9 +660,9 @@ impl Tlb {
         unsafe { self.jc_entry(view, index).write([Self::empty_tag(index), 0]) };
     }
 
+    /// One view for each jump cache.
     fn views(&self) -> impl Iterator<Item = View> + use<> {
-        let slots = (0..self.slots.len()).map(|s| s as u8);
-        slots.flat_map(|s| [View::User(s), View::KernelUser(s)]).chain([View::Kernel])
+        (0..self.slots.len()).map(|s| View::User(s as u8)).chain([View::Kernel])
     }
 
     fn clear_jc(&mut self, view: View) {
@@ -678,7 +692,6 @@ impl Tlb {
         self.jc_kernel.journal.push(0);
         for s in &mut self.slots {
             s.jc_user.journal.push(0);
-            s.jc_kernel.journal.push(0);
         }
         self.clear_all_jcs();
     }

@@ -26,7 +26,9 @@ use berth_x86::state::{CodeSize, cr0, cr4, flags, sreg, vector};
 use berth_x86::{CpuState, Exception, Segment};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
-use crate::code::{Block, BlockId, BlockKey, CodeCache, FastMap, Helped, Place, Site};
+use crate::code::{
+    Block, BlockId, BlockKey, CodeCache, FastMap, GoesOn, Helped, Is, Moved, Place, Site, Slow,
+};
 use crate::exec::Flow;
 use crate::features::Allowed;
 use crate::fpu;
@@ -63,6 +65,8 @@ impl DerefMut for AreaPtr {
     }
 }
 
+/// Instructions after which a block ends where another one begins.
+const JOINS_AFTER: usize = 4;
 /// More than the slow path of an access has.
 const STUB_BYTES: usize = 1024;
 /// Bytes of guest code that are read at first for a block.
@@ -185,27 +189,11 @@ extern "C" fn instr_helper(owner: u64, ret: u64, _ea: u64) -> Then {
 pub unsafe fn signal_target(owner: u64, pc: u64, sig: i32) -> u64 {
     // SAFETY: by the caller; generated code was running, so no reference is live.
     let inner = unsafe { &*(owner as *const Inner) };
-    if (sig == libc::SIGSEGV || sig == libc::SIGBUS)
-        && let Some(b) = inner.code.block_at(pc)
-    {
-        let off = (pc - b.host) as u32;
-        for s in inner.code.sites_of(b) {
-            if s.contains(off) {
-                let made = s.cold != 0;
-                return if made { b.host + u64::from(s.cold) } else { inner.thunks.first };
-            }
-            let [start, end, fix] = s.cross;
-            if off >= start && off < end {
-                return b.host + u64::from(fix);
-            }
-        }
-        for s in inner.code.strings_of(b) {
-            if off >= s.look && off < s.begun {
-                return b.host + u64::from(s.cold);
-            }
-            if off == s.op {
-                return b.host + u64::from(s.cold_fault);
-            }
+    if sig == libc::SIGSEGV || sig == libc::SIGBUS {
+        match inner.code.fault_target(pc) {
+            Some(GoesOn::At(host)) => return host,
+            Some(GoesOn::First) => return inner.thunks.first,
+            None => {}
         }
     }
     inner.thunks.exit(ExitCode::Fault)
@@ -774,14 +762,14 @@ impl Inner {
         let link = (code == ExitCode::Link as u64)
             .then(|| u32::try_from(self.area.exit_arg).unwrap_or(u32::MAX));
         let rip = match link {
-            Some(n) => self.code.link(n).map_or(0, |l| l.target),
+            Some(n) => self.code.target_of(n).unwrap_or(0),
             None => self.area.exit_rip,
         };
         self.area.state.rip = rip;
         let branch = if code == ExitCode::Return as u64 {
-            self.code.return_of(self.area.return_number)
+            self.code.branch(self.area.return_number)
         } else if code == ExitCode::Indirect as u64 {
-            self.code.return_of(self.area.exit_arg)
+            self.code.branch(self.area.exit_arg)
         } else {
             None
         };
@@ -804,7 +792,7 @@ impl Inner {
         } else {
             self.stats.indirect_exits += 1
         }
-        let flushes = self.code.flushes;
+        let drops = self.code.drops;
         let id = match self.find(self.mode) {
             Ok(id) => id,
             Err(e) => {
@@ -812,10 +800,10 @@ impl Inner {
                 return None;
             }
         };
-        let block = self.code.block(id)?;
-        let (host, split) = (block.host, block.second_page.is_some());
+        let host = self.code.block(id)?.host;
+        let split = self.code.second_page(id).is_some();
         if let Some(n) = link {
-            if flushes == self.code.flushes {
+            if drops == self.code.drops {
                 if split { self.detour(n, rip) } else { self.connect(n, id, rip) }
             }
         } else if self.mode.bits == 64 || self.mode.flat {
@@ -835,11 +823,11 @@ impl Inner {
     }
 
     fn connect(&mut self, n: u32, id: BlockId, target: u64) {
-        let Some(l) = self.code.link(n) else { return };
-        if l.linkable {
+        let Some(link) = self.code.link(n) else { return };
+        if link.linkable {
             // The mapping may have changed since the source was entered.
-            let page = |b: &Block| b.key.gpa >> 12;
-            let source = self.code.block_at(l.patch).map(page);
+            let page = |b: &Block| b.key().gpa >> 12;
+            let source = self.code.source_of(n).map(page);
             if source.is_some() && source == self.code.block(id).map(page) {
                 self.code.connect(n, id, false);
             }
@@ -915,9 +903,12 @@ impl Inner {
         if !mode.single
             && let Some(id) = self.code.find(&key)
         {
-            let second = self.code.block(id).and_then(|b| b.second_page);
+            let second = self.code.second_page(id);
             match second {
-                None => return Ok(id),
+                None => {
+                    self.code.found(id, self.tlb.space());
+                    return self.kept(id, key, va, mode);
+                }
                 Some(p) => {
                     let next = (va & !(PAGE - 1)).wrapping_add(PAGE);
                     if self.fetch_page(next)? == p {
@@ -928,23 +919,68 @@ impl Inner {
                 }
             }
         }
-        if !self.code.fits(MAX_BLOCK_BYTES) {
-            self.drop_all_code();
+        self.make_room();
+        let space = self.tlb.space();
+        let gone = |space| self.tlb.is_gone(space);
+        if let Some((id, before)) = self.code.moved_in_place(&key, space, gone) {
+            self.stats.moved_in_place += 1;
+            self.tlb.jc_forget(before);
+            self.tlb.returns_stale = true;
+            return Ok(id);
         }
         if let Some(moved) = self.code.moved(&key) {
-            #[cfg(debug_assertions)]
-            {
-                self.compose(key, va, mode)?;
-                moved.check(&self.translation.finish());
-            }
+            self.check_copy(&moved, key, va, mode)?;
             self.stats.moved += 1;
-            return Ok(self.code.push_block(moved.made(), true));
+            return Ok(self.code.push_block(&moved.made(), space, true));
         }
         self.compose(key, va, mode)?;
         let made = self.translation.finish();
         self.stats.blocks += 1;
         self.stats.host_bytes += (made.code.len() + made.cold.len()) as u64;
-        Ok(self.code.push_block(made, !mode.single))
+        Ok(self.code.push_block(&made, space, !mode.single))
+    }
+
+    /// A block that was found, or a copy if its segment is about to be dropped.
+    fn kept(
+        &mut self,
+        id: BlockId,
+        key: BlockKey,
+        va: u64,
+        mode: Mode,
+    ) -> Result<BlockId, Exception> {
+        // No copy is made of what would be dropped to make room for it.
+        if !self.code.fits(MAX_BLOCK_BYTES) {
+            return Ok(id);
+        }
+        let Some(moved) = self.code.rescued(id) else { return Ok(id) };
+        self.check_copy(&moved, key, va, mode)?;
+        self.tlb.jc_forget(key.rip);
+        self.stats.rescued += 1;
+        Ok(self.code.push_block(&moved.made(), self.tlb.space(), true))
+    }
+
+    /// In debug builds: a copy has to be what would be translated.
+    fn check_copy(
+        &mut self,
+        moved: &Moved,
+        key: BlockKey,
+        va: u64,
+        mode: Mode,
+    ) -> Result<(), Exception> {
+        if cfg!(debug_assertions) {
+            self.compose(key, va, mode)?;
+            moved.check(&self.translation.finish());
+        }
+        Ok(())
+    }
+
+    /// Makes sure that a block fits into the cache.
+    fn make_room(&mut self) {
+        if !self.code.fits(MAX_BLOCK_BYTES) {
+            self.code.advance();
+            self.tlb.clear_all_jcs();
+            self.stats.cache_drops += 1;
+        }
     }
 
     /// Translates a block but for its cold parts.
@@ -1018,6 +1054,11 @@ impl Inner {
             if second_page.is_some() || ends_block(&ins, class, mode, count) {
                 break;
             }
+            // What there is a block of need not be translated again.
+            let rest = BlockKey { rip: end_rip, gpa: page + at as u64, mode: key.mode };
+            if count >= JOINS_AFTER && !mode.single && self.code.find(&rest).is_some() {
+                break;
+            }
         }
         self.code_bytes = bytes;
         let (count, ended) = self.translation.all();
@@ -1028,7 +1069,7 @@ impl Inner {
             }
             self.translation.continue_at(end_rip);
         }
-        self.translation.block.second_page = second_page.filter(|_| at > PAGE as usize);
+        self.translation.second_page = second_page.filter(|_| at > PAGE as usize);
         self.stats.guest_instructions += count as u64;
         Ok(())
     }
@@ -1045,7 +1086,7 @@ impl Inner {
     fn drop_all_code(&mut self) {
         self.code.flush();
         self.tlb.clear_all_jcs();
-        self.stats.cache_flushes += 1;
+        self.stats.cache_drops += 1;
     }
 
     fn clear_fetch(&mut self) {
@@ -1143,25 +1184,24 @@ impl Inner {
     fn first_access(&mut self, s0: u64) -> Then {
         self.sync_in();
         let pc = self.area.fault_pc;
-        let Some((number, site)) =
-            self.code.site_at(pc).and_then(|n| Some((n, *self.code.site(n)?)))
-        else {
+        let found = self.code.site_at(pc);
+        let found = found.and_then(|n| Some((n, *self.code.site(n)?, self.code.accessing(n, pc)?)));
+        let Some((number, site, (rip, first))) = found else {
             bug("a slow access from an unknown place", pc);
         };
-        let first = self.code.first_of(number);
         if !self.code.fits(if first { MAX_BLOCK_BYTES } else { STUB_BYTES }) {
             // Nothing has been done of the instruction.
             self.area.fault_trap = 0;
-            self.drop_all_code();
-            self.area.state.rip = wrap(site.rip, self.mode.bits);
+            self.make_room();
+            self.area.state.rip = wrap(rip, self.mode.bits);
             self.area.exit_code = ExitCode::Helper as u64;
             return Then::Exit;
         }
         let gpr = |n: u8| self.area.state.gpr[usize::from(n & 15)];
         let ea = match site.place {
-            _ if !site.simple => {
-                let site = self.stub_of(number, pc);
-                return self.go_on_at(pc, site.cold);
+            _ if !site.is.contains(Is::SIMPLE) => {
+                let slow = self.stub_of(number, pc);
+                return self.go_on_at(pc, slow.cold);
             }
             Place::Shared { base, d } => gpr(base).wrapping_add(i64::from(d) as u64),
             Place::Register { ea: S0, .. } => s0,
@@ -1173,22 +1213,22 @@ impl Inner {
     }
 
     /// The access `number`, which is at `pc`, with its slow path.
-    fn stub_of(&mut self, number: u64, pc: u64) -> Site {
+    fn stub_of(&mut self, number: u64, pc: u64) -> Slow {
+        if let Some(slow) = self.code.slow(number) {
+            return *slow;
+        }
         let (Some(&site), Some(body)) = (self.code.site(number), self.code.body_at(pc)) else {
             bug("a slow access from an unknown place", pc);
         };
-        if site.cold != 0 {
-            return site;
-        }
-        let (code, site) = self.translation.stub(&self.code, body, number, site);
-        self.code.push_stub(number, pc, site, code);
-        site
+        let (code, slow) = self.translation.stub(&self.code, body, number, site);
+        self.code.push_stub(number, pc, slow, code);
+        slow
     }
 
     /// Lets the thunk return to an offset in the block that `pc` belongs to.
     fn go_on_at(&mut self, pc: u64, offset: u32) -> Then {
         let Some(block) = self.code.block_at(pc) else { bug("outside any block", pc) };
-        self.returns.return_to(&self.area, block.host + u64::from(offset));
+        self.returns.return_to(&self.area, block.at(offset));
         Then::Go
     }
 
@@ -1198,18 +1238,20 @@ impl Inner {
         self.stats.slow_accesses += 1;
         let trap = std::mem::take(&mut self.area.fault_trap);
         self.stats.signals += u64::from(trap != 0);
-        let Some(&site) = self.code.site(number) else {
+        let (Some(&site), Some((rip, _))) =
+            (self.code.site(number), self.code.accessing(number, pc))
+        else {
             bug("a slow access from an unknown place", pc);
         };
-        let rip = wrap(site.rip, self.mode.bits);
+        let rip = wrap(rip, self.mode.bits);
         if trap != 0 && self.crosses(&site, ea) {
-            self.crossed(number, &site, pc);
+            self.crossed(number, rip, pc);
         }
         let access = self.access(&site, ea, trap);
-        if let Some(window) = site.window
-            && let Some(kept) = self.area.windows.get_mut(usize::from(window))
+        if let Some(window) = site.window()
+            && let Some(kept) = self.area.windows.get_mut(window)
         {
-            *kept = self.tlb.look_up(self.view, ea.wrapping_sub(u64::from(site.above))).0;
+            *kept = self.tlb.look_up(self.view, ea.wrapping_sub(site.above())).0;
         }
         match access {
             Ok(Outcome::Direct(host)) => {
@@ -1217,7 +1259,7 @@ impl Inner {
                 if in_stub {
                     return Then::Go;
                 }
-                let looked_up = ea.wrapping_sub(u64::from(site.above));
+                let looked_up = ea.wrapping_sub(site.above());
                 if self.tlb.look_up(self.view, looked_up) == (self.area.sc, true) {
                     return self.go_on_at(pc, site.start());
                 }
@@ -1227,12 +1269,12 @@ impl Inner {
             Ok(Outcome::Bounce) => {
                 self.bounced_sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
                 self.area.sc = self.bounced_sc;
-                self.bounced_x87 = site.x87;
+                self.bounced_x87 = site.is.contains(Is::X87);
                 if !in_stub {
                     let ret = self.stub_of(number, pc).ret;
                     self.go_on_at(pc, ret);
                 }
-                if site.write { Then::Bounce } else { Then::Go }
+                if site.writes() { Then::Bounce } else { Then::Go }
             }
             Ok(Outcome::Alone) => {
                 self.once = true;
@@ -1241,7 +1283,7 @@ impl Inner {
                 Then::Exit
             }
             Err(fault) if self.own_exception_first(&site) => {
-                let x87 = site.x87.then(fpu::store_x87);
+                let x87 = site.is.contains(Is::X87).then(fpu::store_x87);
                 self.trial = Some(Box::new(Trial { fault, rip, x87 }));
                 self.area.sc = (&raw const self.area.bounce as u64).wrapping_sub(ea);
                 if !in_stub {
@@ -1253,8 +1295,8 @@ impl Inner {
             Err(e) => {
                 self.area.state.rip = rip;
                 // A pending x87 exception comes before any fault of the operand.
-                let waits = site.x87 && fpu::pending();
-                if site.mmx && site.write && !waits {
+                let waits = site.is.contains(Is::X87) && fpu::pending();
+                if site.is.contains(Is::MMX | Is::WRITE) && !waits {
                     fpu::clear_top();
                 }
                 if e.vector == vector::PF && !waits {
@@ -1267,59 +1309,64 @@ impl Inner {
 
     /// Whether a store may raise, or be suppressed by, an exception of its own computation.
     fn own_exception_first(&self, site: &Site) -> bool {
-        let x87 = site.x87 && site.write && !site.mmx && fpu::unmasked() && !fpu::pending();
-        x87 || site.converts && site.write
+        let x87 = site.is.contains(Is::X87) && !site.is.contains(Is::MMX);
+        let raises = x87 && fpu::unmasked() && !fpu::pending();
+        site.writes() && (raises || site.is.contains(Is::CONVERTS))
     }
 
     fn access(&mut self, site: &Site, ea: u64, trap: u64) -> Result<Outcome, Exception> {
         let size = usize::from(site.size);
-        let stack = usize::from(site.seg) == sreg::SS;
-        let va = if site.segmented {
-            mem::linear(&self.area.state, site.seg, ea, size, site.write)?
+        let stack = usize::from(site.seg()) == sreg::SS;
+        let segmented = site.is.contains(Is::SEGMENTED);
+        let va = if segmented {
+            mem::linear(&self.area.state, site.seg(), ea, size, site.writes())?
         } else {
             ea
         };
-        if site.align > 1 && va & (u64::from(site.align) - 1) != 0 {
+        if va & (site.align() - 1) != 0 {
             return Err(Exception::gp(0));
         }
         mem::check_canonical(&self.area.state, va, stack)?;
-        let looked_up = paging::canonical(ea.wrapping_sub(u64::from(site.above)));
+        let looked_up = paging::canonical(ea.wrapping_sub(site.above()));
         if trap == 13 && looked_up && !(self.mode.user && va >> 47 != 0) {
             // Canonical, and yet the host's processor objects: the operand's alignment.
             return Err(Exception::gp(0));
         }
         let checked = self.mode.aligned;
-        if checked && !site.converts && va & (mem::natural_alignment(size) - 1) != 0 {
+        if checked
+            && !site.is.contains(Is::CONVERTS)
+            && va & (mem::natural_alignment(size) - 1) != 0
+        {
             return Err(Exception::ac());
         }
-        let kind = if site.write { Kind::Write } else { Kind::Read };
+        let kind = if site.writes() { Kind::Write } else { Kind::Read };
         let rights = Rights::explicit(&self.area.state, kind);
         let watching = mem::watching(&self.area.state);
         let off = va & (PAGE - 1);
         if off + size as u64 <= PAGE {
             let w = self.lin.walk(&self.area.state, va, rights)?;
             if self.lin.shared.ram.contains(w.gpa, size as u64) {
-                if watching && let Some(o) = self.watched(va, size, site.write) {
+                if watching && let Some(o) = self.watched(va, size, site.writes()) {
                     return Ok(o);
                 }
-                if site.write
+                if site.writes()
                     && self.lin.shared.has_code(w.gpa >> 12)
                     && self.store_to_code(w.gpa >> 12)
                 {
                     return Ok(Outcome::Alone);
                 }
-                if site.segmented
+                if segmented
                     || watching
                     || checked
                     || !self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE)
                 {
-                    return Ok(Outcome::Direct(self.slow_addr(w.gpa, site.write)));
+                    return Ok(Outcome::Direct(self.slow_addr(w.gpa, site.writes())));
                 }
-                return Ok(Outcome::Direct(self.fill(va, &w, site.write)));
+                return Ok(Outcome::Direct(self.fill(va, &w, site.writes())));
             }
         }
         let p = self.lin.resolve(&self.area.state, va, size, rights, stack)?;
-        if watching && let Some(o) = self.watched(va, size, site.write) {
+        if watching && let Some(o) = self.watched(va, size, site.writes()) {
             return Ok(o);
         }
         if p.second.len != 0
@@ -1327,7 +1374,7 @@ impl Inner {
             && self.lin.shared.ram.contains(p.first.gpa, size as u64)
         {
             let mut alone = false;
-            if site.write {
+            if site.writes() {
                 for page in [p.first.gpa >> 12, p.second.gpa >> 12] {
                     alone |= self.lin.shared.has_code(page) && self.store_to_code(page);
                 }
@@ -1335,15 +1382,15 @@ impl Inner {
             if alone {
                 return Ok(Outcome::Alone);
             }
-            return Ok(Outcome::Direct(self.slow_addr(p.first.gpa, site.write)));
+            return Ok(Outcome::Direct(self.slow_addr(p.first.gpa, site.writes())));
         }
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
-        if site.read && site.write && p.second.len != 0 {
+        if site.reads() && site.writes() && p.second.len != 0 {
             // The host cannot do this atomically: nobody else may run from here to the write.
             self.lin.shared.stop_others(self.lin.index);
             self.in_split = true;
         }
-        if site.read {
+        if site.reads() {
             self.lin.read_pieces(&p, &mut buf[..size]);
         }
         self.area.bounce.0[..size].copy_from_slice(&buf[..size]);
@@ -1358,16 +1405,16 @@ impl Inner {
     /// Whether an access that trapped reaches into another page than the one that was looked up, and
     /// not just one that is unknown so far.
     fn crosses(&self, site: &Site, ea: u64) -> bool {
-        let looked_up = ea.wrapping_sub(u64::from(site.above));
+        let looked_up = ea.wrapping_sub(site.above());
         let last = ea.wrapping_add(u64::from(site.size) - 1);
-        if site.above == 0 {
+        if site.above() == 0 {
             return (ea ^ last) & !(PAGE - 1) != 0;
         }
         (looked_up ^ last) & !(PAGE - 1) != 0 && self.tlb.look_up(self.view, last).1
     }
 
     /// An access trapped at the end of a page. Those that do so often look first from now on.
-    fn crossed(&mut self, number: u64, site: &Site, ret: u64) {
+    fn crossed(&mut self, number: u64, rip: u64, ret: u64) {
         /// Instructions remembered before all are forgotten.
         const MAX: usize = 1 << 16;
         let Some(key) = self.code.crossed(number, ret) else { return };
@@ -1375,7 +1422,7 @@ impl Inner {
         if self.crossing.len() >= MAX {
             self.crossing.clear();
         }
-        self.crossing.insert(instruction_gpa(&key, site.rip), ());
+        self.crossing.insert(instruction_gpa(&key, rip), ());
         // Returns into the block may stay: it is slow, not wrong.
         self.tlb.jc_forget(key.rip);
         self.stats.crossings += 1;

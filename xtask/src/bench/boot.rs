@@ -78,7 +78,7 @@ fn time_to_marker(mut command: Command) -> Result<(Duration, Option<u64>)> {
 
 /// Resident memory of a process without its guest's RAM, each page counted once: what is mapped
 /// twice (generated code) is counted by its proportional share.
-fn overhead_kib(pid: u32) -> Option<u64> {
+pub fn overhead_kib(pid: u32) -> Option<u64> {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
     let (mut total, mut guest) = (0, false);
     for line in maps.lines() {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::bench::boot::overhead_kib;
 use crate::bench::results::{Results, Sample};
 use crate::bench::system::{Setup, System};
 
@@ -23,8 +24,15 @@ pub fn measure(setup: &Setup, runs: usize, results: &mut Results) -> Result<()> 
         for &system in &setup.systems {
             let began = Instant::now();
             for &count in &cpus {
-                let output = listen(setup.command(system, count), RUN_LIMIT)
+                let mut peak = None;
+                let memory = |pid| {
+                    if system == System::Berth && count == 1 {
+                        peak = peak.max(overhead_kib(pid));
+                    }
+                };
+                let output = listen(setup.command(system, count), RUN_LIMIT, memory)
                     .with_context(|| system.as_str())?;
+                results.overhead_peak_kib = results.overhead_peak_kib.max(peak);
                 read(system, &output, results)
                     .with_context(|| format!("{}, {count} processors", system.as_str()))?;
             }
@@ -57,8 +65,8 @@ struct Heard {
     at: Instant,
 }
 
-/// All lines that begin with `bench: `.
-fn listen(mut command: Command, limit: Duration) -> Result<Vec<Heard>> {
+/// All lines that begin with `bench: `; after each, `look` is told the number of the process.
+fn listen(mut command: Command, limit: Duration, mut look: impl FnMut(u32)) -> Result<Vec<Heard>> {
     let child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
     let mut running = Running(child);
@@ -79,6 +87,7 @@ fn listen(mut command: Command, limit: Duration) -> Result<Vec<Heard>> {
         match heard.recv_timeout(left) {
             Ok(line) => match line.text.strip_prefix("bench: ") {
                 Some(text) => {
+                    look(running.0.id());
                     show(text);
                     lines.push(Heard { text: text.to_owned(), at: line.at });
                 }
@@ -164,11 +173,11 @@ mod tests {
 
     #[test]
     fn what_is_printed_becomes_results() {
-        let script = "echo noise; printf 'bench: clock 0\\r\\n'; sleep 0.1
+        let script = "echo noise; began=$(date +%s%N); printf 'bench: clock 0\\r\\n'; sleep 0.1
              echo 'bench: row a user 1 10 ff 300 100 200'; echo 'bench: missing b no such thing'
-             echo 'bench: clock 100000000'";
+             echo \"bench: clock $(($(date +%s%N) - began))\"";
         let mut results = Results::default();
-        let lines = listen(shell(script), RUN_LIMIT).unwrap();
+        let lines = listen(shell(script), RUN_LIMIT, |_| ()).unwrap();
         read(System::Berth, &lines, &mut results).unwrap();
         let row = &results.rows[0];
         assert_eq!((row.name.as_str(), row.group.as_str()), ("a", "user"));
@@ -177,9 +186,9 @@ mod tests {
         assert!(results.faults.is_empty(), "{:?}", results.faults);
         assert_eq!(results.absent.len(), 1);
         assert!(
-            listen(shell("echo 'bench: clock 0'; echo oops"), RUN_LIMIT)
+            listen(shell("echo 'bench: clock 0'; echo oops"), RUN_LIMIT, |_| ())
                 .is_err_and(|error| error.to_string().contains("oops"))
         );
-        assert!(listen(shell("sleep 10"), Duration::from_millis(50)).is_err());
+        assert!(listen(shell("sleep 10"), Duration::from_millis(50), |_| ()).is_err());
     }
 }

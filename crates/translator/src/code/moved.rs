@@ -2,223 +2,244 @@
 //!
 //! A program that is loaded at another address each time is the same code in the same frames. What
 //! depends on the address, or on where the host code lies, is noted while a block is made; a copy
-//! gets it put right.
+//! gets it put right. A block of an address space that is gone is put right where it is.
 
-use iced_x86::OpKind;
+use crate::layout::jump_cache_moved;
 
-use super::{Block, BlockKey, CodeCache, Helped, Link, Made, NO_LINK, Site, StringSite};
-
-/// Something in host code that depends on where its block is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fixup {
-    /// Offset of the first byte behind it.
-    pub at: u32,
-    /// What it is.
-    pub kind: Fix,
-}
-
-/// Kinds of [`Fixup`]: displacements of 32 bits, guest addresses of 64, and numbers of 32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fix {
-    /// Displacement to a fixed host address.
-    Absolute,
-    /// Displacement from the body to the cold part or back.
-    Across,
-    /// Guest address.
-    Address,
-    /// Complement of a guest address.
-    NotAddress,
-    /// Number of an access.
-    Site,
-    /// Number of an instruction for a helper.
-    Helper,
-    /// Number of a link.
-    Link,
-    /// Number of a return.
-    Return,
-}
+use super::segment::{number, segment_of};
+use super::{BlockId, BlockKey, CodeCache, Fix, Fixup, Made, NONE, Notes};
 
 /// A copy of a block for another guest address.
 pub struct Moved {
-    block: Block,
-    insns: Vec<(u16, u16)>,
+    key: BlockKey,
+    looks: u8,
     code: Vec<u8>,
     cold: Vec<u8>,
-    links: Vec<Link>,
-    returns: Vec<(u64, i32)>,
-    sites: Vec<Site>,
-    strings: Vec<StringSite>,
-    helpers: Vec<Helped>,
-    fixups: Vec<Fixup>,
+    notes: Notes,
+    movable: bool,
 }
 
 impl Moved {
     /// The copy must be what the translator would make, unless that found out since that an
-    /// instruction crosses into another page.
-    #[cfg(any(debug_assertions, test))]
+    /// instruction crosses into another page, or ends the block where another one begins.
     pub fn check(&self, made: &Made<'_>) {
-        if self.block.looks != made.block.looks {
+        if self.looks != made.looks || self.notes.counts().steps != made.notes.counts().steps {
             return;
         }
-        let fresh = (made.code, made.cold, made.insns, made.returns);
-        let copied = (&self.code[..], &self.cold[..], &self.insns[..], &self.returns[..]);
-        assert_eq!(copied, fresh, "a copied block at {:#x}", self.block.key.rip);
-        let sites = |sites: &[Site]| sites.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>();
-        assert_eq!(sites(&self.sites), sites(made.sites));
-        let strings = |s: &[StringSite]| s.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>();
-        assert_eq!(strings(&self.strings), strings(made.strings));
-        let links = |l: &[Link]| l.iter().map(|l| format!("{l:?}")).collect::<Vec<_>>();
-        assert_eq!(links(&self.links), links(made.links));
-        let helpers = |h: &[Helped]| h.iter().map(|h| (h.ins, h.ins.ip())).collect::<Vec<_>>();
-        assert_eq!(helpers(&self.helpers), helpers(made.helpers));
+        let (fresh, copied) = ((made.code, made.cold), (&self.code[..], &self.cold[..]));
+        assert_eq!(copied, fresh, "a copied block at {:#x}", self.key.rip);
+        assert_eq!(format!("{:?}", self.notes), format!("{:?}", made.notes));
     }
 
     /// As a translation.
     pub fn made(&self) -> Made<'_> {
         Made {
-            block: self.block,
-            insns: &self.insns,
+            key: self.key,
+            second_page: None,
+            looks: self.looks,
+            movable: self.movable,
             code: &self.code,
             cold: &self.cold,
-            links: &self.links,
-            returns: &self.returns,
-            sites: &self.sites,
-            strings: &self.strings,
-            helpers: &self.helpers,
-            fixups: Some(&self.fixups),
+            notes: &self.notes,
         }
     }
+}
+
+/// Puts right what depends on the guest address; `None` when the instruction that loads one could
+/// not hold it.
+fn put_right(bytes: &mut [u8], fixup: Fixup, delta: u64) -> Option<()> {
+    let end = fixup.end;
+    if fixup.kind == Fix::Entry {
+        let field = field(bytes, end)?;
+        let moved = jump_cache_moved(i32::from_le_bytes(*field), delta);
+        *field = moved.to_le_bytes();
+        return Some(());
+    }
+    let field = bytes.get_mut(end.checked_sub(8)?..end)?.as_mut_array::<8>()?;
+    let old = u64::from_le_bytes(*field);
+    let not = fixup.kind == Fix::NotAddress;
+    let new = if not { old.wrapping_sub(delta) } else { old.wrapping_add(delta) };
+    // Others would be loaded by a shorter instruction.
+    if u32::try_from(new).is_ok() || i32::try_from(new as i64).is_ok() {
+        return None;
+    }
+    *field = new.to_le_bytes();
+    Some(())
+}
+
+/// The four bytes that end at `end`.
+fn field(bytes: &mut [u8], end: usize) -> Option<&mut [u8; 4]> {
+    bytes.get_mut(end.checked_sub(4)?..end)?.as_mut_array()
+}
+
+/// Whether it depends on the guest address and on nothing else.
+const fn is_address(kind: Fix) -> bool {
+    matches!(kind, Fix::Address | Fix::NotAddress | Fix::Entry)
 }
 
 impl CodeCache {
+    /// The blocks of the same code as `key`.
+    fn same_code(&self, key: &BlockKey) -> impl Iterator<Item = u32> {
+        let mut next = self.newest(key.gpa, key.mode);
+        std::iter::from_fn(move || {
+            let id = next?;
+            next = self.block(BlockId(id)).map(|b| b.older).filter(|&older| older != NONE);
+            Some(id)
+        })
+        .filter(|&id| self.block(BlockId(id)).is_some_and(|b| b.valid))
+    }
+
+    /// Changes a block of the same code, of an address space that `is_gone`, into one for `key` in the
+    /// space `space`; gives it and its former address. Whatever knew the block under that has to
+    /// forget it.
+    pub fn moved_in_place(
+        &mut self,
+        key: &BlockKey,
+        space: u16,
+        is_gone: impl Fn(u16) -> bool,
+    ) -> Option<(BlockId, u64)> {
+        let gone = |id: &u32| {
+            let block = self.block(BlockId(*id));
+            block.is_some_and(|b| b.movable && is_gone(b.space)) && !self.leaves(*id)
+        };
+        let id = self.same_code(key).find(gone)?;
+        let b = *self.block(BlockId(id))?;
+        let delta = key.rip.wrapping_sub(b.rip);
+        let (notes, start, end) = self.notes_of(id);
+        let (body, cold_at) = (b.host, b.host + u64::from(b.cold));
+        let mut code = self.bytes(body, b.len.into())?.to_vec();
+        let mut cold = self.bytes(cold_at, b.cold_len.into())?.to_vec();
+        for fixup in notes.fixups_between(start, end, b.len.into()) {
+            if is_address(fixup.kind) {
+                let bytes = if fixup.cold { &mut cold } else { &mut code };
+                put_right(bytes, fixup, delta)?;
+            }
+        }
+        self.write(body, &code);
+        self.write(cold_at, &cold);
+        self.disconnect_from(id);
+        let base = number(segment_of(id), 0);
+        for n in start.links..end.links {
+            self.patch(base | n, None);
+        }
+        let notes = &mut self.of_mut(id)?.notes;
+        for helped in notes.helpers_between_mut(start, end) {
+            helped.shift(delta);
+        }
+        // Slow paths that were made later hold the old address.
+        let own = b.cold..b.cold + u32::from(b.cold_len);
+        let sites = start.sites..end.sites;
+        let later = notes.slow.range(sites).filter(|(_, s)| !own.contains(&s.cold));
+        let later: Vec<u32> = later.map(|(n, _)| *n).collect();
+        for n in later {
+            notes.slow.remove(&n);
+        }
+        let block = self.block_mut(id)?;
+        block.rip = key.rip;
+        block.space = space;
+        Some((BlockId(id), b.rip))
+    }
+
+    /// A block that is in the segment to be dropped next, to be put at the end of the cache instead;
+    /// it is found no more.
+    pub fn rescued(&mut self, id: BlockId) -> Option<Moved> {
+        if !self.leaves(id.0) || self.second_page(id).is_some() {
+            return None;
+        }
+        let moved = self.copy(id, &self.block(id)?.key())?;
+        self.retire(id.0);
+        Some(moved)
+    }
+
     /// A copy of a translation of the same code for another guest address, to be put at the end of
     /// the cache.
     pub fn moved(&self, key: &BlockKey) -> Option<Moved> {
-        let b = self.blocks.get(self.movable.get(&(key.gpa, key.mode))?.0 as usize)?;
-        if !b.valid {
-            return None;
-        }
-        fn part<T: Clone>(all: &[T], (first, count): (u32, u32)) -> Option<Vec<T>> {
-            Some(all.get(first as usize..)?.get(..count as usize)?.to_vec())
-        }
-        let delta = key.rip.wrapping_sub(b.key.rip);
-        let (hot, cold) = (self.next_host(), self.next_cold());
-        // How far the parts move, and the cold part away from the body.
-        let (by_hot, by_cold) = (hot.wrapping_sub(b.host), cold.wrapping_sub(b.cold));
-        let apart = by_cold.wrapping_sub(by_hot) as u32;
-        let cold_offset = b.cold.wrapping_sub(b.host) as u32;
-        let shifted = |at: u32| if at > b.len { at.wrapping_add(apart) } else { at };
-        let mut to = Moved {
-            block: Block { key: *key, incoming: NO_LINK, ..*b },
-            insns: self.insns_of(b).to_vec(),
-            code: self.bytes(b.host, b.len)?.to_vec(),
-            cold: self.bytes(b.cold, b.cold_len)?.to_vec(),
-            links: part(&self.links, b.others[0])?,
-            returns: part(&self.returns, b.others[1])?,
-            sites: self.sites_of(b).to_vec(),
-            strings: self.strings_of(b).to_vec(),
-            helpers: part(&self.helpers, b.others[2])?,
-            fixups: part(&self.fixups, b.fixups)?,
+        let movable = |id: &u32| self.block(BlockId(*id)).is_some_and(|b| b.movable);
+        let id = self.same_code(key).find(movable)?;
+        self.copy(BlockId(id), key)
+    }
+
+    fn copy(&self, BlockId(id): BlockId, key: &BlockKey) -> Option<Moved> {
+        let b = self.block(BlockId(id))?;
+        let delta = key.rip.wrapping_sub(b.rip);
+        let (notes, start, end) = self.notes_of(id);
+        let (from, to) = (b.host + u64::from(b.cold), self.next_cold());
+        let shift = Shift {
+            hot: self.next_host().wrapping_sub(b.host) as u32,
+            cold: to.wrapping_sub(from) as u32,
+            own: b.cold..b.cold + u32::from(b.cold_len),
         };
-        let numbers = |kind| match kind {
-            Fix::Site => self.next_site().wrapping_sub(b.sites.0),
-            Fix::Link => self.next_link().wrapping_sub(b.others[0].0),
-            Fix::Return => self.next_return().wrapping_sub(b.others[1].0),
-            _ => self.next_helper().wrapping_sub(b.others[2].0),
-        };
-        for fixup in &mut to.fixups {
-            let Fixup { at, kind } = *fixup;
-            let in_body = at <= b.len;
-            let (bytes, end) = match in_body {
-                true => (&mut to.code, at as usize),
-                false => (&mut to.cold, at.checked_sub(cold_offset)? as usize),
-            };
-            fixup.at = shifted(at);
-            if matches!(kind, Fix::Address | Fix::NotAddress) {
-                let field = bytes.get_mut(end.checked_sub(8)?..end)?.as_mut_array::<8>()?;
-                let old = u64::from_le_bytes(*field);
-                let new = if kind == Fix::Address {
-                    old.wrapping_add(delta)
-                } else {
-                    old.wrapping_sub(delta)
-                };
-                // Others would be loaded by a shorter instruction.
-                if u32::try_from(new).is_ok() || i32::try_from(new as i64).is_ok() {
-                    return None;
+        let mut code = self.bytes(b.host, b.len.into())?.to_vec();
+        let mut cold = self.bytes(from, b.cold_len.into())?.to_vec();
+        let fixups = notes.fixups_between(start, end, b.len.into());
+        let mut notes = notes.between(start, end);
+        let (now, start) = (self.counts(), start.numbered(number(segment_of(id), 0)));
+        for fixup in fixups {
+            let bytes = if fixup.cold { &mut cold } else { &mut code };
+            if is_address(fixup.kind) {
+                if delta != 0 {
+                    put_right(bytes, fixup, delta)?;
                 }
-                *field = new.to_le_bytes();
                 continue;
             }
-            let field = bytes.get_mut(end.checked_sub(4)?..end)?.as_mut_array::<4>()?;
-            let old = u32::from_le_bytes(*field);
-            let new = match (kind, in_body) {
-                (Fix::Absolute, true) => old.wrapping_sub(by_hot as u32),
-                (Fix::Absolute, false) => old.wrapping_sub(by_cold as u32),
-                (Fix::Across, true) => old.wrapping_add(apart),
-                (Fix::Across, false) => old.wrapping_sub(apart),
-                _ => old.wrapping_add(numbers(kind)),
+            let field = field(bytes, fixup.end)?;
+            let by = match (fixup.kind, fixup.cold) {
+                (Fix::Absolute, false) => shift.hot.wrapping_neg(),
+                (Fix::Absolute, true) => shift.cold.wrapping_neg(),
+                (Fix::Across, false) => shift.apart(),
+                (Fix::Across, true) => shift.apart().wrapping_neg(),
+                (Fix::Site, _) => now.sites.wrapping_sub(start.sites),
+                (Fix::Link, _) => now.links.wrapping_sub(start.links),
+                (Fix::Branch, _) => now.branches.wrapping_sub(start.branches),
+                _ => now.helpers.wrapping_sub(start.helpers),
             };
-            *field = new.to_le_bytes();
+            *field = u32::from_le_bytes(*field).wrapping_add(by).to_le_bytes();
         }
-        to.put_right(b, delta, (by_hot, by_cold))?;
-        Some(to)
+        for link in &notes.links {
+            // The original may lead to a block.
+            let stub = b.cold.wrapping_add(shift.apart()).wrapping_add(link.stub.into());
+            *field(&mut code, link.patch.into())? =
+                stub.wrapping_sub(link.patch.into()).to_le_bytes();
+        }
+        notes.slow.retain(|_, slow| shift.own.contains(&slow.cold));
+        for slow in notes.slow.values_mut() {
+            let places = [&mut slow.cold, &mut slow.cold_end, &mut slow.ret];
+            let more = [&mut slow.commit_ret, &mut slow.direct];
+            for place in places.into_iter().chain(more).chain(&mut slow.cross) {
+                *place = shift.place(*place);
+            }
+        }
+        for s in &mut notes.strings {
+            let places = [&mut s.look, &mut s.begun, &mut s.op];
+            for place in
+                places.into_iter().chain([&mut s.cold, &mut s.cold_fault, &mut s.cold_stop])
+            {
+                *place = shift.place(*place);
+            }
+        }
+        for helped in &mut notes.helpers {
+            helped.shift(delta);
+        }
+        Some(Moved { key: *key, looks: b.looks, code, cold, notes, movable: b.movable })
     }
 }
 
-impl Moved {
-    /// Changes what is noted of the block `b`, which moves by `delta` in the guest and by so much in
-    /// the cache.
-    fn put_right(&mut self, b: &Block, delta: u64, (by_hot, by_cold): (u64, u64)) -> Option<()> {
-        let apart = by_cold.wrapping_sub(by_hot) as u32;
-        let cold_offset = b.cold.wrapping_sub(b.host) as u32;
-        let (hot, cold) = (b.host.wrapping_add(by_hot), b.cold.wrapping_add(by_cold));
-        let shifted = |at: u32| if at > b.len { at.wrapping_add(apart) } else { at };
-        for link in &mut self.links {
-            let in_body = link.patch <= b.host + u64::from(b.len);
-            link.patch = link.patch.wrapping_add(if in_body { by_hot } else { by_cold });
-            link.stub = link.stub.wrapping_add(by_cold);
-            link.target = link.target.wrapping_add(delta);
-            // The original may lead to a block.
-            let (bytes, start) =
-                if in_body { (&mut self.code, hot) } else { (&mut self.cold, cold) };
-            let end = usize::try_from(link.patch.checked_sub(start)?).ok()?;
-            let field = bytes.get_mut(end.checked_sub(4)?..end)?;
-            field.copy_from_slice(&(link.stub.wrapping_sub(link.patch) as u32).to_le_bytes());
-        }
-        for (rip, _) in &mut self.returns {
-            *rip = rip.wrapping_add(delta);
-        }
-        for site in &mut self.sites {
-            site.rip = site.rip.wrapping_add(delta);
-            site.crossings = 0;
-            let own = site.cold >= cold_offset && site.cold_end <= cold_offset + b.cold_len;
-            let places = [
-                &mut site.cold,
-                &mut site.cold_end,
-                &mut site.ret,
-                &mut site.commit_ret,
-                &mut site.direct,
-            ];
-            for place in places.into_iter().chain(&mut site.cross) {
-                *place = if own { shifted(*place) } else { 0 };
-            }
-        }
-        for s in &mut self.strings {
-            s.rip = s.rip.wrapping_add(delta);
-            let places = [&mut s.look, &mut s.begun, &mut s.op, &mut s.cold];
-            for place in places.into_iter().chain([&mut s.cold_fault, &mut s.cold_stop]) {
-                *place = shifted(*place);
-            }
-        }
-        for Helped { ins, .. } in &mut self.helpers {
-            ins.set_ip(ins.ip().wrapping_add(delta));
-            if ins.is_ip_rel_memory_operand() {
-                ins.set_memory_displacement64(ins.memory_displacement64().wrapping_add(delta));
-            }
-            if ins.op_kinds().any(|k| k == OpKind::NearBranch64) {
-                ins.set_near_branch64(ins.near_branch64().wrapping_add(delta));
-            }
-        }
-        Some(())
+/// How far the parts of a block move.
+struct Shift {
+    hot: u32,
+    cold: u32,
+    /// Where the cold part was.
+    own: std::ops::Range<u32>,
+}
+
+impl Shift {
+    /// How far the cold part moves away from the body.
+    const fn apart(&self) -> u32 {
+        self.cold.wrapping_sub(self.hot)
+    }
+
+    /// An offset in the moved block.
+    fn place(&self, at: u32) -> u32 {
+        if at >= self.own.start { at.wrapping_add(self.apart()) } else { at }
     }
 }

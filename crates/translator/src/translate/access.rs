@@ -15,7 +15,7 @@ use super::regs::{GuestReg, host_reg};
 use super::string::StringOp;
 use super::{Cold, Translation};
 use crate::asm::Mem;
-use crate::code::{Place, Site};
+use crate::code::{Is, Place, Site};
 use crate::layout::{
     Area, GUEST_RCX, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, TMP, disp, gpr_disp, host, mapped,
     state_disp,
@@ -267,9 +267,11 @@ impl Translation {
             self.asm.load(SC, &Mem::gs_index8(SC, 0));
         }
         let op = self.asm.pos() as u16;
-        let code = (ea_code.start as u16, ea_code.len() as u16);
-        let place = Place::Register { ea, code };
-        let site = self.site(Site { look, op, segmented, ..self.site_of(want, seg, place) });
+        let place = Place::Register { ea, start: ea_code.start as u16, len: ea_code.len() as u8 };
+        let mut site = self.site_of(want, seg, place);
+        (site.look, site.op) = (look, op);
+        site.is.set(Is::SEGMENTED, segmented);
+        let site = self.site(site);
         if let Some(go_on) = looked {
             // Before the slow path, to which it jumps forwards.
             let last = want.size as i32 - 1;
@@ -283,37 +285,18 @@ impl Translation {
 
     /// What is known of an access of the current instruction before it is emitted.
     pub(super) fn site_of(&self, want: Want, seg: u8, place: Place) -> Site {
-        Site {
-            look: 0,
-            op: 0,
-            op_end: 0,
-            cold: 0,
-            cold_end: 0,
-            ret: 0,
-            commit_ret: 0,
-            direct: 0,
-            place,
-            simple: true,
-            rip: self.block.key.rip.wrapping_add(u64::from(self.rip_off)),
-            size: want.size as u16,
-            align: self.align,
-            x87: self.x87,
-            mmx: self.mmx,
-            converts: self.converts,
-            seg,
-            write: want.write,
-            read: want.read,
-            segmented: false,
-            above: 0,
-            window: None,
-            crossings: 0,
-            cross: [0; 3],
-        }
+        let mut is = Is::SIMPLE;
+        is.set(Is::READ, want.read);
+        is.set(Is::WRITE, want.write);
+        is.set(Is::X87, self.x87);
+        is.set(Is::MMX, self.mmx);
+        is.set(Is::CONVERTS, self.converts);
+        Site::new(place, want.size, is, seg, self.align)
     }
 
     /// Says that everything that belongs to the access has been emitted.
     pub(super) fn end_access(&mut self, a: Access) {
-        self.sites[a.site].op_end = self.asm.pos() as u16;
+        self.notes.sites[a.site].op_end = self.asm.pos() as u16;
         self.reserve(0);
     }
 
@@ -407,7 +390,7 @@ impl Translation {
         });
         if let Some(a) = a {
             if absolute {
-                self.sites[a.site].simple = false;
+                self.notes.sites[a.site].is.remove(Is::SIMPLE);
                 self.asm.lea(S0, &Mem::base_index(a.ea, SC, 0, a.disp));
                 set_memory(&mut out, S0, None, 0);
             } else {

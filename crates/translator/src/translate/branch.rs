@@ -7,7 +7,7 @@ use super::access::Want;
 use super::regs::GuestReg;
 use super::{Cold, Mode, Translation};
 use crate::asm::{Mem, Near};
-use crate::code::{Fix, Link};
+use crate::code::{Branch, Fix, Link};
 use crate::layout::{
     Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, TMP, disp, gpr_disp, mapped,
 };
@@ -34,7 +34,7 @@ impl Translation {
             self.reserve(40);
             let jump = self.asm.jcc(cc(ins.condition_code()));
             self.link(jump, target);
-            if goes_on(self.mode, self.insns.len()) {
+            if goes_on(self.mode, self.count) {
                 return false;
             }
             self.jump_to(next);
@@ -77,11 +77,6 @@ impl Translation {
         true
     }
 
-    /// Address of the current instruction.
-    fn here(&self) -> u64 {
-        self.block.key.rip.wrapping_add(u64::from(self.rip_off))
-    }
-
     /// What follows a host call: some guest return came here, with its target in [`S0`]. Goes on in
     /// the block if this is where it wanted to go.
     fn returned(&mut self, next: u64) {
@@ -89,9 +84,7 @@ impl Translation {
         self.load_address(SC, next, true);
         self.asm.lea(SC, &Mem::base_index(SC, S0, 0, 1));
         let expected = self.asm.jrcxz();
-        let other = self.asm.jmp();
-        self.near.push((other, self.cold.len()));
-        self.cold.push(Cold::Unexpected);
+        self.asm.near_abs(0xe9, self.thunks.unmatched, self.at);
         let ok = self.asm.bind_short(expected);
         debug_assert!(ok);
     }
@@ -124,23 +117,20 @@ impl Translation {
             self.cold.push(Cold::Interrupt { rip: target });
             return;
         }
-        let key = self.block.key;
+        let key = self.key;
         let delta = target.wrapping_sub(key.rip) as i64;
         let in_page = (key.gpa & 0xfff).checked_add_signed(delta).is_some_and(|o| o < 4096);
         let kernel = self.mode.bits == 64 && !self.mode.user && target >> 63 != 0;
-        if !in_page && !kernel && (self.mode.bits == 64 || self.mode.flat) {
+        let long = self.mode.bits == 64 && i32::try_from(delta).is_err();
+        if !in_page && (!kernel || long) && (self.mode.bits == 64 || self.mode.flat) {
             let faults = self.mode.bits == 64 && !canonical(target);
             let branch = faults.then(|| self.branch_number());
             self.cold.push(Cold::Far { target, branch });
             return;
         }
-        self.links.push(Link {
-            patch: self.at + self.asm.pos() as u64,
-            stub: 0,
-            target,
-            linkable: in_page,
-        });
-        self.cold.push(Cold::Link { link: self.links.len() - 1 });
+        let patch = self.asm.pos() as u16;
+        self.notes.links.push(Link { patch, stub: 0, delta: delta as i32, linkable: in_page });
+        self.cold.push(Cold::Link { link: self.notes.links.len() - 1 });
     }
 
     /// LOOP and JRCXZ: on a copy of the guest's counter in RCX, which is what they test.
@@ -249,14 +239,14 @@ impl Translation {
         let number = self.branch_number();
         let field = Mem::gs(disp(std::mem::offset_of!(Area, return_number)));
         self.asm.store_imm(&field, i32::try_from(number).unwrap_or(i32::MAX));
-        self.note(Fix::Return);
+        self.note(Fix::Branch);
         self.asm.ret();
     }
 
     /// Gives the current branch a number, by which is found what to undo when it faults.
     pub(super) fn branch_number(&mut self) -> u32 {
-        let number = self.return_base + self.returns.len() as u32;
-        self.returns.push((self.here(), self.rsp_taken));
+        let number = self.base.branches + self.notes.branches.len() as u32;
+        self.notes.branches.push(Branch { rip: self.rip_off, taken: self.rsp_taken });
         number
     }
 

@@ -153,7 +153,13 @@ impl Names {
             (ExitCode::Fault, "exit_fault"),
             (ExitCode::Return, "exit_return"),
         ];
-        let calls = [(t.mem, "mem"), (t.commit, "commit"), (t.helper, "helper"), (t.miss, "miss")];
+        let calls = [
+            (t.mem, "mem"),
+            (t.commit, "commit"),
+            (t.helper, "helper"),
+            (t.miss, "miss"),
+            (t.unmatched, "unmatched"),
+        ];
         let mut all = exits.map(|(code, name)| (t.exit(code), name)).into_iter().chain(calls);
         all.find(|(a, _)| *a == address).map_or("elsewhere".into(), |(_, name)| name.into())
     }
@@ -223,7 +229,13 @@ impl Names {
             (JC_TAGS, "jump_cache_tags"),
             (JC_TARGETS, "jump_cache_targets"),
         ];
-        single.iter().find(|(d, _)| *d == displacement).map(|(_, name)| (*name).into())
+        let entry = || {
+            let offset = displacement.checked_sub(JC_TAGS).filter(|o| (0..16 << 16).contains(o))?;
+            let part = if offset % 16 == 0 { "tag" } else { "target" };
+            Some(format!("jump_cache_{part}_{:x}", offset / 16))
+        };
+        let named = single.iter().find(|(d, _)| *d == displacement);
+        named.map(|(_, name)| (*name).into()).or_else(entry)
     }
 }
 
@@ -290,16 +302,16 @@ fn listing(golden: &Golden) -> String {
     let at = cache.next_host();
     let made = t.finish();
     let code = [made.code, made.cold].concat();
-    let sites = made.sites.len() as u64;
+    let sites = made.notes.sites.len() as u64;
     let mut text = format!("guest, {bits} bits, {}\n", if user { "user" } else { "supervisor" });
     list(&mut text, bits, golden.code, rip, rip, None);
     text.push_str("host\n");
     let len = code.len() as u64;
     list(&mut text, 64, &code, at, 0, Some(Names { thunks, at, len, slow: (0, 0) }));
-    cache.push_block(made, true);
+    cache.push_block(&made, 0, true);
     for number in 0..sites {
         let site = *cache.site(number).unwrap();
-        if site.cold == 0 {
+        if cache.slow(number).is_none() {
             let slow = cache.next_cold();
             let (code, _) = t.stub(&cache, cache.body_at(at).unwrap(), number, site);
             writeln!(text, "slow path of access {number}").unwrap();
@@ -344,6 +356,37 @@ fn golden_listings_have_names_for_all_places() {
     }
 }
 
+/// So is one at the same guest address, made when the segment of a block is about to be dropped.
+#[test]
+fn rescued_blocks_are_like_translations() {
+    for (golden, looks) in BLOCKS.iter().flat_map(|b| [(b, false), (b, true)]) {
+        let mut cache = CodeCache::new(4 << 20).unwrap();
+        let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
+        let rip = if golden.mode.bits == 16 { RIP & 0xffff } else { RIP };
+        let key = BlockKey { rip, gpa: RIP, mode: golden.mode.pack() };
+        t.begin(&cache, key, golden.mode);
+        body(&mut t, golden, rip, looks);
+        let id = cache.push_block(&t.finish(), 0, true);
+        assert!(cache.rescued(id).is_none(), "{}: not yet", golden.name);
+        while cache.find(&key) == Some(id) && cache.drops < 100 {
+            cache.advance();
+            if let Some(copy) = cache.rescued(id) {
+                t.begin(&cache, key, golden.mode);
+                body(&mut t, golden, rip, looks);
+                copy.check(&t.finish());
+                let other = cache.push_block(&copy.made(), 0, true);
+                assert_eq!(cache.find(&key), Some(other));
+            }
+        }
+        // Once rescued, and dropped with the segment that it was rescued to.
+        assert!(cache.drops < 100, "{}", golden.name);
+        for _ in 0..5 {
+            cache.advance();
+        }
+        assert_eq!(cache.find(&key), None, "{}", golden.name);
+    }
+}
+
 /// A copy is what the translator would make at the other address.
 #[test]
 fn copies_are_like_translations() {
@@ -359,12 +402,25 @@ fn copies_are_like_translations() {
         });
         t.begin(&cache, keys[0], golden.mode);
         body(&mut t, golden, keys[0].rip, looks);
-        cache.push_block(t.finish(), true);
-        let Some(copy) = cache.moved(&keys[1]) else { continue };
-        t.begin(&cache, keys[1], golden.mode);
-        body(&mut t, golden, keys[1].rip, looks);
-        copy.check(&t.finish());
+        cache.push_block(&t.finish(), 0, true);
+        let mut check = |cache: &CodeCache, key: &BlockKey| {
+            let Some(copy) = cache.moved(key) else { return false };
+            t.begin(cache, *key, golden.mode);
+            body(&mut t, golden, key.rip, looks);
+            copy.check(&t.finish());
+            true
+        };
+        if !check(&cache, &keys[1]) {
+            assert!(cache.moved_in_place(&keys[1], 1, |_| true).is_none());
+            continue;
+        }
         copied += 1;
+        // What was put right where it is can be copied like a translation.
+        assert!(cache.moved_in_place(&keys[1], 1, |space| space == 7).is_none());
+        let (id, before) = cache.moved_in_place(&keys[1], 1, |space| space == 0).unwrap();
+        assert_eq!((cache.find(&keys[1]), before), (Some(id), keys[0].rip));
+        assert!(cache.find(&keys[0]).is_none());
+        assert!(check(&cache, &keys[0]));
     }
     assert!(copied > 10, "{copied}");
 }

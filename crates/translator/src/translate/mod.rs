@@ -37,10 +37,10 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::asm::{Asm, Mem, Near, Short};
 use crate::code::{
-    Block, BlockKey, CodeCache, Fix, Fixup, Helped, Link, Made, Place, Site, StringSite,
+    Block, BlockKey, CodeCache, Counts, Fix, Helped, Made, Notes, Place, Site, Slow,
 };
 use crate::exec::{Run, execute, runner};
-use crate::layout::{Area, ExitCode, S0, S1, SC, disp};
+use crate::layout::{Area, ExitCode, S0, S1, SC, disp, jump_cache_entry};
 use crate::thunks::{Thunks, through_jump_cache};
 
 pub use access::{access_size, segment_of, sreg_index};
@@ -99,6 +99,11 @@ impl Mode {
             tsd: false,
             fsgsbase: true,
         }
+    }
+
+    /// The bits of a packed one.
+    pub const fn bits_of(packed: u32) -> u8 {
+        packed as u8
     }
 
     /// The packed form.
@@ -160,8 +165,6 @@ enum Cold {
     Miss { branch: u32 },
     /// A jump to the address in [`S0`] by the jump cache.
     Jump { branch: u32 },
-    /// A return that did not want to go where it came; its target is in [`S0`].
-    Unexpected,
     /// Direct jump to another page, whose mapping may change: by the jump cache.
     Far { target: u64, branch: Option<u32> },
 }
@@ -180,26 +183,20 @@ pub struct Translation {
     infos: InstructionInfoFactory,
     /// Mode of the block.
     mode: Mode,
-    /// Number of the first link.
-    link_base: u32,
-    /// Number of the first return.
-    return_base: u32,
-    /// The record.
-    pub block: Block,
-    /// Where each guest instruction begins: host offset, offset from the block's RIP.
-    insns: Vec<(u16, u16)>,
-    links: Vec<Link>,
-    /// Returns: address and what they took from RSP.
-    returns: Vec<(u64, i32)>,
-    sites: Vec<Site>,
-    strings: Vec<StringSite>,
-    helpers: Vec<Helped>,
-    /// What depends on where the block is, in the guest and in the cache.
-    fixups: Vec<Fixup>,
+    key: BlockKey,
+    /// Physical address of the second page, when the last instruction crosses into one.
+    pub second_page: Option<u64>,
+    /// Numbers of the first of each kind of note.
+    base: Counts,
+    notes: Notes,
+    /// Where the last guest instruction begins: host offset, offset from the block's RIP.
+    begun: (usize, u16),
+    /// Guest instructions so far.
+    count: usize,
+    /// What depends on where the block is, in the guest and in the cache: the offset behind it.
+    fixups: Vec<(u32, Fix)>,
     /// All of it is in there.
     movable: bool,
-    /// Numbers of the first access and of the first instruction for a helper.
-    bases: (u32, u32),
     cold: Vec<Cold>,
     /// JRCXZs to cold parts, oldest first: (jump, cold number).
     pending: Vec<(Short, usize)>,
@@ -235,7 +232,6 @@ impl Translation {
     /// Makes an idle one; blocks are made one after the other with the same, which saves
     /// allocations.
     pub fn new(thunks: Thunks) -> Self {
-        let key = BlockKey { rip: 0, gpa: 0, mode: 0 };
         Self {
             asm: Asm::default(),
             body: Asm::default(),
@@ -245,18 +241,14 @@ impl Translation {
             encoder: Encoder::new(64),
             infos: InstructionInfoFactory::new(),
             mode: Mode::flat(64, false),
-            link_base: 0,
-            return_base: 0,
-            block: CodeCache::record(key),
-            insns: Vec::new(),
-            links: Vec::new(),
-            returns: Vec::new(),
-            sites: Vec::new(),
-            strings: Vec::new(),
-            helpers: Vec::new(),
+            key: BlockKey { rip: 0, gpa: 0, mode: 0 },
+            second_page: None,
+            base: Counts::default(),
+            notes: Notes::default(),
+            begun: (0, 0),
+            count: 0,
             fixups: Vec::new(),
             movable: false,
-            bases: (0, 0),
             cold: Vec::new(),
             pending: Vec::new(),
             rip_off: 0,
@@ -281,19 +273,15 @@ impl Translation {
         self.at = cache.next_host();
         self.cold_start = Some((cache.next_cold() - cache.next_host()) as usize);
         self.mode = mode;
-        self.link_base = cache.next_link();
-        self.return_base = cache.next_return();
-        self.block = CodeCache::record(key);
-        self.insns.clear();
-        self.links.clear();
-        self.returns.clear();
-        self.sites.clear();
-        self.strings.clear();
-        self.helpers.clear();
+        self.base = cache.counts();
+        self.key = key;
+        self.second_page = None;
+        self.notes.clear();
+        self.begun = (0, 0);
+        self.count = 0;
         self.fixups.clear();
         // Code at fixed addresses is never met elsewhere.
         self.movable = mode.user && mode.bits == 64 && !mode.single;
-        self.bases = (cache.next_site(), cache.next_helper());
         self.cold.clear();
         self.pending.clear();
         self.near.clear();
@@ -307,8 +295,6 @@ impl Translation {
     /// block ends with the last of them.
     pub fn all(&mut self) -> (usize, bool) {
         self.written.clear();
-        // Those behind the block's end count too: look-ups are shared with regard to them.
-        self.block.looks = self.ahead.iter().filter(|i| i.2).count() as u16;
         let mut ended = false;
         while !ended
             && self.len() < MAX_BLOCK_BYTES / 3
@@ -323,10 +309,11 @@ impl Translation {
 
     /// Translates one instruction; tells whether the block ends with it.
     pub fn instruction(&mut self, ins: &Instruction, class: Class) -> bool {
-        self.rip_off = ins.ip().wrapping_sub(self.block.key.rip) as u16;
+        self.rip_off = ins.ip().wrapping_sub(self.key.rip) as u16;
         self.reserve(0);
-        self.insns.push((self.asm.pos() as u16, self.rip_off));
-        self.block.guest_len = self.rip_off + ins.len() as u16;
+        let (host, guest) = std::mem::replace(&mut self.begun, (self.asm.pos(), self.rip_off));
+        self.notes.begin_instruction(self.begun.0 - host, self.begun.1 - guest);
+        self.count += 1;
         let jcc = ins.is_jcc_short_or_near();
         let windows_stay = matches!(class, Class::Nothing | Class::Plain);
         if !(windows_stay || class == Class::Branch) {
@@ -396,25 +383,31 @@ impl Translation {
             (&self.body.across, Fix::Across),
             (&self.asm.across, Fix::Across),
         ] {
-            self.fixups.extend(list.iter().map(|&at| Fixup { at, kind }));
+            self.fixups.extend(list.iter().map(|&at| (at, kind)));
+        }
+        // What is made to be executed once is never copied.
+        if !self.mode.single {
+            let body = self.body.buf.len() as u32;
+            for (at, _) in &mut self.fixups {
+                *at = if *at > start as u32 { *at - start as u32 + body } else { *at };
+            }
+            self.notes.fix_all(&mut self.fixups);
         }
         Made {
-            block: self.block,
-            insns: &self.insns,
+            key: self.key,
+            second_page: self.second_page,
+            // Those behind the block's end count too: look-ups are shared with regard to them.
+            looks: self.ahead.iter().filter(|i| i.2).count() as u8,
+            movable: self.movable,
             code: &self.body.buf,
             cold: &self.asm.buf,
-            links: &self.links,
-            returns: &self.returns,
-            sites: &self.sites,
-            strings: &self.strings,
-            helpers: &self.helpers,
-            fixups: self.movable.then_some(&self.fixups),
+            notes: &self.notes,
         }
     }
 
     /// Notes that what was emitted last ends with something that moves with the block.
     fn note(&mut self, kind: Fix) {
-        self.fixups.push(Fixup { at: self.asm.pos() as u32, kind });
+        self.fixups.push((self.asm.pos() as u32, kind));
     }
 
     /// Loads a guest address that follows from the block's, or with `not` its complement.
@@ -456,8 +449,8 @@ impl Translation {
             }
             Cold::Link { link } => {
                 let link = *link;
-                self.links[link].stub = self.at + pos as u64;
-                let number = self.link_base + link as u32;
+                self.notes.links[link].stub = self.asm.buf.len() as u16;
+                let number = self.base.links + link as u32;
                 self.asm.mov_imm(SC, u64::from(number));
                 self.note(Fix::Link);
                 self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Link), self.at);
@@ -488,16 +481,12 @@ impl Translation {
                 self.asm.load(S1, &saved);
                 let other = self.asm.jmp();
                 self.near.push((other, mem));
-                self.sites[site].cross = [pos as u32, end as u32, fix as u32];
+                self.slow(site).cross = [pos as u32, end as u32, fix as u32];
             }
             Cold::Jump { branch } => {
                 let branch = *branch;
                 through_jump_cache(&mut self.asm);
                 self.miss(branch);
-            }
-            Cold::Unexpected => {
-                through_jump_cache(&mut self.asm);
-                self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Return), self.at);
             }
             Cold::Miss { branch } => {
                 let branch = *branch;
@@ -516,26 +505,31 @@ impl Translation {
 
     /// The slow path of an access.
     fn slow_path(&mut self, site: usize) {
-        match self.sites[site].place {
-            Place::Register { ea, code: (start, len) } => {
+        match self.notes.sites[site].place {
+            Place::Register { ea, start, len } => {
                 let cold = self.asm.pos();
-                self.repeat(start, start + len);
+                self.repeat(start, start + u16::from(len));
                 if ea != S0 {
                     self.asm.mov(S0, ea);
                 }
-                self.sites[site].cold = cold as u32;
+                self.slow(site).cold = cold as u32;
                 self.call_slow(site);
-                let s = self.sites[site];
+                let s = self.notes.sites[site];
                 self.asm.jmp_to(usize::from(s.op));
-                if s.write {
+                if s.writes() {
                     self.repeat(s.op, s.op_end);
                     self.call_commit(site);
                     self.asm.jmp_to(usize::from(s.op_end));
                 }
-                self.sites[site].cold_end = self.asm.pos() as u32;
+                self.slow(site).cold_end = self.asm.pos() as u32;
             }
             Place::Shared { base, d } => self.cold_shared(site, base, d),
         }
+    }
+
+    /// What is noted of the slow path of an access.
+    pub(super) fn slow(&mut self, site: usize) -> &mut Slow {
+        self.notes.slow.entry(site as u32).or_default()
     }
 
     /// Emits the code of the body between two offsets once more.
@@ -543,10 +537,12 @@ impl Translation {
         let by = (self.asm.pos() as u32).wrapping_sub(u32::from(start));
         self.asm.bytes(&self.body.buf[usize::from(start)..usize::from(end)]);
         let within = u32::from(start) + 1..=u32::from(end);
-        let moved = |f: &Fixup| Fixup { at: f.at.wrapping_add(by), kind: f.kind };
-        let again: Vec<_> =
-            self.fixups.iter().filter(|f| within.contains(&f.at)).map(moved).collect();
-        self.fixups.extend(again);
+        for n in 0..self.fixups.len() {
+            let (at, kind) = self.fixups[n];
+            if within.contains(&at) {
+                self.fixups.push((at.wrapping_add(by), kind));
+            }
+        }
     }
 
     /// Makes the slow path of access `number`, `site`, of a block whose code is `body`; it will be at
@@ -557,49 +553,58 @@ impl Translation {
         (block, body): (&Block, &[u8]),
         number: u64,
         site: Site,
-    ) -> (&[u8], Site) {
+    ) -> (&[u8], Slow) {
         self.at = block.host;
         self.body.restart(0);
         self.body.bytes(body);
-        self.asm.restart((cache.next_cold() - block.host) as usize);
-        self.sites.clear();
-        self.sites.push(site);
+        self.asm.restart(cache.next_cold().wrapping_sub(block.host) as usize);
+        self.notes.clear();
+        self.notes.sites.push(site);
         // It is never copied.
         self.fixups.clear();
-        self.bases.0 = number as u32;
+        self.base.sites = number as u32;
         self.slow_path(0);
-        (&self.asm.buf, self.sites[0])
+        let slow = *self.slow(0);
+        (&self.asm.buf, slow)
     }
 
     /// Calls the slow path of an access whose address is in [`S0`].
     fn call_slow(&mut self, site: usize) {
-        self.asm.mov_imm(SC, u64::from(self.bases.0) + site as u64);
+        self.asm.mov_imm(SC, u64::from(self.base.sites) + site as u64);
         self.note(Fix::Site);
         self.asm.near_abs(0xe8, self.thunks.mem, self.at);
-        self.sites[site].ret = self.asm.pos() as u32;
+        self.slow(site).ret = self.asm.pos() as u32;
     }
 
     /// Calls what writes a store from the bounce buffer.
     fn call_commit(&mut self, site: usize) {
         self.asm.near_abs(0xe8, self.thunks.commit, self.at);
-        self.sites[site].commit_ret = self.asm.pos() as u32;
+        self.slow(site).commit_ret = self.asm.pos() as u32;
     }
 
     /// Leaves because the target in [`S0`] of branch number `branch` is not in the jump cache.
     fn miss(&mut self, branch: u32) {
         self.asm.mov_imm(SC, u64::from(branch));
-        self.note(Fix::Return);
+        self.note(Fix::Branch);
         self.asm.near_abs(0xe9, self.thunks.exit(ExitCode::Indirect), self.at);
     }
 
     /// A direct jump by the jump cache; with a number, if it faults at its target.
     fn far(&mut self, target: u64, branch: Option<u32>) {
         self.load_address(S0, target, false);
-        through_jump_cache(&mut self.asm);
+        let (tag, to) = jump_cache_entry(target);
+        self.asm.load(SC, &Mem::gs(tag));
+        self.note(Fix::Entry);
+        self.asm.lea(SC, &Mem::base_index(SC, S0, 0, 0));
+        let hit = self.asm.jrcxz();
         match branch {
             Some(branch) => self.miss(branch),
             None => self.asm.near_abs(0xe9, self.thunks.miss, self.at),
         }
+        let ok = self.asm.bind_short(hit);
+        debug_assert!(ok);
+        self.asm.jmp_mem(&Mem::gs(to));
+        self.note(Fix::Entry);
     }
 
     /// Sets RIP and leaves.
@@ -613,12 +618,12 @@ impl Translation {
     fn helper(&mut self, ins: &Instruction, run: Run) {
         let number = self.next_helper();
         self.call_helper(number);
-        self.helpers.push(Helped { ins: *ins, run });
+        self.notes.helpers.push(Helped { ins: *ins, run });
     }
 
     /// Number of the next instruction for a helper.
     fn next_helper(&self) -> u64 {
-        u64::from(self.bases.1) + self.helpers.len() as u64
+        u64::from(self.base.helpers) + self.notes.helpers.len() as u64
     }
 
     fn call_helper(&mut self, number: u64) {
@@ -658,14 +663,14 @@ impl Translation {
             // UD2, here and in a copy for the bounce buffer: the guest sees #UD.
             self.asm.buf.truncate(start);
             self.asm.bytes(&[0x0f, 0x0b]);
-            let rip = self.block.key.rip.wrapping_add(u64::from(self.rip_off));
+            let rip = self.key.rip.wrapping_add(u64::from(self.rip_off));
             report_unencodable(ins, rip, &e.to_string());
         }
     }
 
     fn site(&mut self, site: Site) -> usize {
-        self.sites.push(site);
-        self.sites.len() - 1
+        self.notes.sites.push(site);
+        self.notes.sites.len() - 1
     }
 }
 

@@ -21,7 +21,7 @@ use super::access::{Access, Want, access_size, segment_of};
 use super::decode::Class;
 use super::regs::GuestReg;
 use crate::asm::Mem;
-use crate::code::{Place, Site};
+use crate::code::Place;
 use crate::layout::{Area, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, WINDOWS, disp, mapped};
 
 /// Number of RSP.
@@ -126,32 +126,31 @@ impl Translation {
             self.asm.load(SC, &kept(window.slot));
         }
         self.held = Some(window.slot);
-        let site = self.site(Site {
-            look,
-            op: self.asm.pos() as u16,
-            above: (d - window.start) as u16,
-            window: Some(window.slot as u8),
-            ..self.site_of(want, seg, Place::Shared { base, d: d as i32 })
-        });
+        let op = self.asm.pos() as u16;
+        let place = Place::Shared { base, d: d as i32 };
+        let mut site = self.site_of(want, seg, place);
+        (site.look, site.op) = (look, op);
+        site.share(window.slot, (d - window.start) as u16);
+        let site = self.site(site);
         Some(Access { site, ea: reg, disp: d as i32 })
     }
 
     /// The slow path of a shared access: the instruction is executed out of line, and the window's
     /// addend loaded again.
     pub(super) fn cold_shared(&mut self, site: usize, base: u8, d: i32) {
-        let slot = usize::from(self.sites[site].window.unwrap_or(0));
-        self.sites[site].cold = self.asm.pos() as u32;
+        let slot = self.notes.sites[site].window().unwrap_or(0);
+        self.slow(site).cold = self.asm.pos() as u32;
         self.load_guest(S0, base);
         self.asm.lea(S0, &Mem::base(S0, d));
         self.call_slow(site);
         let direct = self.asm.jmp();
-        let s = self.sites[site];
+        let s = self.notes.sites[site];
         let reload_base = |t: &mut Self| {
             if mapped(base).is_none() {
                 t.load_guest(S0, base);
             }
         };
-        if s.write {
+        if s.writes() {
             reload_base(self);
             self.repeat(s.op, s.op_end);
             self.call_commit(site);
@@ -159,12 +158,12 @@ impl Translation {
             self.asm.jmp_to(usize::from(s.op_end));
         }
         self.asm.bind_near(direct);
-        self.sites[site].direct = self.asm.pos() as u32;
+        self.slow(site).direct = self.asm.pos() as u32;
         reload_base(self);
         self.repeat(s.op, s.op_end);
         self.asm.load(SC, &kept(slot));
         self.asm.jmp_to(usize::from(s.op_end));
-        self.sites[site].cold_end = self.asm.pos() as u32;
+        self.slow(site).cold_end = self.asm.pos() as u32;
     }
 
     /// The lowest displacement of the accesses from the current instruction on that one window can

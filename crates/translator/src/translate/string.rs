@@ -161,8 +161,7 @@ impl Translation {
     pub(super) fn string(&mut self, ins: &Instruction, op: StringOp) {
         // Longer than any JRCXZ reaches: none may be pending.
         self.reserve(127);
-        let rip = self.block.key.rip.wrapping_add(u64::from(self.rip_off));
-        let site = self.strings.len();
+        let site = self.notes.strings.len();
         let cold = self.cold.len();
         let mut overlap = None;
         if op.rep {
@@ -197,7 +196,13 @@ impl Translation {
         let at = self.asm.pos() as u32;
         self.asm.bytes(&op.encode());
         self.string_to_guest(op, if op.rep { Count::Whole } else { Count::None });
-        self.strings.push(StringSite { look, begun, op: at, rip, ..StringSite::default() });
+        self.notes.strings.push(StringSite {
+            look,
+            begun,
+            op: at,
+            rip: self.rip_off,
+            ..StringSite::default()
+        });
         let rest = Rest { op, ins: *ins, site, end: self.asm.pos() };
         self.cold.push(Cold::String(Box::new(rest)));
         if overlap.is_some() {
@@ -339,7 +344,7 @@ impl Translation {
         let helper = self.asm.pos();
         self.helper(&rest.ins, runner(&rest.ins));
         self.asm.jmp_to(rest.end);
-        self.strings[rest.site].cold = helper as u32;
+        self.notes.strings[rest.site].cold = helper as u32;
         if let Some(forward) = forward {
             let ok = self.asm.bind_short(forward);
             debug_assert!(ok);
@@ -401,13 +406,13 @@ impl Translation {
             self.asm.store_imm(&string_flags, 0);
         }
         self.asm.jmp_to(rest.end);
-        let site = self.strings.len();
-        self.strings.push(StringSite {
+        let site = self.notes.strings.len();
+        self.notes.strings.push(StringSite {
             look: look as u32,
             begun: begun as u32,
             op: at as u32,
             cold: helper as u32,
-            rip: rest.ins.ip(),
+            rip: self.notes.strings[rest.site].rip,
             ..StringSite::default()
         });
         self.string_ways_out(op, site, Count::Sum, helper);
@@ -415,18 +420,19 @@ impl Translation {
 
     /// Where the signal handler sends a string instruction that faulted, or that is to be left.
     fn string_ways_out(&mut self, op: StringOp, site: usize, count: Count, helper: usize) {
-        self.strings[site].cold_fault = self.asm.pos() as u32;
+        self.notes.strings[site].cold_fault = self.asm.pos() as u32;
         self.string_to_guest(op, count);
         self.asm.jmp_to(helper);
-        self.strings[site].cold_stop = self.asm.pos() as u32;
+        self.notes.strings[site].cold_stop = self.asm.pos() as u32;
         self.string_to_guest(op, count);
-        self.exit_at(self.strings[site].rip, ExitCode::Interrupt);
+        let rip = self.notes.strings[site].rip;
+        self.exit_at(self.key.rip.wrapping_add(rip.into()), ExitCode::Interrupt);
     }
 
     /// The processor copies overlapping strings in order when it sees that they overlap: in one
     /// mapping. In two mappings of the same memory it does not.
     pub(super) fn string_overlap(&mut self, overlap: &Overlap) {
-        let StringSite { begun, cold, .. } = self.strings[overlap.site];
+        let StringSite { begun, cold, .. } = self.notes.strings[overlap.site];
         // The distance less the length: not negative?
         self.asm.mov(SC, host::RSI);
         self.asm.not(SC);

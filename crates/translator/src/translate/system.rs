@@ -14,7 +14,7 @@ use super::access::Want;
 use super::regs::GuestReg;
 use super::{Cold, Mode, Translation};
 use crate::asm::{Mem, Near};
-use crate::code::Helped;
+use crate::code::{Helped, Is};
 use crate::exec::runner;
 use crate::layout::{
     Area, FlagMask, GUEST_RCX, GUEST_RSP, S0, S1, SC, disp, gpr_disp, host, mapped, state_disp,
@@ -150,7 +150,7 @@ impl Translation {
         let cold = self.cold.len();
         self.near.push((jump, cold));
         let number = self.next_helper();
-        self.helpers.push(Helped { ins: *ins, run: runner(ins) });
+        self.notes.helpers.push(Helped { ins: *ins, run: runner(ins) });
         self.cold.push(Cold::Helper { number, back: 0 });
         cold
     }
@@ -209,7 +209,7 @@ impl Translation {
         self.asm.lea(S0, &Mem::base(GUEST_RSP, -8));
         let code = start..self.asm.pos();
         let a = self.look_up(S0, Want { size: 8, read: false, write: true }, 2, false, code);
-        self.sites[a.site].simple = false;
+        self.notes.sites[a.site].is.remove(Is::SIMPLE);
         self.asm.lea(SC, &Mem::base_index(S0, SC, 0, 0));
         // The flags of a thread that is being stepped have TF set.
         self.asm.bytes(&[0x9c]); // pushfq

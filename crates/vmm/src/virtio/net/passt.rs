@@ -38,6 +38,11 @@ pub enum PasstError {
     },
 }
 
+/// A passt that ends earlier than this could not begin.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// What passt says when all is well.
+const AS_ROOT: &str = "Don't run as root";
+
 /// How passt is to be run.
 #[derive(Clone, Debug)]
 pub struct PasstConfig {
@@ -95,18 +100,35 @@ impl Passt {
     }
 }
 
+/// What is to be said of a passt that ended after such a time, its last words being these: one that
+/// ends at once could not begin, for the others their guest has ended.
+fn failure(lived: Duration, last: &str) -> Option<String> {
+    let failed = lived < BEGIN_TIMEOUT && !last.is_empty() && !last.starts_with(AS_ROOT);
+    failed.then(|| {
+        format!("the guest has no network: passt ended at once ({last}); `--net none` needs none")
+    })
+}
+
 fn log_lines(stderr: impl Read) {
+    let began = Instant::now();
+    let mut last = String::new();
     let mut reader = BufReader::new(stderr);
     let mut line = Vec::new();
     loop {
         line.clear();
         match reader.by_ref().take(LOG_LINE_MAX).read_until(b'\n', &mut line) {
-            Ok(0) | Err(_) => return,
+            Ok(0) | Err(_) => {
+                if let Some(message) = failure(began.elapsed(), &last) {
+                    tracing::warn!("{message}");
+                }
+                return;
+            }
             Ok(_) => {
                 let text = String::from_utf8_lossy(&line);
                 // Hosts without a syslog daemon make it complain about each message.
                 if !text.contains("to syslog") && !text.trim().is_empty() {
                     tracing::info!(message = text.trim_end(), "passt");
+                    text.trim().clone_into(&mut last);
                 }
             }
         }
@@ -124,5 +146,19 @@ impl Drop for Passt {
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BEGIN_TIMEOUT, Duration, failure};
+
+    #[test]
+    fn a_passt_that_cannot_begin_is_told_from_one_that_is_done() {
+        let said = failure(Duration::ZERO, "Couldn't create user namespace").unwrap();
+        assert!(said.contains("no network") && said.contains("user namespace"), "{said}");
+        assert_eq!(failure(BEGIN_TIMEOUT, "Couldn't create user namespace"), None);
+        assert_eq!(failure(Duration::ZERO, "Don't run as root. Changing to nobody..."), None);
+        assert_eq!(failure(Duration::ZERO, ""), None);
     }
 }

@@ -492,6 +492,24 @@ pub(crate) const GUESTS: &[Guest] = &[
         ..guest!("modes", [1], Expect::Checks(52), [Need::FullEmulation])
     },
     Guest {
+        qemu_differs: &[
+            differs("a word at 0xffff", "vol. 3, 5.3: segment limits; TCG does not check them"),
+            differs(
+                "a word at 0xffff: saved EIP",
+                "vol. 3, 5.3: segment limits; TCG does not check them",
+            ),
+            differs(
+                "iretd to beyond 64 KiB",
+                "vol. 2, IRET: the new EIP has to be within the limit; TCG cuts it",
+            ),
+            differs(
+                "iretd to beyond 64 KiB: saved EIP",
+                "vol. 2, IRET: the new EIP has to be within the limit; TCG cuts it",
+            ),
+        ],
+        ..guest!("vm86", [1], Expect::Checks(85), [Need::FullEmulation])
+    },
+    Guest {
         qemu_skips: Some("the devices it is about"),
         ..guest!("rubbish", [1], Expect::Checks(6), [])
     },

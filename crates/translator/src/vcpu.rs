@@ -323,6 +323,7 @@ impl Inner {
                 ring0: true,
                 tsd: false,
                 fsgsbase: false,
+                real: true,
             },
             pending: None,
             once: false,
@@ -469,13 +470,14 @@ impl Inner {
             flat,
             fpu,
             sse,
-            avx: avx && s.protected(),
+            avx: avx && !s.real_segments(),
             single: s.rflags & flags::TF != 0 || mem::breaking(s),
             aligned: mem::alignment_checked(s),
             checked: self.checked,
             ring0: s.cpl() == 0,
             tsd: s.cpl() != 0 && s.cr4 & cr4::TSD != 0,
             fsgsbase: s.cr4 & cr4::FSGSBASE != 0,
+            real: s.real_segments(),
         }
     }
 

@@ -9,8 +9,7 @@
 //! after it. CR2 and DR6 belong to the raising of the exception and stay updated; the accessed bit of a
 //! descriptor that was looked at may be set.
 //!
-//! Not supported, and refused with #GP(vector of the gate): task gates. Virtual-8086 mode does not
-//! exist here.
+//! Not supported, and refused with #GP(vector of the gate): task gates.
 
 use crate::desc::{self, is_null, rpl, selector_code, system, wrap};
 use crate::paging::canonical;
@@ -363,30 +362,45 @@ fn deliver_legacy(
     let cs = read_target(cpu, mem, frame, &gate)?;
     let cpl = rpl(cs.selector);
     let inner = cpl < cpu.cpl();
+    let from_virtual = cpu.virtual_8086();
+    if from_virtual && cpl != 0 {
+        return Err(Exception::gp(frame.code(gate.selector)));
+    }
     let code = u64::from(frame.error_code.unwrap_or(0));
     let pushed_code = usize::from(frame.error_code.is_some());
+    let selector = |n: usize| u64::from(cpu.seg[n].selector);
     let image = [
-        u64::from(cpu.seg[sreg::SS].selector),
+        selector(sreg::GS),
+        selector(sreg::FS),
+        selector(sreg::DS),
+        selector(sreg::ES),
+        selector(sreg::SS),
         cpu.gpr[reg::RSP],
         frame.rflags,
-        u64::from(cpu.seg[sreg::CS].selector),
+        selector(sreg::CS),
         frame.rip,
         code,
     ];
     let (first, new_ss, mut stack) = if inner {
         let (ss, sp) = inner_stack(cpu, mem, cpl, frame.ext)?;
-        (0, ss, Stack::inner(ss, sp, selector_code(ss.selector) | frame.ext))
+        let first = if from_virtual { 0 } else { 4 };
+        (first, ss, Stack::inner(ss, sp, selector_code(ss.selector) | frame.ext))
     } else {
-        (2, cpu.seg[sreg::SS], Stack::current(cpu, frame.ext))
+        (6, cpu.seg[sreg::SS], Stack::current(cpu, frame.ext))
     };
     if gate.offset > u64::from(cs.limit) {
         return Err(Exception::gp(frame.ext));
     }
-    let image = image.get(first..5 + pushed_code).unwrap_or(&image);
+    let image = image.get(first..9 + pushed_code).unwrap_or(&image);
     stack.push(cpu, mem, image, gate.size)?;
     cpu.seg[sreg::SS] = new_ss;
     stack.apply(cpu);
     cpu.seg[sreg::CS] = cs;
+    if from_virtual {
+        for n in [sreg::ES, sreg::DS, sreg::FS, sreg::GS] {
+            cpu.seg[n] = Segment::default();
+        }
+    }
     cpu.rip = gate.offset;
     cpu.rflags = gate_flags(cpu.rflags, &gate);
     Ok(())

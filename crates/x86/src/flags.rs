@@ -1,8 +1,8 @@
 //! Who may change which flags: POPF, PUSHF, IRET, CLI and STI by CPL and IOPL (Intel SDM vol. 2,
 //! the pages of these instructions; table "Effect of POPF/POPFD on the EFLAGS Register").
 //!
-//! Virtual-8086 mode and its extensions (VME, PVI) are not part of this processor: VM is never set,
-//! VIF and VIP are plain bits that only IRET at CPL 0 sets.
+//! The extensions of virtual-8086 mode (VME, PVI) are not part of this processor: VIF and VIP are
+//! plain bits that only IRET at CPL 0 sets. VM is set by IRET to that mode and by nothing here.
 
 use crate::size::OpSize;
 use crate::state::{CpuState, Exception, flags};
@@ -41,6 +41,15 @@ pub const fn iret_flags(cpu: &CpuState, new: u64, opsize: OpSize) -> u64 {
         }
     }
     cpu.rflags & !mask | new & mask | flags::FIXED
+}
+
+/// Whether PUSHF, POPF, INT n and IRET may be executed: in virtual-8086 mode with IOPL 3 only (SDM
+/// vol. 3, 21.2.7).
+///
+/// # Errors
+/// #GP(0).
+pub const fn sensitive(cpu: &CpuState) -> Result<(), Exception> {
+    if cpu.virtual_8086() && cpu.iopl() != 3 { Err(Exception::gp(0)) } else { Ok(()) }
 }
 
 /// CLI.
@@ -85,7 +94,7 @@ const fn privileged_mask(cpu: &CpuState) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{cli, iret_flags, merge_flags, pushf_image, sti};
+    use super::{cli, iret_flags, merge_flags, pushf_image, sensitive, sti};
     use crate::fake::{protected, real};
     use crate::size::OpSize::{Bits16, Bits32, Bits64};
     use crate::state::flags;
@@ -156,6 +165,17 @@ mod tests {
         cpu.rflags = ALL;
         assert_eq!(pushf_image(&cpu, Bits64), ALL & !(flags::RF | flags::VM));
         assert_eq!(pushf_image(&cpu, Bits16), ALL & 0xffff);
+    }
+
+    #[test]
+    fn what_is_sensitive_in_virtual_8086_mode() {
+        let mut cpu = protected(3);
+        assert!(sensitive(&cpu).is_ok());
+        cpu.rflags |= flags::VM;
+        for (iopl, allowed) in [(0, false), (2, false), (3, true)] {
+            cpu.rflags = cpu.rflags & !flags::IOPL | iopl << flags::IOPL_SHIFT;
+            assert_eq!(sensitive(&cpu).is_ok(), allowed);
+        }
     }
 
     #[test]

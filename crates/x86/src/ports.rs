@@ -7,8 +7,8 @@ use crate::state::{CpuState, Exception};
 /// Where a 32-bit or 64-bit TSS says where its I/O permission bitmap is.
 const BITMAP_POINTER: u64 = 0x66;
 
-/// Checks an access of `size` bytes (1, 2 or 4) to `port`: allowed with CPL <= IOPL, in real mode, or
-/// when the bits of all its bytes in the bitmap of the TSS are clear.
+/// Checks an access of `size` bytes (1, 2 or 4) to `port`: allowed with CPL <= IOPL (but for
+/// virtual-8086 mode), in real mode, or when the bits of all its bytes in the bitmap of the TSS are clear.
 ///
 /// # Errors
 /// #GP(0) when the access is not allowed; faults of reading the TSS.
@@ -18,7 +18,7 @@ pub fn check(
     port: u16,
     size: u8,
 ) -> Result<(), Exception> {
-    if !cpu.protected() || cpu.cpl() <= cpu.iopl() {
+    if !cpu.protected() || !cpu.virtual_8086() && cpu.cpl() <= cpu.iopl() {
         return Ok(());
     }
     let refuse = Exception::gp(0);

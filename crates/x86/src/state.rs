@@ -129,6 +129,12 @@ impl Segment {
     /// Bit of [`Segment::attr`]: limit counted in 4 KiB pages in the descriptor.
     pub const G: u16 = 1 << 15;
 
+    /// A segment of virtual-8086 mode (SDM vol. 3, 21.2.1).
+    #[must_use]
+    pub const fn virtual_8086(selector: u16) -> Self {
+        Self { base: (selector as u64) << 4, limit: 0xffff, selector, attr: 0xf3 }
+    }
+
     /// The descriptor privilege level, 0 to 3.
     #[must_use]
     pub const fn dpl(&self) -> u8 {
@@ -410,6 +416,18 @@ impl CpuState {
     #[must_use]
     pub const fn protected(&self) -> bool {
         self.cr0 & cr0::PE != 0
+    }
+
+    /// Whether the processor is in virtual-8086 mode.
+    #[must_use]
+    pub const fn virtual_8086(&self) -> bool {
+        self.protected() && !self.long_mode() && self.rflags & flags::VM != 0
+    }
+
+    /// Whether selectors are numbers of paragraphs: in real and in virtual-8086 mode.
+    #[must_use]
+    pub const fn real_segments(&self) -> bool {
+        !self.protected() || self.virtual_8086()
     }
 
     /// Whether paging is on.

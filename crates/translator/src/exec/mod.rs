@@ -13,7 +13,7 @@ pub use system::host_tsc;
 use berth_x86::state::{cr0, cr4, flags};
 use berth_x86::{Exception, far};
 use berth_x86::{OpSize, event};
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::fpu;
 use crate::translate::{Unit, access_size, sreg_index, unit};
@@ -49,7 +49,9 @@ pub fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
     if ins.is_invalid() && ins.len() == LONGEST {
         return Err(Exception::gp(0));
     }
-    if ins.is_invalid() || !v.allowed.instruction(ins) {
+    // Where LDS and LES are, there is no VEX prefix (SDM vol. 2, 2.3.5).
+    let vex = ins.code().encoding() == EncodingKind::VEX && v.area.state.real_segments();
+    if ins.is_invalid() || vex || !v.allowed.instruction(ins) {
         return Err(Exception::ud());
     }
     unit_available(v, ins)?;
@@ -174,7 +176,7 @@ fn unit_available(v: &Inner, ins: &Instruction) -> Result<(), Exception> {
         Unit::X87 if em || ts => Err(Exception::nm()),
         Unit::Mmx | Unit::Sse if em => Err(Exception::ud()),
         Unit::Sse if s.cr4 & cr4::OSFXSR == 0 => Err(Exception::ud()),
-        Unit::Avx if s.cr4 & cr4::OSXSAVE == 0 || s.xcr0 & 6 != 6 || !s.protected() => {
+        Unit::Avx if s.cr4 & cr4::OSXSAVE == 0 || s.xcr0 & 6 != 6 || s.real_segments() => {
             Err(Exception::ud())
         }
         _ if ts => Err(Exception::nm()),

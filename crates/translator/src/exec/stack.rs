@@ -68,11 +68,13 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
             }
         }
         M::Pushf | M::Pushfd | M::Pushfq => {
+            rules::sensitive(&v.area.state)?;
             let size = opsize(ins);
             let image = rules::pushf_image(&v.area.state, size);
             v.push(image, size.bytes())?;
         }
         M::Popf | M::Popfd | M::Popfq => {
+            rules::sensitive(&v.area.state)?;
             let size = opsize(ins);
             let image = v.pop(size.bytes())?;
             v.area.state.rflags = rules::merge_flags(&v.area.state, image, size);
@@ -135,7 +137,10 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
             far::iret(&mut v.area.state, &mut v.lin, opsize(ins))?;
             return Ok(Flow::Jump);
         }
-        M::Int => return v.software_interrupt(ins.immediate8(), next),
+        M::Int => {
+            rules::sensitive(&v.area.state)?;
+            return v.software_interrupt(ins.immediate8(), next);
+        }
         M::Int3 => return v.software_interrupt(3, next),
         M::Into => {
             if v.area.state.rflags & flags::OF != 0 {

@@ -171,7 +171,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => fs_gs_base(v, ins)?,
         M::Sgdt | M::Sidt | M::Lgdt | M::Lidt => table_register(v, ins)?,
         M::Sldt | M::Str => {
-            if !v.area.state.protected() {
+            if v.area.state.real_segments() {
                 return Err(Exception::ud());
             }
             control::umip(&v.area.state)?;
@@ -180,7 +180,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
             v.set(ins, 0, u64::from(x))?;
         }
         M::Lldt | M::Ltr => {
-            if !v.area.state.protected() {
+            if v.area.state.real_segments() {
                 return Err(Exception::ud());
             }
             control::privileged(&v.area.state)?;
@@ -193,7 +193,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         }
         M::Lar | M::Lsl | M::Verr | M::Verw => query(v, ins)?,
         M::Arpl => {
-            if !v.area.state.protected() {
+            if v.area.state.real_segments() {
                 return Err(Exception::ud());
             }
             let (d, s) = (v.get(ins, 0)?, v.get(ins, 1)?);
@@ -426,7 +426,7 @@ fn table_register(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
 
 fn query(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
     use Mnemonic as M;
-    if !v.area.state.protected() {
+    if v.area.state.real_segments() {
         return Err(Exception::ud());
     }
     let (s, found);
@@ -465,7 +465,7 @@ fn query(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
 /// Whether the running code may access `size` ports at `port` (SDM vol. 1, 19.5.2).
 pub(super) fn port_allowed(v: &mut Inner, port: u16, size: usize) -> Result<(), Exception> {
     let s = &v.area.state;
-    if !s.protected() || s.cpl() <= s.iopl() {
+    if !s.protected() || !s.virtual_8086() && s.cpl() <= s.iopl() {
         return Ok(());
     }
     let refuse = Exception::gp(0);

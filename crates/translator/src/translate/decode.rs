@@ -89,7 +89,7 @@ fn is_x87(f: CpuidFeature) -> bool {
 
 /// How to translate `ins`; `allowed` says whether its extensions are advertised.
 pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
-    if ins.is_invalid() || !allowed {
+    if ins.is_invalid() || !allowed || mode.real && ins.code().encoding() == EncodingKind::VEX {
         return Class::Refused;
     }
     if !(mode.fpu && mode.sse && mode.avx) {

@@ -80,6 +80,8 @@ pub struct Mode {
     pub tsd: bool,
     /// RDFSBASE and its like are allowed (CR4.FSGSBASE).
     pub fsgsbase: bool,
+    /// Real or virtual-8086 mode.
+    pub real: bool,
 }
 
 impl Mode {
@@ -98,6 +100,7 @@ impl Mode {
             ring0: !user,
             tsd: false,
             fsgsbase: true,
+            real: false,
         }
     }
 
@@ -121,6 +124,7 @@ impl Mode {
             | u32::from(self.ring0) << 16
             | u32::from(self.tsd) << 17
             | u32::from(self.fsgsbase) << 18
+            | u32::from(self.real) << 19
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{check_target, drop_inner_data, return_code, return_stack, to_64_bit};
 use crate::desc::{rpl, selector_code};
-use crate::flags::iret_flags;
+use crate::flags::{iret_flags, sensitive};
 use crate::platform::LinearMem;
 use crate::size::OpSize;
 use crate::stack::Stack;
@@ -17,7 +17,8 @@ use crate::state::{CodeSize, CpuState, Exception, Segment, flags, reg, sreg};
 /// #GP, #SS, #NP, #TS, #PF as the manual lists them.
 pub fn iret(cpu: &mut CpuState, mem: &mut dyn LinearMem, opsize: OpSize) -> Result<(), Exception> {
     cpu.nmi_masked = 0;
-    if !cpu.protected() {
+    if cpu.real_segments() {
+        sensitive(cpu)?;
         return real(cpu, mem, opsize);
     }
     if cpu.rflags & flags::NT != 0 {
@@ -51,7 +52,7 @@ fn protected(cpu: &mut CpuState, mem: &mut dyn LinearMem, opsize: OpSize) -> Res
     let [rip, selector, image] = stack.pop(cpu, mem, opsize.bytes())?;
     let wide = opsize != OpSize::Bits16;
     if !cpu.long_mode() && wide && image & flags::VM != 0 && cpu.cpl() == 0 {
-        return Err(Exception::gp(0));
+        return to_virtual_8086(cpu, mem, rip, selector, image);
     }
     let code = return_code(cpu, mem, selector as u16)?;
     let level = rpl(selector as u16);
@@ -76,6 +77,37 @@ fn protected(cpu: &mut CpuState, mem: &mut dyn LinearMem, opsize: OpSize) -> Res
     if outer {
         drop_inner_data(cpu);
     }
+    Ok(())
+}
+
+/// The end of an IRETD to virtual-8086 mode, whose frame has the stack and the data segments, too
+/// (SDM vol. 2, IRET, RETURN-TO-VIRTUAL-8086-MODE).
+fn to_virtual_8086(
+    cpu: &mut CpuState,
+    mem: &mut dyn LinearMem,
+    rip: u64,
+    cs: u64,
+    image: u64,
+) -> Result<(), Exception> {
+    let mut stack = Stack::current(cpu, 0);
+    let [_, _, _, esp, ss, es, ds, fs, gs] = stack.pop(cpu, mem, 4)?;
+    if rip > 0xffff {
+        return Err(Exception::gp(0));
+    }
+    let rflags = iret_flags(cpu, image, OpSize::Bits32) | flags::VM;
+    for (register, selector) in [
+        (sreg::ES, es),
+        (sreg::CS, cs),
+        (sreg::SS, ss),
+        (sreg::DS, ds),
+        (sreg::FS, fs),
+        (sreg::GS, gs),
+    ] {
+        cpu.seg[register] = Segment::virtual_8086(selector as u16);
+    }
+    cpu.gpr[reg::RSP] = esp;
+    cpu.rip = rip;
+    cpu.rflags = rflags;
     Ok(())
 }
 

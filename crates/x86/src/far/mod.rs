@@ -5,9 +5,8 @@
 //! written in one piece, registers last. (The accessed bit of a descriptor that was looked at may be
 //! set, as on a processor.)
 //!
-//! Hardware task switches and virtual-8086 mode do not exist here: a far transfer to a TSS or task gate
-//! raises #GP(selector), IRET with NT set raises #TS(TR) in protected mode (#GP(0) in long mode, as
-//! the manual says), IRET with VM set in the popped flags at CPL 0 raises #GP(0).
+//! Hardware task switches do not exist here: a far transfer to a TSS or task gate raises #GP(selector),
+//! IRET with NT set raises #TS(TR) in protected mode (#GP(0) in long mode, as the manual says).
 
 mod iret;
 mod segment;

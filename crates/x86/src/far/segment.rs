@@ -19,7 +19,7 @@ pub fn load_segment(
     if register == sreg::CS || register > sreg::GS {
         return Err(Exception::ud());
     }
-    if !cpu.protected() {
+    if cpu.real_segments() {
         let segment = &mut cpu.seg[register];
         segment.selector = selector;
         segment.base = u64::from(selector) << 4;
@@ -87,7 +87,7 @@ const fn reachable(cpu: &CpuState, descriptor: &Descriptor) -> bool {
 /// LLDT.
 ///
 /// # Errors
-/// #UD in real mode; #GP(0) when CPL is not 0; #GP or #NP with the selector.
+/// #UD in real and virtual-8086 mode; #GP(0) when CPL is not 0; #GP or #NP with the selector.
 pub fn lldt(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Result<(), Exception> {
     privileged(cpu)?;
     if is_null(selector) {
@@ -102,7 +102,7 @@ pub fn lldt(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Resul
 /// LTR; marks the TSS busy.
 ///
 /// # Errors
-/// #UD in real mode; #GP(0) when CPL is not 0 or the selector is null; #GP or #NP with the
+/// #UD in real and virtual-8086 mode; #GP(0) when CPL is not 0 or the selector is null; #GP or #NP with the
 /// selector.
 pub fn ltr(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Result<(), Exception> {
     privileged(cpu)?;
@@ -117,7 +117,7 @@ pub fn ltr(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Result
 }
 
 fn privileged(cpu: &CpuState) -> Result<(), Exception> {
-    if !cpu.protected() {
+    if cpu.real_segments() {
         return Err(Exception::ud());
     }
     if cpu.cpl() != 0 {
@@ -153,7 +153,7 @@ fn system_descriptor(
 /// VERR: whether the segment can be read at the current level (what ZF becomes).
 ///
 /// # Errors
-/// #UD in real mode; faults of reading the descriptor table.
+/// #UD in real and virtual-8086 mode; faults of reading the descriptor table.
 pub fn verr(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Result<bool, Exception> {
     let found = query(cpu, mem, selector)?;
     Ok(found.is_some_and(|d| d.is_readable() && reachable(cpu, &d)))
@@ -162,7 +162,7 @@ pub fn verr(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Resul
 /// VERW: whether the segment can be written at the current level (what ZF becomes).
 ///
 /// # Errors
-/// #UD in real mode; faults of reading the descriptor table.
+/// #UD in real and virtual-8086 mode; faults of reading the descriptor table.
 pub fn verw(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Result<bool, Exception> {
     let found = query(cpu, mem, selector)?;
     Ok(found.is_some_and(|d| d.is_writable_data() && reachable(cpu, &d)))
@@ -171,7 +171,7 @@ pub fn verw(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Resul
 /// LAR: the access rights (cut to 16 bits by the caller for a 16-bit operand), or `None` for ZF = 0.
 ///
 /// # Errors
-/// #UD in real mode; faults of reading the descriptor table.
+/// #UD in real and virtual-8086 mode; faults of reading the descriptor table.
 pub fn lar(
     cpu: &mut CpuState,
     mem: &mut dyn LinearMem,
@@ -190,7 +190,7 @@ pub fn lar(
 /// LSL: the limit in bytes, or `None` for ZF = 0.
 ///
 /// # Errors
-/// #UD in real mode; faults of reading the descriptor table.
+/// #UD in real and virtual-8086 mode; faults of reading the descriptor table.
 pub fn lsl(
     cpu: &mut CpuState,
     mem: &mut dyn LinearMem,
@@ -211,7 +211,7 @@ fn query(
     mem: &mut dyn LinearMem,
     selector: u16,
 ) -> Result<Option<Descriptor>, Exception> {
-    if !cpu.protected() {
+    if cpu.real_segments() {
         return Err(Exception::ud());
     }
     if is_null(selector) {

@@ -390,9 +390,44 @@ mod irets {
     }
 
     #[test]
+    fn to_virtual_8086_mode_and_back() {
+        let (mut cpu, mut mem) = machine(false, 0);
+        let frame = [0x5678, 0x900, IMAGE | flags::VM, 0x7000, 0x800, 0x100, 0x200, 0x300, 0x400];
+        push(&mem, Bits32, &frame);
+        iret(&mut cpu, &mut mem, Bits32).unwrap();
+        assert!(cpu.virtual_8086() && cpu.real_segments());
+        assert_eq!((cpu.cpl(), cpu.code_size(), cpu.rip), (3, CodeSize::Bits16, 0x5678));
+        assert_eq!((cpu.gpr[reg::RSP], cpu.rflags), (0x7000, IMAGE | flags::VM));
+        for (register, selector) in [
+            (sreg::CS, 0x900),
+            (sreg::SS, 0x800),
+            (sreg::ES, 0x100),
+            (sreg::DS, 0x200),
+            (sreg::FS, 0x300),
+            (sreg::GS, 0x400),
+        ] {
+            assert_eq!(cpu.seg[register], Segment::virtual_8086(selector));
+            assert_eq!(cpu.seg[register].base, u64::from(selector) << 4);
+        }
+        // Back through the IRET of that mode, which needs IOPL 3 and changes neither VM nor IOPL.
+        mem.put(0x8000 + 0x7000, [0x34, 0x12, 0x00, 0x0a, 0x03, 0x00]);
+        refused(&cpu, &mut mem, Exception::gp(0), |cpu, mem| iret(cpu, mem, Bits16));
+        cpu.rflags |= flags::IOPL;
+        iret(&mut cpu, &mut mem, Bits16).unwrap();
+        assert_eq!((cpu.rip, cpu.seg[sreg::CS].base), (0x1234, 0xa000));
+        let expected = flags::FIXED | flags::CF | flags::IOPL | flags::VM;
+        assert_eq!(cpu.rflags, expected);
+        // A 16-bit frame, and the outer levels, go to protected mode.
+        let (mut cpu, mut mem) = machine(false, 3);
+        push(&mem, Bits32, &[TARGET, 0x1b, IMAGE | flags::VM]);
+        iret(&mut cpu, &mut mem, Bits32).unwrap();
+        assert!(!cpu.virtual_8086());
+    }
+
+    #[test]
     fn legacy_refusals() {
         let (mut cpu, mut mem) = machine(false, 0);
-        push(&mem, Bits32, &[TARGET, 8, IMAGE | flags::VM]);
+        push(&mem, Bits32, &[0x1_0000, 8, IMAGE | flags::VM, 0, 0, 0, 0, 0, 0]);
         refused(&cpu, &mut mem, Exception::gp(0), |cpu, mem| iret(cpu, mem, Bits32));
         cpu.rflags |= flags::NT;
         refused(&cpu, &mut mem, Exception::ts(0x28), |cpu, mem| iret(cpu, mem, Bits32));

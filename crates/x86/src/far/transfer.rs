@@ -21,7 +21,7 @@ pub fn far_jump(
     opsize: OpSize,
 ) -> Result<(), Exception> {
     let offset = opsize.cut(offset);
-    if !cpu.protected() {
+    if cpu.real_segments() {
         return jump_real(cpu, selector, offset);
     }
     match target(cpu, mem, selector)? {
@@ -63,7 +63,7 @@ pub fn far_call(
 ) -> Result<(), Exception> {
     let offset = opsize.cut(offset);
     let back = [u64::from(cpu.seg[sreg::CS].selector), next_rip];
-    if !cpu.protected() {
+    if cpu.real_segments() {
         if offset > u64::from(cpu.seg[sreg::CS].limit) {
             return Err(Exception::gp(0));
         }
@@ -107,7 +107,7 @@ pub fn far_ret(
 ) -> Result<(), Exception> {
     let mut stack = Stack::current(cpu, 0);
     let [rip, selector] = stack.pop(cpu, mem, opsize.bytes())?;
-    if !cpu.protected() {
+    if cpu.real_segments() {
         if rip > u64::from(cpu.seg[sreg::CS].limit) {
             return Err(Exception::gp(0));
         }

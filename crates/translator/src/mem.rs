@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use berth_x86::paging::{self, Kind, Rights, Walk};
 use berth_x86::state::{cr4, flags, sreg};
-use berth_x86::{Access, CpuState, Exception, LinearMem, Platform};
+use berth_x86::{Access, CpuState, Exception, LinearMem, Platform, control};
 
 use crate::ram::PAGE;
 use crate::shared::Shared;
@@ -21,6 +21,8 @@ pub struct Lin {
     pub platform: Box<dyn Platform>,
     /// Pages of translated code that helpers wrote; the vCPU drops its blocks afterwards.
     pub dirty_code: Vec<u64>,
+    /// The vCPU is in another task now, and perhaps in another address space.
+    pub task_entered: bool,
     /// The platform was called: interrupts may have changed.
     pub platform_called: bool,
     /// Bits for DR6 from data breakpoints that were hit.
@@ -238,6 +240,14 @@ pub fn breaking(cpu: &CpuState) -> bool {
 }
 
 impl LinearMem for Lin {
+    fn enter_task(&mut self, cpu: &mut CpuState, cr3: Option<u64>) -> Result<(), Exception> {
+        if let Some(cr3) = cr3 {
+            control::load_cr3(cpu, &self.shared.ram, cr3)?;
+        }
+        self.task_entered = true;
+        Ok(())
+    }
+
     fn read(
         &mut self,
         cpu: &mut CpuState,

@@ -300,6 +300,7 @@ impl Inner {
                 index,
                 platform,
                 dirty_code: Vec::new(),
+                task_entered: false,
                 platform_called: false,
                 watch_hits: 0,
                 walked: Walked::new(),
@@ -631,6 +632,10 @@ impl Inner {
         }
         if std::mem::take(&mut self.lin.platform_called) {
             self.area.irq = 1;
+        }
+        if std::mem::take(&mut self.lin.task_entered) {
+            self.switch_space(0, false);
+            stop = true;
         }
         stop
     }
@@ -1684,6 +1689,7 @@ impl Inner {
         self.area.state.rip = ins.ip();
         let next = wrap(ins.next_ip(), self.mode.bits);
         let result = run(self, &ins, next);
+        let in_task = self.lin.task_entered;
         let stop = self.after_rust();
         match result {
             Ok(Flow::Next) => {
@@ -1711,7 +1717,10 @@ impl Inner {
                 then
             }
             Err(e) => {
-                self.area.state.rip = ins.ip();
+                // A fault of a new task is one of its own first instruction.
+                if !in_task {
+                    self.area.state.rip = ins.ip();
+                }
                 self.raise_and_resume(e)
             }
         }

@@ -153,6 +153,18 @@ pub fn mov_to_cr3<M: PhysMem + ?Sized>(
     value: u64,
 ) -> Result<CrEffect, Exception> {
     privileged(cpu)?;
+    load_cr3(cpu, mem, value)
+}
+
+/// Loads CR3, as a task switch does at any privilege level.
+///
+/// # Errors
+/// #GP(0) when a reserved bit is set, or a PDPTE has one set.
+pub fn load_cr3<M: PhysMem + ?Sized>(
+    cpu: &mut CpuState,
+    mem: &M,
+    value: u64,
+) -> Result<CrEffect, Exception> {
     let old = cpu.cr3;
     let pcide = cpu.cr4 & cr4::PCIDE != 0;
     let mut flush = Flush::Pcid(0);

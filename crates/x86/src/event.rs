@@ -9,13 +9,15 @@
 //! after it. CR2 and DR6 belong to the raising of the exception and stay updated; the accessed bit of a
 //! descriptor that was looked at may be set.
 //!
-//! Not supported, and refused with #GP(vector of the gate): task gates.
+//! A task gate switches the task ([`crate::task`]): a fault of the new one is an error of the delivery,
+//! with the vCPU in the new task.
 
 use crate::desc::{self, is_null, rpl, selector_code, system, wrap};
 use crate::paging::canonical;
 use crate::platform::{Access, LinearMem};
 use crate::stack::Stack;
 use crate::state::{CpuState, Exception, Segment, flags, reg, sreg, vector};
+use crate::task::{self, Cause};
 
 /// DR6 bits that always read as one.
 pub(crate) const DR6_FIXED: u64 = 0xffff_0ff0;
@@ -228,6 +230,8 @@ struct Gate {
     /// Bytes of one pushed value.
     size: usize,
     ist: u8,
+    /// It is a task gate, and the selector that of a TSS.
+    task: bool,
 }
 
 /// Reads and checks the gate of a protected-mode or long-mode IDT.
@@ -255,7 +259,7 @@ fn read_gate(
         (system::TRAP, false) => (false, 4),
         (system::INT16, false) => (true, 2),
         (system::TRAP16, false) => (false, 2),
-        // Among them task gates, which this processor refuses.
+        (system::TASK_GATE, false) => (false, 4),
         _ => return Err(Exception::gp(frame.gate_code())),
     };
     let dpl = (raw >> 45 & 3) as u8;
@@ -272,6 +276,7 @@ fn read_gate(
         interrupt,
         size,
         ist: if long { (raw >> 32 & 7) as u8 } else { 0 },
+        task: typ == system::TASK_GATE,
     })
 }
 
@@ -359,6 +364,10 @@ fn deliver_legacy(
     frame: &Frame,
 ) -> Result<(), Exception> {
     let gate = read_gate(cpu, mem, frame)?;
+    if gate.task {
+        let cause = Cause::Interrupt { ext: frame.ext, error_code: frame.error_code };
+        return task::switch(cpu, mem, gate.selector, cause, frame.rip, frame.rflags);
+    }
     let cs = read_target(cpu, mem, frame, &gate)?;
     let cpl = rpl(cs.selector);
     let inner = cpl < cpu.cpl();

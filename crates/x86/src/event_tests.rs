@@ -311,14 +311,6 @@ fn expand_down_stacks() {
 }
 
 #[test]
-fn task_gates_are_refused() {
-    let (cpu, mut mem) = legacy_machine(0);
-    idt32(&mem, 8, gate(sel::TSS, 0, 0x85, 0));
-    let expected = Exception::gp(8 << 3 | 3);
-    refused(&cpu, &mut mem, Event::Interrupt(8), expected);
-}
-
-#[test]
 fn real_mode() {
     let mut mem = Flat::new();
     mem.put(IDT + 0x21 * 4, [0x34, 0x12, 0x00, 0x08]);

@@ -13,6 +13,8 @@ pub(crate) struct Flat {
     /// System accesses made, in order (address, length).
     pub(crate) system: Vec<(u64, usize)>,
     pub(crate) writes: usize,
+    /// There was a task switch.
+    pub(crate) task_entered: bool,
     /// Compare-and-swaps that are to fail, after changing the entry to this value.
     pub(crate) races: RefCell<Vec<(u64, u64)>>,
 }
@@ -26,6 +28,7 @@ impl Flat {
             faulting: None,
             system: Vec::new(),
             writes: 0,
+            task_entered: false,
             races: RefCell::new(Vec::new()),
         }
     }
@@ -105,6 +108,14 @@ impl PhysMem for Flat {
 }
 
 impl LinearMem for Flat {
+    fn enter_task(&mut self, cpu: &mut CpuState, cr3: Option<u64>) -> Result<(), Exception> {
+        if let Some(cr3) = cr3 {
+            crate::control::load_cr3(cpu, self, cr3)?;
+        }
+        self.task_entered = true;
+        Ok(())
+    }
+
     fn read(
         &mut self,
         _: &mut CpuState,

@@ -26,6 +26,7 @@ mod size;
 mod stack;
 pub mod state;
 pub mod syscall;
+mod task;
 
 pub use platform::{Access, LinearMem, PhysMem, Platform};
 pub use size::OpSize;

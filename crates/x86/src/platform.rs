@@ -65,6 +65,12 @@ pub trait LinearMem {
         len: usize,
         access: Access,
     ) -> Result<(), Exception>;
+    /// A task switch: loads CR3, if there is another one, by [`crate::control::load_cr3`]; the vCPU
+    /// is in the new task then, whatever follows.
+    ///
+    /// # Errors
+    /// What loading CR3 raises; there is no switch then.
+    fn enter_task(&mut self, cpu: &mut CpuState, cr3: Option<u64>) -> Result<(), Exception>;
 }
 
 /// The machine around a translated vCPU, called on the vCPU's thread.

@@ -120,6 +120,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
         }
         M::Jmp => {
             let (sel, off, size) = v.far_operand(ins)?;
+            v.area.state.rip = next;
             far::far_jump(&mut v.area.state, &mut v.lin, sel, off, size)?;
             return Ok(Flow::Jump);
         }
@@ -134,6 +135,7 @@ pub(super) fn execute(v: &mut Inner, ins: &Instruction, next: u64) -> Done {
             return Ok(Flow::Jump);
         }
         M::Iret | M::Iretd | M::Iretq => {
+            v.area.state.rip = next;
             far::iret(&mut v.area.state, &mut v.lin, opsize(ins))?;
             return Ok(Flow::Jump);
         }

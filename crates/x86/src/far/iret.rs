@@ -1,14 +1,16 @@
 //! IRET in all its forms.
 
 use super::{check_target, drop_inner_data, return_code, return_stack, to_64_bit};
-use crate::desc::{rpl, selector_code};
+use crate::desc::rpl;
 use crate::flags::{iret_flags, sensitive};
 use crate::platform::LinearMem;
 use crate::size::OpSize;
 use crate::stack::Stack;
 use crate::state::{CodeSize, CpuState, Exception, Segment, flags, reg, sreg};
+use crate::task;
 
-/// IRET, IRETD or IRETQ.
+/// IRET, IRETD or IRETQ. [`CpuState::rip`] must be the address of the next instruction, which is what
+/// a task that ends so goes on with when it is called again.
 ///
 /// NMIs are unmasked even when the instruction then faults (SDM vol. 3, 6.7.1 and 28.2.3). Everything
 /// else stays as it was on a fault.
@@ -22,11 +24,7 @@ pub fn iret(cpu: &mut CpuState, mem: &mut dyn LinearMem, opsize: OpSize) -> Resu
         return real(cpu, mem, opsize);
     }
     if cpu.rflags & flags::NT != 0 {
-        return Err(if cpu.long_mode() {
-            Exception::gp(0)
-        } else {
-            Exception::ts(selector_code(cpu.tr.selector))
-        });
+        return if cpu.long_mode() { Err(Exception::gp(0)) } else { task::go_back(cpu, mem) };
     }
     protected(cpu, mem, opsize)
 }

@@ -5,8 +5,8 @@
 //! written in one piece, registers last. (The accessed bit of a descriptor that was looked at may be
 //! set, as on a processor.)
 //!
-//! Hardware task switches do not exist here: a far transfer to a TSS or task gate raises #GP(selector),
-//! IRET with NT set raises #TS(TR) in protected mode (#GP(0) in long mode, as the manual says).
+//! A transfer that switches the task ([`crate::task`]) has failed when it gives an error, but may be in
+//! the new task then.
 
 mod iret;
 mod segment;

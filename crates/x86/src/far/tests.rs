@@ -430,7 +430,7 @@ mod irets {
         push(&mem, Bits32, &[0x1_0000, 8, IMAGE | flags::VM, 0, 0, 0, 0, 0, 0]);
         refused(&cpu, &mut mem, Exception::gp(0), |cpu, mem| iret(cpu, mem, Bits32));
         cpu.rflags |= flags::NT;
-        refused(&cpu, &mut mem, Exception::ts(0x28), |cpu, mem| iret(cpu, mem, Bits32));
+        refused(&cpu, &mut mem, Exception::ts(0), |cpu, mem| iret(cpu, mem, Bits32));
         let (mut cpu, mut mem) = machine(false, 0);
         push(&mem, Bits32, &[TARGET, 0x1b, IMAGE, 0x7000, 0]);
         refused(&cpu, &mut mem, Exception::gp(0), |cpu, mem| iret(cpu, mem, Bits32));
@@ -486,7 +486,6 @@ mod transfers {
             (true, 0, sel::OUTSIDE, Some(Exception::gp(0x200))),
             (false, 0, sel::CODE0, None),
             (false, 3, sel::CODE3, None),
-            (false, 0, sel::TSS, Some(Exception::gp(0x28))),
         ] {
             let (mut cpu, mut mem) = machine(is_long, cpl);
             let before = cpu.clone();

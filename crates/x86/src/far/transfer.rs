@@ -8,8 +8,10 @@ use crate::platform::{Access, LinearMem};
 use crate::size::OpSize;
 use crate::stack::Stack;
 use crate::state::{CodeSize, CpuState, Exception, sreg};
+use crate::task::{self, Cause};
 
-/// Far JMP to `selector:offset`, through a call gate when the selector names one.
+/// Far JMP to `selector:offset`, through a call gate or to another task when the selector names one.
+/// [`CpuState::rip`] must be the address of the next instruction.
 ///
 /// # Errors
 /// #GP, #NP, #PF as the manual lists them.
@@ -29,6 +31,7 @@ pub fn far_jump(
             check_target(cpu, &code, offset)?;
             enter(cpu, mem, &mut code, offset, cpu.cpl())
         }
+        Target::Task(tss) => task::switch(cpu, mem, tss, Cause::Jump, cpu.rip, cpu.rflags),
         Target::Gate(gate) => {
             let mut code = gate_code(cpu, mem, &gate)?;
             let same = if code.is_conforming() {
@@ -77,6 +80,7 @@ pub fn far_call(
             check_target(cpu, &code, offset)?;
             call_same(cpu, mem, &mut code, offset, &back, opsize.bytes())
         }
+        Target::Task(tss) => task::switch(cpu, mem, tss, Cause::Call, next_rip, cpu.rflags),
         Target::Gate(gate) => {
             let mut code = gate_code(cpu, mem, &gate)?;
             if code.dpl() > cpu.cpl() {
@@ -155,6 +159,8 @@ enum Target {
     Code(Descriptor),
     /// A present call gate that may be used.
     Gate(Descriptor),
+    /// A TSS, or one that a task gate names.
+    Task(u16),
 }
 
 fn target(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Result<Target, Exception> {
@@ -177,6 +183,19 @@ fn target(cpu: &mut CpuState, mem: &mut dyn LinearMem, selector: u16) -> Result<
             return Err(Exception::np(found.code()));
         }
         return Ok(Target::Code(found));
+    }
+    let task = [system::TSS, system::TSS16, system::TASK_GATE].contains(&found.typ());
+    if found.is_system() && task && !cpu.long_mode() {
+        if found.dpl() < cpl || found.dpl() < rpl(selector) {
+            return Err(refuse);
+        }
+        if found.typ() != system::TASK_GATE {
+            return Ok(Target::Task(selector));
+        }
+        if !found.present() {
+            return Err(Exception::np(found.code()));
+        }
+        return Ok(Target::Task(found.gate_selector()));
     }
     let gate = found.is_system()
         && (found.typ() == system::CALL || (found.typ() == system::CALL16 && !cpu.long_mode()));

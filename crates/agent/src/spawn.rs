@@ -11,6 +11,7 @@ use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::reaper::{Child, Reaper};
+use crate::sys;
 use crate::users::{self, User};
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -104,6 +105,13 @@ pub fn take_terminal(command: &mut Command) {
 }
 
 fn become_user(command: &mut Command, user: &User) {
+    // SAFETY: between fork and exec only system calls are made.
+    unsafe {
+        command.pre_exec(|| {
+            sys::default_signals();
+            Ok(())
+        });
+    }
     // What serves tests on the host without root stays what it is.
     if rustix::process::getuid().as_raw() == user.uid && user.uid != 0 {
         return;

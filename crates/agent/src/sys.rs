@@ -92,6 +92,15 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
     check(unsafe { libc::kill(pid, signal) })
 }
 
+/// Gives every signal its default effect, whatever the agent inherited: an ignored one stays so in
+/// programs, and shells cannot trap it then. Makes system calls only.
+pub fn default_signals() {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: no handler is installed. Signals that cannot be changed are refused.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
 /// The first real-time signal plus `offset`.
 pub fn real_time_signal(offset: i32) -> i32 {
     libc::SIGRTMIN() + offset

@@ -23,7 +23,9 @@ impl Agent {
         let directory =
             std::env::temp_dir().join(format!("berth-agent-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
-        let process = Command::new(env!("CARGO_BIN_EXE_berth-agent"))
+        // What the agent inherits does not reach programs: with SIGINT ignored no shell could trap it.
+        let process = Command::new("sh")
+            .args(["-c", "trap '' INT; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_berth-agent")])
             .arg("--serve-unix")
             .arg(directory.join("socket"))
             .spawn()

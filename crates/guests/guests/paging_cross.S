@@ -149,6 +149,24 @@ main:
     mov rax, [exc_rflags]
     and eax, 0xc1
     CHECK "repe cmpsb: flags", rax, 0x81
+    // So has a short one, whose second element reaches into the missing page.
+    lea rsi, [rbx + 0x4ffa]
+    lea rdi, [rbx + 0x4ffa]
+    mov ecx, 2
+    mov al, [rsi]
+    xor eax, eax
+    ARM 1f
+    cmp eax, 1
+    repe cmpsd
+1:  mov rax, [exc_cr2]
+    lea rdx, [rbx + 0x5000]
+    CHECK "repe cmpsd: cr2", rax, rdx
+    lea rdx, [rbx + 0x4ffe]
+    CHECK "repe cmpsd: rsi", rsi, rdx
+    CHECK "repe cmpsd: rcx", rcx, 1
+    mov rax, [exc_rflags]
+    and eax, 0xc1
+    CHECK "repe cmpsd: flags", rax, 0x81
     mov [t_pt + 40], r13
 
     // Fetch crossing into a missing page: CR2 is the page, RIP the instruction.

@@ -156,6 +156,9 @@ impl StringOp {
     }
 }
 
+/// Where the flags are kept.
+const STRING_FLAGS: Mem = Mem::gs(disp(std::mem::offset_of!(Area, string_flags)));
+
 impl Translation {
     /// A string instruction.
     pub(super) fn string(&mut self, ins: &Instruction, op: StringOp) {
@@ -167,6 +170,11 @@ impl Translation {
         if op.rep {
             self.asm.pushfq();
             self.asm.pop(S0);
+        }
+        let compares = op.rep && op.compares();
+        if compares {
+            // For a fault, which leaves the flags from before the instruction (SDM vol. 2, REP).
+            self.asm.store(&STRING_FLAGS, S0);
         }
         let look = self.asm.pos() as u32;
         if op.rep {
@@ -196,6 +204,10 @@ impl Translation {
         let at = self.asm.pos() as u32;
         self.asm.bytes(&op.encode());
         self.string_to_guest(op, if op.rep { Count::Whole } else { Count::None });
+        let end = self.asm.pos();
+        if compares {
+            self.asm.store_imm(&STRING_FLAGS, 0);
+        }
         self.notes.strings.push(StringSite {
             look,
             begun,
@@ -203,7 +215,7 @@ impl Translation {
             rip: self.rip_off,
             ..StringSite::default()
         });
-        let rest = Rest { op, ins: *ins, site, end: self.asm.pos() };
+        let rest = Rest { op, ins: *ins, site, end };
         self.cold.push(Cold::String(Box::new(rest)));
         if overlap.is_some() {
             self.cold.push(Cold::Overlap(Overlap { shift: op.shift, site }));
@@ -364,11 +376,6 @@ impl Translation {
     /// Many runs.
     fn string_runs(&mut self, rest: &Rest, helper: usize) {
         let op = rest.op;
-        let string_flags = Mem::gs(disp(std::mem::offset_of!(Area, string_flags)));
-        if op.compares() {
-            self.asm.pushfq();
-            self.asm.pop_mem(&string_flags);
-        }
         let look = self.asm.pos();
         self.string_piece(op);
         self.string_look_up(op);
@@ -403,7 +410,6 @@ impl Translation {
         debug_assert!(ok);
         if let Some(ended) = ended {
             self.asm.bind_near(ended);
-            self.asm.store_imm(&string_flags, 0);
         }
         self.asm.jmp_to(rest.end);
         let site = self.notes.strings.len();

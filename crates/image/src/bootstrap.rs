@@ -155,7 +155,6 @@ pub fn bootstrap(
     progress: &dyn Fn(&str),
 ) -> Result<Outcome, BootstrapError> {
     let name = request.name()?;
-    require_tools()?;
     let lock = store.lock(|| progress("waiting for another bootstrap to finish"))?;
     store.sweep(&lock)?;
     if !request.again
@@ -163,6 +162,7 @@ pub fn bootstrap(
     {
         return Ok(Outcome::Existed(image));
     }
+    require_tools()?;
     let work = Workspace::new(store)?;
     let sources = sources::for_suite(&request.suite);
     let disk = make_root(&work, request, &sources, progress)?;

@@ -305,11 +305,15 @@ impl CodeCache {
     fn drop_segment(&mut self, n: usize) {
         for id in self.segments[n].blocks_of(n) {
             self.disconnect_from(id);
-            if self.block(BlockId(id)).is_some_and(|b| b.valid) {
-                self.unregister(id);
-            }
         }
         let gone = |link: u32| segment_of(link) == n;
+        // Nothing is older than these: where one follows, none does any more.
+        self.table.retain(|&mut id| !gone(id));
+        for block in self.segments.iter_mut().flat_map(|segment| &mut segment.blocks) {
+            if gone(block.older) {
+                block.older = NONE;
+            }
+        }
         let mut owners: Vec<u32> =
             self.segments[n].listed.iter().map(|&(_, owner)| owner).collect();
         owners.sort_unstable();
@@ -414,6 +418,7 @@ impl CodeCache {
         let Some(&Block { gpa, mode, .. }) = self.block(BlockId(id)) else { return };
         let hash = Self::hash(gpa, mode);
         if let Some(older) = self.newest(gpa, mode) {
+            self.bound(older);
             if let Some(block) = self.block_mut(id) {
                 block.older = older;
             }
@@ -428,6 +433,19 @@ impl CodeCache {
             block.map_or(0, |b| Self::hash(b.gpa, b.mode))
         };
         self.table.insert_unique(hash, id, rehash);
+    }
+
+    /// Makes the oldest of many blocks of the same code unfindable.
+    fn bound(&mut self, newest: u32) {
+        /// Copies that are found at most; each is looked at in turn.
+        const MAX: usize = 64;
+        let (mut id, mut count) = (newest, 1);
+        while let Some(older) = self.block(BlockId(id)).map(|b| b.older).filter(|&id| id != NONE) {
+            (id, count) = (older, count + 1);
+        }
+        if count >= MAX {
+            self.retire(id);
+        }
     }
 
     /// Makes a block unfindable.

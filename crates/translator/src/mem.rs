@@ -23,6 +23,8 @@ pub struct Lin {
     pub dirty_code: Vec<u64>,
     /// The vCPU is in another task now, and perhaps in another address space.
     pub task_entered: bool,
+    /// It asks for this before its first instruction.
+    pub task_trap: Option<Exception>,
     /// The platform was called: interrupts may have changed.
     pub platform_called: bool,
     /// Bits for DR6 from data breakpoints that were hit.
@@ -246,6 +248,10 @@ impl LinearMem for Lin {
         }
         self.task_entered = true;
         Ok(())
+    }
+
+    fn task_trap(&mut self, trap: Exception) {
+        self.task_trap = Some(trap);
     }
 
     fn read(

@@ -93,6 +93,13 @@ struct Half {
     journal_pages: Vec<u64>,
 }
 
+/// Empties a list of entries into one of pages of the table.
+fn by_pages(entries: &mut Vec<u64>, pages: &mut Vec<u64>) {
+    pages.extend(entries.drain(..).map(|i| i / PAGE_ENTRIES));
+    pages.sort_unstable();
+    pages.dedup();
+}
+
 impl Half {
     fn entry(&self, index: u64) -> &AtomicU64 {
         debug_assert!(index < HALF / 8);
@@ -111,9 +118,7 @@ impl Half {
         self.entry(index).store(value, Ordering::Relaxed);
         self.journal.push(index);
         if self.journal.len() >= MAX_JOURNAL {
-            self.journal_pages.extend(self.journal.drain(..).map(|i| i / PAGE_ENTRIES));
-            self.journal_pages.sort_unstable();
-            self.journal_pages.dedup();
+            by_pages(&mut self.journal, &mut self.journal_pages);
         }
     }
 
@@ -390,13 +395,17 @@ impl Tlb {
             }
             half.journal_pages.push(index / PAGE_ENTRIES);
         }
-        let long = half.long();
+        let mut long = half.long();
         if upper && !global {
             if count == 1 {
                 self.high_local.push(index);
             } else {
                 self.high_local_pages.push(index / PAGE_ENTRIES);
             }
+            if self.high_local.len() >= MAX_JOURNAL {
+                by_pages(&mut self.high_local, &mut self.high_local_pages);
+            }
+            long |= self.high_local_pages.len() > MAX_JOURNAL_PAGES;
         }
         if bytes > 4096 {
             self.reaches_into(va, bytes);

@@ -301,6 +301,7 @@ impl Inner {
                 platform,
                 dirty_code: Vec::new(),
                 task_entered: false,
+                task_trap: None,
                 platform_called: false,
                 watch_hits: 0,
                 walked: Walked::new(),
@@ -635,6 +636,10 @@ impl Inner {
         }
         if std::mem::take(&mut self.lin.task_entered) {
             self.switch_space(0, false);
+            stop = true;
+        }
+        if let Some(trap) = self.lin.task_trap.take() {
+            self.raise(trap);
             stop = true;
         }
         stop
@@ -1201,7 +1206,8 @@ impl Inner {
             self.area.fault_trap = 0;
             self.make_room();
             self.area.state.rip = wrap(rip, self.mode.bits);
-            self.area.exit_code = ExitCode::Helper as u64;
+            let code = if self.in_single { ExitCode::NotBegun } else { ExitCode::Helper };
+            self.area.exit_code = code as u64;
             return Then::Exit;
         }
         let gpr = |n: u8| self.area.state.gpr[usize::from(n & 15)];

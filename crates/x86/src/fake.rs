@@ -15,6 +15,7 @@ pub(crate) struct Flat {
     pub(crate) writes: usize,
     /// There was a task switch.
     pub(crate) task_entered: bool,
+    pub(crate) task_trap: Option<Exception>,
     /// Compare-and-swaps that are to fail, after changing the entry to this value.
     pub(crate) races: RefCell<Vec<(u64, u64)>>,
 }
@@ -29,6 +30,7 @@ impl Flat {
             system: Vec::new(),
             writes: 0,
             task_entered: false,
+            task_trap: None,
             races: RefCell::new(Vec::new()),
         }
     }
@@ -114,6 +116,9 @@ impl LinearMem for Flat {
         }
         self.task_entered = true;
         Ok(())
+    }
+    fn task_trap(&mut self, trap: Exception) {
+        self.task_trap = Some(trap);
     }
 
     fn read(

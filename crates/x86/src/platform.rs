@@ -71,6 +71,9 @@ pub trait LinearMem {
     /// # Errors
     /// What loading CR3 raises; there is no switch then.
     fn enter_task(&mut self, cpu: &mut CpuState, cr3: Option<u64>) -> Result<(), Exception>;
+    /// The task that was switched to asks for a trap before its first instruction. It is delivered
+    /// later, since tasks that do so can follow each other without end.
+    fn task_trap(&mut self, trap: Exception);
 }
 
 /// The machine around a translated vCPU, called on the vCPU's thread.

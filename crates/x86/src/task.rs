@@ -100,7 +100,7 @@ impl Image<'_> {
 /// Switches to the task of a TSS; `rip` and `rflags` are what the old task goes on with.
 ///
 /// # Errors
-/// #GP, #TS, #NP, #PF as the manual lists them (table 7-1); #DB when the new TSS asks for it.
+/// #GP, #TS, #NP, #PF as the manual lists them (table 7-1).
 pub(crate) fn switch(
     cpu: &mut CpuState,
     mem: &mut dyn LinearMem,
@@ -139,7 +139,7 @@ pub(crate) fn switch(
         mem.probe_write(cpu, tss.base(), 2, Access::System)?;
     }
     let kept = if returning { rflags & !flags::NT } else { rflags };
-    save(cpu, mem, rip, kept)?;
+    save(cpu, mem, rip, kept, ext)?;
     // Page faults on the descriptors would have shown when they were read.
     if !links {
         set_busy(cpu, mem, cpu.tr.selector, false)?;
@@ -158,7 +158,7 @@ pub(crate) fn switch(
         stack.apply(cpu);
     }
     if layout.size == 4 && new.bytes[TRAP] & 1 != 0 {
-        return Err(Exception::db(DR6_BT));
+        mem.task_trap(Exception::db(DR6_BT));
     }
     Ok(())
 }
@@ -177,11 +177,12 @@ fn save(
     mem: &mut dyn LinearMem,
     rip: u64,
     rflags: u64,
+    ext: u32,
 ) -> Result<(), Exception> {
     let layout = Layout::of(cpu.tr.typ());
     let base = cpu.tr.base;
     let end = layout.segments + (layout.segment_count * layout.size) as u64;
-    let code = selector_code(cpu.tr.selector);
+    let code = selector_code(cpu.tr.selector) | ext;
     if !cpu.tr.present() || end > u64::from(cpu.tr.limit) + 1 {
         return Err(Exception::ts(code));
     }
@@ -240,7 +241,7 @@ fn enter(
         cpu.gpr[n] = if wide { value } else { value | 0xffff_0000 };
     }
     let selector = |n: usize| new.selector(layout.segments + (n * layout.size) as u64);
-    let level = u16::from(rpl(selector(sreg::CS)));
+    let level = if cpu.virtual_8086() { 3 } else { u16::from(rpl(selector(sreg::CS))) };
     for n in 0..6 {
         let selector = if n < layout.segment_count { selector(n) } else { 0 };
         // Until its descriptor is there, it cannot be used; the CPL is that of CS already.

@@ -1,6 +1,6 @@
 //! Task switches: what is saved and loaded, the busy bits, the link, and what is refused.
 
-use crate::event::{Event, deliver};
+use crate::event::{Event, deliver, deliver_with_escalation};
 use crate::fake::{Flat, GDT, IDT, STACK, TSS, gate, gdt, protected, sel};
 use crate::far::{far_call, far_jump, iret};
 use crate::size::OpSize::{Bits16, Bits32};
@@ -117,6 +117,20 @@ fn an_exception_through_a_task_gate() {
     assert_eq!(deliver(&mut cpu, &mut mem, int), Err(Exception::gp(13 << 3 | 2)));
 }
 
+/// A trap of the new task is not part of the delivery: with tasks that are never busy, because their
+/// registers are saved over their own descriptors, it would go on without end.
+#[test]
+fn a_trap_of_the_new_task_comes_after_the_delivery() {
+    let (mut cpu, mut mem) = machine(0);
+    mem.put(OTHER_TSS + 0x64, [1]);
+    for vector in [1, 13] {
+        mem.put64(IDT + vector * 8, gate(OTHER, 0, 0x85, 0)[0]);
+    }
+    deliver_with_escalation(&mut cpu, &mut mem, Event::Exception(Exception::db(0))).unwrap();
+    assert_eq!(mem.task_trap, Some(Exception::db(1 << 15)));
+    is_in_the_other(&cpu, true);
+}
+
 #[test]
 fn a_task_in_virtual_8086_mode() {
     let (mut cpu, mut mem) = machine(0);
@@ -200,11 +214,18 @@ fn what_is_wrong_with_the_new_task_is_its_own_fault() {
         assert!(mem.task_entered);
         assert_eq!((cpu.rip, cpu.tr.selector), (u64::from(ENTRY), OTHER));
     }
+    // In virtual-8086 mode, too, it has a level to be delivered from.
+    let (mut cpu, mut mem) = machine(0);
+    for (at, value) in [(0x24, (flags::FIXED | flags::VM) as u32), (0x4c, 0x1000), (0x60, 0x7000)] {
+        mem.put(OTHER_TSS + at, value.to_le_bytes());
+    }
+    let result = far_jump(&mut cpu, &mut mem, OTHER, 0, Bits32);
+    assert_eq!((result, cpu.cpl()), (Err(Exception::ts(0x7000)), 3));
     // The T bit.
     let (mut cpu, mut mem) = machine(0);
     mem.put(OTHER_TSS + 0x64, [1]);
-    let result = far_jump(&mut cpu, &mut mem, OTHER, 0, Bits32);
-    assert_eq!(result, Err(Exception::db(1 << 15)));
+    far_jump(&mut cpu, &mut mem, OTHER, 0, Bits32).unwrap();
+    assert_eq!(mem.task_trap, Some(Exception::db(1 << 15)));
     is_in_the_other(&cpu, false);
     assert_eq!(mem.get32(STACK), 0);
 }

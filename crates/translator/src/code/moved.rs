@@ -4,6 +4,8 @@
 //! depends on the address, or on where the host code lies, is noted while a block is made; a copy
 //! gets it put right. A block of an address space that is gone is put right where it is.
 
+use berth_x86::paging::canonical;
+
 use crate::layout::jump_cache_moved;
 
 use super::segment::{number, segment_of};
@@ -59,6 +61,10 @@ fn put_right(bytes: &mut [u8], fixup: Fixup, delta: u64) -> Option<()> {
     let old = u64::from_le_bytes(*field);
     let not = fixup.kind == Fix::NotAddress;
     let new = if not { old.wrapping_sub(delta) } else { old.wrapping_add(delta) };
+    // A jump to where none can go has a number by which its fault is found.
+    if !not && canonical(old) != canonical(new) {
+        return None;
+    }
     // Others would be loaded by a shorter instruction.
     if u32::try_from(new).is_ok() || i32::try_from(new as i64).is_ok() {
         return None;

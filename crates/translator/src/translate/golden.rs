@@ -387,6 +387,35 @@ fn rescued_blocks_are_like_translations() {
     }
 }
 
+/// A guest can map the same code at any number of addresses.
+#[test]
+fn blocks_of_the_same_code_are_bounded() {
+    let golden = &BLOCKS[0];
+    let mut cache = CodeCache::new(4 << 20).unwrap();
+    let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
+    let key = |n: u64| BlockKey { rip: RIP + (n << 12), gpa: RIP, mode: golden.mode.pack() };
+    let mut push = |cache: &mut CodeCache, n| {
+        t.begin(cache, key(n), golden.mode);
+        body(&mut t, golden, key(n).rip, false);
+        cache.push_block(&t.finish(), 0, true)
+    };
+    for n in 0..300 {
+        let id = push(&mut cache, n);
+        assert_eq!(cache.find(&key(n)), Some(id));
+    }
+    let found = |cache: &CodeCache| (0..400).filter(|&n| cache.find(&key(n)).is_some()).count();
+    assert_eq!(found(&cache), 64);
+    // Those in other segments stay when this one is dropped.
+    cache.advance();
+    push(&mut cache, 300);
+    for _ in 0..4 {
+        cache.advance();
+    }
+    assert_eq!(found(&cache), 1);
+    cache.advance();
+    assert_eq!(found(&cache), 0);
+}
+
 /// A copy is what the translator would make at the other address.
 #[test]
 fn copies_are_like_translations() {

@@ -33,7 +33,7 @@ mod system;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Register};
 
 use crate::asm::{Asm, Mem, Near, Short};
 use crate::code::{
@@ -620,6 +620,8 @@ impl Translation {
 
     /// Calls the helper that executes `ins` on the state.
     fn helper(&mut self, ins: &Instruction, run: Run) {
+        // Its sum is cut to 32 bits.
+        self.movable &= ins.memory_base() != Register::EIP;
         let number = self.next_helper();
         self.call_helper(number);
         self.notes.helpers.push(Helped { ins: *ins, run });

@@ -3,7 +3,7 @@
 use berth_x86::control::{self, CrEffect, Flush, Invpcid};
 use berth_x86::msr::{self, MsrContext};
 use berth_x86::state::{CodeSize, cr4, flags, reg, sreg};
-use berth_x86::{Access, Exception, LinearMem, far, flags as rules, paging, syscall};
+use berth_x86::{Exception, far, flags as rules, paging, ports, syscall};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::{Done, Flow};
@@ -462,27 +462,9 @@ fn query(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
     Ok(())
 }
 
-/// Whether the running code may access `size` ports at `port` (SDM vol. 1, 19.5.2).
+/// Whether the running code may access `size` ports at `port`.
 pub(super) fn port_allowed(v: &mut Inner, port: u16, size: usize) -> Result<(), Exception> {
-    let s = &v.area.state;
-    if !s.protected() || !s.virtual_8086() && s.cpl() <= s.iopl() {
-        return Ok(());
-    }
-    let refuse = Exception::gp(0);
-    // A 32- or 64-bit TSS that is present.
-    if s.tr.attr & 0x80 == 0 || s.tr.typ() & 0b1101 != 0b1001 || s.tr.limit < 103 {
-        return Err(refuse);
-    }
-    let (base, limit) = (s.tr.base, u64::from(s.tr.limit));
-    let mut b = [0u8; 2];
-    v.lin.read(&mut v.area.state, base.wrapping_add(102), &mut b, Access::System)?;
-    let at = u64::from(u16::from_le_bytes(b)) + u64::from(port / 8);
-    if at + 1 > limit {
-        return Err(refuse);
-    }
-    v.lin.read(&mut v.area.state, base.wrapping_add(at), &mut b, Access::System)?;
-    let bits = u16::from_le_bytes(b) >> (port % 8);
-    if bits & ((1 << size) - 1) != 0 { Err(refuse) } else { Ok(()) }
+    ports::check(&mut v.area.state, &mut v.lin, port, size as u8)
 }
 
 fn port(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {

@@ -172,6 +172,14 @@ fn a_dead_backend_takes_the_link_down() {
 }
 
 #[test]
+fn each_card_has_an_address_of_its_own() {
+    let all: std::collections::HashSet<_> = (0..1000).map(|_| Mac::random().unwrap().0).collect();
+    assert_eq!(all.len(), 1000);
+    // Locally administered, for one station (IEEE 802, 8.2).
+    assert!(all.iter().all(|mac| mac[0] & 3 == 2));
+}
+
+#[test]
 fn passt_answers_dhcp() {
     // passt confines itself in one; within chroot(2) there are none.
     if !Command::new("unshare").args(["--user", "true"]).status().is_ok_and(|s| s.success()) {

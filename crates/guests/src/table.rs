@@ -500,6 +500,13 @@ pub(crate) const GUESTS: &[Guest] = &[
         ..guest!("modes", [1], Expect::Checks(52), [Need::FullEmulation])
     },
     Guest {
+        qemu_differs: &[
+            differs("xsave: CR0.TS: vector", "vol. 1, 13.7: #NM with CR0.TS; TCG saves"),
+            differs("xrstor: CR0.TS: vector", "vol. 1, 13.8: #NM with CR0.TS; TCG restores"),
+        ],
+        ..guest!("xsave", [1], Expect::Checks(26), [Need::Xsave, Need::FullEmulation])
+    },
+    Guest {
         qemu_differs: &[differs(
             "a task without its data segment: saved eip",
             "vol. 3, 7.3: a fault of loading segments is one of the new task; TCG saves the old EIP",

@@ -501,8 +501,8 @@ pub(crate) const GUESTS: &[Guest] = &[
     },
     Guest {
         qemu_differs: &[
-            differs("xsave: CR0.TS: vector", "vol. 1, 13.7: #NM with CR0.TS; TCG saves"),
-            differs("xrstor: CR0.TS: vector", "vol. 1, 13.8: #NM with CR0.TS; TCG restores"),
+            differs("xsave: CR0.TS", "vol. 1, 13.7: #NM with CR0.TS; TCG saves"),
+            differs("xrstor: CR0.TS", "vol. 1, 13.8: #NM with CR0.TS; TCG restores"),
         ],
         ..guest!("xsave", [1], Expect::Checks(26), [Need::Xsave, Need::FullEmulation])
     },

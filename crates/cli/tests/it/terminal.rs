@@ -190,3 +190,29 @@ fn a_virtio_console_follows_the_terminals_size() {
     assert_eq!(child.wait(LIMIT), Some(0), "{}", terminal.shown());
     assert_eq!(terminal.settings(), before);
 }
+
+/// With a maker of root images that takes its time and then fails.
+#[test]
+fn progress_is_shown_on_a_terminal_only() {
+    let directory = tempfile::tempdir().unwrap();
+    let maker = directory.path().join("mmdebstrap");
+    std::fs::write(&maker, "#!/bin/sh\nsleep 1.5\necho 'E: nothing there' >&2\nexit 25\n").unwrap();
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&maker, executable).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let bootstrap = || {
+        let mut command = berth(&["image", "bootstrap", "debian", "bookworm"]);
+        command.env("BERTH_ROOT", directory.path().join("state"));
+        command.env("PATH", format!("{}:{path}", directory.path().display()));
+        command
+    };
+    let terminal = Terminal::open();
+    let mut running = terminal.start(bootstrap());
+    terminal.await_text("0s debian:bookworm: ");
+    assert_eq!(running.wait(LIMIT), Some(1));
+    assert!(terminal.shown().contains("nothing there"), "{}", terminal.shown());
+    let output = bootstrap().output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("nothing there"), "{said}");
+    assert!(!said.contains("\u{1b}") && !said.contains("0s debian"), "{said}");
+}

@@ -29,26 +29,13 @@ main:
     mov edi, REAL
     mov ecx, offset real_end - real_begin
     rep movsb
-    mov [back_rsp], rsp
     mov qword ptr [rounds], 2
 again:
-    // Long mode -> compatibility -> paging off -> 32-bit protected mode.
-    jmp fword ptr [to32]
-    .code32
-leave_long:
-    mov eax, cr0
-    and eax, 0x7fffffff
-    mov cr0, eax                        // EFER.LMA goes to 0
-    mov ecx, MSR_EFER
-    rdmsr
-    mov [results], eax
-    and eax, ~0x100                     // LME
-    wrmsr
+    LEAVE_LONG
+    mov [results], edi
     mov eax, cr0
     and eax, 0x80000001
     mov [results + 4], eax
-    mov esp, offset stack32
-    lidt [idt32_ptr]
 
     // Segment limits: #GP(0) for data, #SS(0) for the stack; expand-down; wrap at 4 GiB.
     .macro F32 n, insn:vararg
@@ -259,24 +246,8 @@ from_real:
     mov ecx, 40
     rep movsd
     mov esp, offset stack32
-    mov eax, CR4_PAE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT
-    mov cr4, eax
-    mov eax, offset pml4
-    mov cr3, eax
-    mov ecx, MSR_EFER
-    mov eax, 0x901
-    xor edx, edx
-    wrmsr
-    mov eax, cr0
-    or eax, CR0_PG | CR0_WP
-    mov cr0, eax
-    jmp KCS:long_again
-    .code64
-long_again:
-    mov rsp, [back_rsp]
-    lidt [idt_ptr]
-    mov ax, KDS
-    mov ss, ax
+    ENTER_LONG
+    LONG_AGAIN
     dec qword ptr [rounds]
     jnz again                           // all of it twice
     RESULT "LMA clear after paging off", 0, 0x901
@@ -362,8 +333,6 @@ int20:
     .code64
     .data
     .align 8
-to32: .long leave_long
-    .word KCS32
 far32: .long 0x1234
     .word KDS
 ivt_ptr: .word 0x3ff
@@ -588,7 +557,6 @@ pd_pae: .skip 4 * 4096
 pdpt_pae: .skip 64
 results: .skip 512
 rounds: .skip 8
-back_rsp: .skip 8
 vec32: .skip 4
 err32: .skip 4
 fix32: .skip 4

@@ -33,19 +33,6 @@
     .macro STORE n
     mov [results + 4 * \n], eax
     .endm
-    // A descriptor of a 32-bit TSS that is available.
-    .macro TSS_DESCRIPTOR selector, at
-    mov eax, offset \at
-    mov rdx, rax
-    and eax, 0xffffff
-    shl rax, 16
-    shr edx, 24
-    shl rdx, 56
-    or rax, rdx
-    mov rdx, 0x0000890000000067
-    or rax, rdx
-    mov [gdt + \selector], rax
-    .endm
     // A task that begins at `entry` with a stack of its own.
     .macro TASK at, entry, stack
     mov dword ptr [\at + T_EIP], offset \entry
@@ -68,19 +55,7 @@ main:
     TASK tss_fault, on_fault, stack_fault
     TASK tss_bad, bad, stack_bad
     mov dword ptr [tss_bad + T_DS], 0x1f8
-    mov [back_rsp], rsp
-    jmp fword ptr [to32]
-    .code32
-leave_long:
-    mov eax, cr0
-    and eax, 0x7fffffff
-    mov cr0, eax
-    mov ecx, MSR_EFER
-    rdmsr
-    and eax, ~0x100
-    wrmsr
-    mov esp, offset stack32
-    lidt [idt32_ptr]
+    LEAVE_LONG
     mov ax, SEG_MAIN
     ltr ax
     clts
@@ -172,18 +147,7 @@ at_gp:
     mov eax, [esp32]
     STORE 23
 
-    mov eax, CR4_PAE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT
-    mov cr4, eax
-    mov eax, offset pml4
-    mov cr3, eax
-    mov ecx, MSR_EFER
-    mov eax, 0x901
-    xor edx, edx
-    wrmsr
-    mov eax, cr0
-    or eax, CR0_PG | CR0_WP
-    mov cr0, eax
-    jmp KCS:long_again
+    ENTER_LONG
 in_bad:
     jmp SEG_MAIN:0
 other:
@@ -236,17 +200,8 @@ common:
     // The frame without the error code is 12 bytes.
     add esp, 12
     jmp dword ptr [resume]
-    .code64
-long_again:
-    mov rsp, [back_rsp]
-    lidt [idt_ptr]
-    mov ax, KDS
-    mov ds, ax
-    mov es, ax
-    mov ss, ax
-    and byte ptr [gdt + TSS_SEL + 5], ~2
-    mov ax, TSS_SEL
-    ltr ax
+    LONG_AGAIN
+    LOAD_TSS
     clts
     RESULT "call: eax is kept", 0, 0x2222
     RESULT "call: ebx is kept", 1, 0x3333
@@ -284,9 +239,6 @@ long_again:
     ret
 
     .data
-    .align 8
-to32: .long leave_long
-    .word KCS32
     .align 8
     .macro GATE to
     .word \to - 0x100000
@@ -330,7 +282,6 @@ tss_other: .skip 104
 tss_fault: .skip 104
     .align 128
 tss_bad: .skip 104
-back_rsp: .skip 8
 resume: .skip 4
 calls: .skip 4
 jump_back: .skip 4

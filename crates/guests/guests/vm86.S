@@ -73,17 +73,8 @@
 main:
     mov rax, 0x00cf9f000000ffff
     mov [gdt + SEG_CONF], rax
-    // Base 0x10....: the guest lies in the second MiB.
-    mov rax, offset tss32
-    mov rdx, rax
-    and eax, 0xffffff
-    shl rax, 16
-    shr edx, 24
-    shl rdx, 56
-    or rax, rdx
-    mov rdx, 0x0000890000000000 + 104 + 256
-    or rax, rdx
-    mov [gdt + SEG_TSS], rax
+    // With a bitmap of ports behind it.
+    TSS_DESCRIPTOR SEG_TSS, tss32, 257
     mov dword ptr [tss32 + 4], offset stack0
     mov dword ptr [tss32 + 8], KDS
     mov word ptr [tss32 + 102], 104
@@ -97,19 +88,7 @@ main:
     mov edi, REAL
     mov ecx, offset real_end - real_begin
     rep movsb
-    mov [back_rsp], rsp
-    jmp fword ptr [to32]
-    .code32
-leave_long:
-    mov eax, cr0
-    and eax, 0x7fffffff
-    mov cr0, eax
-    mov ecx, MSR_EFER
-    rdmsr
-    and eax, ~0x100
-    wrmsr
-    mov esp, offset stack32
-    lidt [idt32_ptr]
+    LEAVE_LONG
     mov ax, SEG_TSS
     ltr ax
 
@@ -153,29 +132,9 @@ leave_long:
 far_iret:
     iretd
 1:
-    mov eax, CR4_PAE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT
-    mov cr4, eax
-    mov eax, offset pml4
-    mov cr3, eax
-    mov ecx, MSR_EFER
-    mov eax, 0x901
-    xor edx, edx
-    wrmsr
-    mov eax, cr0
-    or eax, CR0_PG | CR0_WP
-    mov cr0, eax
-    jmp KCS:long_again
-    .code64
-long_again:
-    mov rsp, [back_rsp]
-    lidt [idt_ptr]
-    mov ax, KDS
-    mov ds, ax
-    mov es, ax
-    mov ss, ax
-    and byte ptr [gdt + TSS_SEL + 5], ~2
-    mov ax, TSS_SEL
-    ltr ax
+    ENTER_LONG
+    LONG_AGAIN
+    LOAD_TSS
     ENDED "int3", 0, BP, 0, v_entered
     FRAME "cs", 0, CS, SEG
     FRAME "flags: VM, fixed", 0, FLAGS, FL_VM|2
@@ -266,9 +225,6 @@ common:
     .code64
 
     .data
-    .align 8
-to32: .long leave_long
-    .word KCS32
     .align 8
     // GATE dpl, to, selector; the guest lies in the second MiB.
     .macro GATE dpl, to, selector=KCS32
@@ -371,7 +327,6 @@ real_end:
     .align 16
 results: .skip RUN_SIZE * 32
 tss32: .skip 104 + 260
-back_rsp: .skip 8
 resume: .skip 4
     .skip 4096
 stack32: .skip 16

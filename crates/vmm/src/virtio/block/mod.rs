@@ -8,4 +8,6 @@ pub mod disk;
 pub mod engine;
 mod request;
 #[cfg(test)]
+mod stall;
+#[cfg(test)]
 mod tests;

@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-use crate::guest::{Debian, LIMIT, Running, berth, multiboot};
+use crate::guest::{Debian, LIMIT, Running, berth, multiboot, run};
 
 /// Both ends of a terminal; what the program writes is collected.
 struct Terminal {
@@ -215,4 +215,28 @@ fn progress_is_shown_on_a_terminal_only() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("nothing there"), "{said}");
     assert!(!said.contains("\u{1b}") && !said.contains("0s debian"), "{said}");
+}
+
+/// What `make run` does last, on a terminal (a shell) and without one (a command and its time).
+#[test]
+fn make_run_gives_a_shell_on_a_terminal_and_else_runs_a_command() {
+    let Some(_debian) = Debian::take() else { return };
+    let main_job = || {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/run-guest");
+        let mut command = Command::new("sh");
+        command.arg(script).arg(env!("CARGO_BIN_EXE_berth"));
+        command
+    };
+    let mut terminal = Terminal::open();
+    let mut child = terminal.start(main_job());
+    terminal.await_text("# ");
+    terminal.keys.write_all(b"echo $(uname -s) on $(tty); exit\r").unwrap();
+    terminal.await_text("Linux on /dev/ttyS0");
+    assert_eq!(child.wait(LIMIT), Some(0), "{}", terminal.shown());
+    let ran = run(&mut main_job(), b"");
+    assert_eq!(ran.status, Some(0), "{}", ran.stderr);
+    let said = ran.text();
+    for part in ["Linux 6.1", "Debian GNU/Linux 12", "start, command and power-off: ", "kvm"] {
+        assert!(said.contains(part), "no `{part}` in: {said}");
+    }
 }

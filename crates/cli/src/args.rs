@@ -108,6 +108,13 @@ pub struct RunArgs {
     /// More is faster for guests that run much different code, as compilers do [default: 18M]
     #[arg(long, value_name = "SIZE")]
     pub code_cache: Option<Size>,
+    /// Says at the end what the translator did: blocks, exits, misses of the software TLB, times
+    #[arg(long)]
+    pub stats: bool,
+    /// Lists each translated block and the host code made of it in FILE, or on standard error (many
+    /// megabytes for a Linux guest)
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-")]
+    pub dump_blocks: Option<PathBuf>,
     /// A kernel: bzImage, PVH ELF or Multiboot, told apart by looking [default: the image's]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,

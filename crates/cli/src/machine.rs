@@ -1,6 +1,7 @@
 //! The one place where a machine is started. Everything above it decides what to run
 //! ([`RunPlan`]); everything below is the machine's own business.
 
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
@@ -16,6 +17,7 @@ use berth_vmm::devices::{Devices, DiskFile, HostEnds, NetConfig};
 use berth_vmm::machine::{Machine, MachineConfig, RunningMachine};
 use berth_vmm::outcome::{Ending, Outcome};
 use berth_vmm::vcpu::probe::AccelChoice;
+use berth_vmm::vcpu::translated::{Dump, Reports};
 use berth_vmm::virtio::console::device::ConsoleSize;
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
@@ -47,6 +49,14 @@ pub enum MachineError {
         name: String,
         /// Why.
         source: berth_vmm::error::MachineError,
+    },
+    /// Translated blocks cannot be listed.
+    #[error("listing translated blocks in {path} failed", path = path.display())]
+    Dump {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
     },
     /// Signals cannot be watched.
     #[error("waiting for signals failed")]
@@ -112,8 +122,51 @@ impl Dial for Guest {
     }
 }
 
-fn config(plan: &RunPlan) -> MachineConfig {
+/// What is to be told of the translator's work.
+#[derive(Default)]
+struct Told {
+    reports: Option<Reports>,
+    dump: Option<Dump>,
+}
+
+impl Told {
+    fn new(plan: &RunPlan) -> Result<Self, MachineError> {
+        let dump = match plan.dump_blocks.as_deref() {
+            None => None,
+            Some(path) if path.as_os_str() == "-" => Some(Dump::new(io::stderr())),
+            Some(path) => match File::create(path) {
+                Ok(file) => Some(Dump::new(io::BufWriter::new(file))),
+                Err(source) => {
+                    return Err(MachineError::Dump { path: path.to_owned(), source });
+                }
+            },
+        };
+        Ok(Self { reports: plan.stats.then(Reports::default), dump })
+    }
+
+    /// Once all vCPUs have ended.
+    fn finish(&self, plan: &RunPlan) -> Result<(), MachineError> {
+        if let Some(reports) = &self.reports {
+            let all = reports.take();
+            if all.is_empty() {
+                eprintln!("berth: no statistics: the translator did not run");
+            }
+            for report in all {
+                eprintln!("{report}");
+            }
+        }
+        let path = || plan.dump_blocks.clone().unwrap_or_default();
+        self.dump
+            .as_ref()
+            .map_or(Ok(()), Dump::flush)
+            .map_err(|source| MachineError::Dump { path: path(), source })
+    }
+}
+
+fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
     let mut c = MachineConfig::new(&plan.kernel);
+    c.translator.reports.clone_from(&told.reports);
+    c.translator.dump.clone_from(&told.dump);
     c.cpus = u32::from(plan.cpus);
     c.memory_bytes = plan.memory_bytes;
     if let Some(bytes) = plan.code_cache_bytes {
@@ -183,7 +236,8 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
     }
     let ends = HostEnds::default();
     let attach = devices(plan).into_attach(&ends);
-    let machine = Machine::start_with(&config(plan), Some(attach))
+    let told = Told::new(plan)?;
+    let machine = Machine::start_with(&config(plan, &told), Some(attach))
         .map_err(|source| MachineError::Start { name: plan.name.clone(), source })?;
     let ending = machine.ending();
     if let (Some(Console::Stdio), Some(size)) = (&plan.virtio_console, ends.console.get()) {
@@ -194,7 +248,7 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
     if asked.load(Ordering::SeqCst) {
         ending.end(Outcome::Stopped);
     }
-    match &plan.command {
+    let status = match &plan.command {
         None => ended(plan, machine.wait()),
         Some(exec) => {
             let mut guest = Guest { ends, ending };
@@ -206,7 +260,10 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
             power_off(&mut guest, machine);
             status
         }
-    }
+    };
+    let finished = told.finish(plan);
+    let status = status?;
+    finished.map(|()| status)
 }
 
 /// Tells the guest the size of the terminal, now and whenever it changes.

@@ -38,6 +38,10 @@ pub struct RunPlan {
     pub memory_bytes: u64,
     /// Bytes of translated code kept for each processor, unless it is the default.
     pub code_cache_bytes: Option<usize>,
+    /// Whether what the translator did is to be shown at the end.
+    pub stats: bool,
+    /// Where translated blocks are listed; `-` is standard error.
+    pub dump_blocks: Option<PathBuf>,
     /// What runs the guest's instructions.
     pub accel: Accel,
     /// The kernel file, of any kind the machine boots.
@@ -210,6 +214,8 @@ impl RunPlan {
             cpus: args.cpus,
             memory_bytes: args.memory.bytes(),
             code_cache_bytes: args.code_cache.map(check_code_cache).transpose()?,
+            stats: args.stats,
+            dump_blocks: args.dump_blocks.clone(),
             accel: args.accel,
             kernel: files.kernel,
             initrd: files.initrd,

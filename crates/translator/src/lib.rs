@@ -19,6 +19,7 @@ use berth_x86::{CpuState, Platform};
 
 mod asm;
 mod code;
+mod dump;
 mod exec;
 mod features;
 mod fpu;
@@ -29,6 +30,7 @@ mod ram;
 mod returns;
 mod shared;
 mod signal;
+mod stats;
 mod sys;
 mod thunks;
 mod tlb;
@@ -36,8 +38,10 @@ mod translate;
 mod vcpu;
 mod world;
 
+pub use dump::Dump;
 pub use exec::host_tsc;
 pub use shared::Shared;
+pub use stats::{Report, Reports, Stats};
 
 /// One contiguous piece of guest RAM backed by a file (a memfd or a mapped snapshot).
 pub struct RamSlot<'a> {
@@ -64,11 +68,21 @@ pub struct Config {
     /// next one in RAM; fewer if the system allows fewer mappings (each costs two). With more such
     /// pages, accesses look whether they cross.
     pub guarded_pages: usize,
+    /// Where each vCPU leaves what it did when it ends; times are taken only if there is one.
+    pub reports: Option<Reports>,
+    /// Where each translated block is listed.
+    pub dump: Option<Dump>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { code_cache_bytes: 18 << 20, address_spaces: 6, guarded_pages: 20_000 }
+        Self {
+            code_cache_bytes: 18 << 20,
+            address_spaces: 6,
+            guarded_pages: 20_000,
+            reports: None,
+            dump: None,
+        }
     }
 }
 
@@ -129,51 +143,6 @@ pub fn host_cpuid() -> HostCpuid {
 /// [`SetupError`] when the code cache cannot be mapped.
 pub fn translate_only(bytes: &[u8], bits: u8) -> Result<usize, SetupError> {
     fuzz::translate_only(bytes, bits)
-}
-
-/// Counts of what a vCPU did.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Stats {
-    /// Blocks translated.
-    pub blocks: u64,
-    /// Blocks copied from another guest address of the same code.
-    pub moved: u64,
-    /// Blocks changed for another guest address, because the address space of theirs is gone.
-    pub moved_in_place: u64,
-    /// Guest instructions in them.
-    pub guest_instructions: u64,
-    /// Host bytes made of them.
-    pub host_bytes: u64,
-    /// Entries into generated code.
-    pub entries: u64,
-    /// Exits at direct jumps that were not linked.
-    pub link_exits: u64,
-    /// Exits at indirect jumps that missed the jump cache.
-    pub indirect_exits: u64,
-    /// Accesses that took the slow path.
-    pub slow_accesses: u64,
-    /// Instructions executed by helpers.
-    pub helpers: u64,
-    /// Exceptions and interrupts delivered.
-    pub events: u64,
-    /// Stores to pages with translations.
-    pub code_stores: u64,
-    /// Pages whose blocks were dropped.
-    pub page_drops: u64,
-    /// Times the jump caches were cleared.
-    pub jump_cache_clears: u64,
-    /// MOV CR3.
-    pub space_switches: u64,
-    /// Blocks kept by a copy when the segment of the cache that they were in was about to be dropped.
-    pub rescued: u64,
-    /// Times a segment of the cache, or all of it, was dropped.
-    pub cache_drops: u64,
-    /// Accesses that came to the slow path by a signal.
-    pub signals: u64,
-    /// Accesses that look for page crossings because they trapped too often.
-    pub crossings: u64,
-    /// Times the limit of guarded pages was met (see `ram`).
-    pub guard_overflows: u64,
 }
 
 /// Why [`TranslatedVcpu::run`] returned.
@@ -276,18 +245,6 @@ impl TranslatedVcpu {
     /// Counts since creation.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        Stats { jump_cache_clears: self.inner.tlb.jc_clears, ..self.inner.stats }
-    }
-
-    /// How many instructions helpers executed, by mnemonic, the most frequent first.
-    #[must_use]
-    pub fn helper_counts(&self) -> Vec<(String, u64)> {
-        let counts = iced_x86::Mnemonic::values().zip(&self.inner.helper_counts);
-        let mut list: Vec<_> = counts
-            .filter(|(_, n)| **n != 0)
-            .map(|(m, n)| (format!("{m:?}").to_lowercase(), *n))
-            .collect();
-        list.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
-        list
+        self.inner.report().stats
     }
 }

@@ -38,7 +38,7 @@ pub struct Mailbox {
 }
 
 /// Locks a mutex; a panic elsewhere does not make its data wrong here.
-pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T: ?Sized>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

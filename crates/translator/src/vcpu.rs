@@ -38,13 +38,14 @@ use crate::ram::PAGE;
 use crate::returns::Returns;
 use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
 use crate::signal::Stop;
+use crate::stats::{Clock, Report, Stats};
 use crate::thunks::{Then, Thunks};
 use crate::tlb::{Page, Source, Tlb, View};
 use crate::translate::gate::CLEARED;
 use crate::translate::{
     Class, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour, goes_on,
 };
-use crate::{Exit, SetupError, Stats, signal};
+use crate::{Exit, SetupError, signal};
 
 /// The area of a vCPU, owned by it.
 pub struct AreaPtr(*mut Area);
@@ -151,6 +152,7 @@ pub struct Inner {
     pub(crate) stats: Stats,
     /// Instructions executed by helpers, by the number of the mnemonic.
     pub(crate) helper_counts: Vec<u64>,
+    clock: Clock,
 }
 
 extern "C" fn mem_helper(owner: u64, ret: u64, ea: u64) -> Then {
@@ -258,6 +260,7 @@ impl Inner {
         platform: Box<dyn berth_x86::Platform>,
     ) -> Result<Box<Self>, SetupError> {
         let (index, mailbox) = shared.join()?;
+        let clock = Clock(shared.config.reports.is_some());
         let mut tlb = Tlb::new(shared.config.address_spaces)?;
         tlb.init_jcs();
         let mut code = CodeCache::new(shared.config.code_cache_bytes)?;
@@ -349,6 +352,7 @@ impl Inner {
             steps_left: 0,
             stats: Stats::default(),
             helper_counts: vec![0; Mnemonic::values().len()],
+            clock,
         });
         let owner = &raw mut *inner as u64;
         inner.area.owner = owner;
@@ -360,6 +364,18 @@ impl Inner {
     /// The architectural state.
     pub fn state(&mut self) -> &mut CpuState {
         &mut self.area.state
+    }
+
+    /// What was done so far.
+    pub fn report(&self) -> Report {
+        let counts = Mnemonic::values().zip(&self.helper_counts);
+        let mut helpers: Vec<_> = counts
+            .filter(|(_, n)| **n != 0)
+            .map(|(m, n)| (format!("{m:?}").to_lowercase(), *n))
+            .collect();
+        helpers.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
+        let stats = Stats { jump_cache_clears: self.tlb.jc_clears, ..self.stats };
+        Report { vcpu: self.lin.index, stats, helpers }
     }
 
     /// The architectural state, read only.
@@ -765,9 +781,11 @@ impl Inner {
     fn next_block(&mut self) -> Option<u64> {
         let code = self.area.exit_code;
         if code == ExitCode::Helper as u64 || code == ExitCode::NotBegun as u64 {
+            self.stats.helper_exits += 1;
             return None;
         }
         if code == ExitCode::Fault as u64 {
+            self.stats.fault_exits += 1;
             self.fault();
             return None;
         }
@@ -797,13 +815,16 @@ impl Inner {
             return None;
         }
         if code == ExitCode::Interrupt as u64 || self.area.run == 0 || self.mode.single {
+            self.stats.interrupt_exits += 1;
             return None;
         }
-        if link.is_some() {
-            self.stats.link_exits += 1
-        } else {
-            self.stats.indirect_exits += 1
-        }
+        let stats = &mut self.stats;
+        let count = match code {
+            _ if link.is_some() => &mut stats.link_exits,
+            _ if code == ExitCode::Return as u64 => &mut stats.return_exits,
+            _ => &mut stats.indirect_exits,
+        };
+        *count += 1;
         let drops = self.code.drops;
         let id = match self.find(self.mode) {
             Ok(id) => id,
@@ -918,6 +939,7 @@ impl Inner {
             let second = self.code.second_page(id);
             match second {
                 None => {
+                    self.stats.found += 1;
                     self.code.found(id, self.tlb.space());
                     return self.kept(id, key, va, mode);
                 }
@@ -945,11 +967,20 @@ impl Inner {
             self.stats.moved += 1;
             return Ok(self.code.push_block(&moved.made(), space, true));
         }
-        self.compose(key, va, mode)?;
+        let began = self.clock.now();
+        let bytes = self.compose(key, va, mode)?;
         let made = self.translation.finish();
         self.stats.blocks += 1;
         self.stats.host_bytes += (made.code.len() + made.cold.len()) as u64;
-        Ok(self.code.push_block(&made, space, !mode.single))
+        if let Some(dump) = &self.lin.shared.config.dump {
+            let start = (key.gpa & (PAGE - 1)) as usize;
+            let guest = self.code_bytes.get(start..start + bytes).unwrap_or_default();
+            let hosts = (self.code.next_host(), self.code.next_cold());
+            dump.block(mode, guest, &made, hosts, self.thunks);
+        }
+        let id = self.code.push_block(&made, space, !mode.single);
+        Clock::add(&mut self.stats.translation, began);
+        Ok(id)
     }
 
     /// A block that was found, or a copy if its segment is about to be dropped.
@@ -995,9 +1026,10 @@ impl Inner {
         }
     }
 
-    /// Translates a block but for its cold parts.
+    /// Translates a block but for its cold parts; gives the bytes of its guest code, which are in
+    /// `code_bytes`.
     #[allow(clippy::too_many_lines, reason = "one loop over the instructions of a block")]
-    fn compose(&mut self, key: BlockKey, va: u64, mode: Mode) -> Result<(), Exception> {
+    fn compose(&mut self, key: BlockKey, va: u64, mode: Mode) -> Result<usize, Exception> {
         let page = key.gpa & !(PAGE - 1);
         let start = (key.gpa & (PAGE - 1)) as usize;
         if !mode.single {
@@ -1083,7 +1115,7 @@ impl Inner {
         }
         self.translation.second_page = second_page.filter(|_| at > PAGE as usize);
         self.stats.guest_instructions += count as u64;
-        Ok(())
+        Ok(end_rip.wrapping_sub(key.rip) as usize)
     }
 
     // ---- dropping things ----
@@ -1186,14 +1218,24 @@ impl Inner {
 
     /// The slow path of an access; see [`crate::translate`].
     fn slow_access(&mut self, ret: u64, ea: u64) -> Then {
+        let began = self.clock.now();
         self.sync_in();
         let number = self.area.sc;
-        self.make_access(number, ret, ea, true)
+        let then = self.make_access(number, ret, ea, true);
+        Clock::add(&mut self.stats.slow, began);
+        then
     }
 
     /// An access that faulted and has no slow path so far. Most only miss their page in the TLB and
     /// are then made where they are.
     fn first_access(&mut self, s0: u64) -> Then {
+        let began = self.clock.now();
+        let then = self.access_without_path(s0);
+        Clock::add(&mut self.stats.slow, began);
+        then
+    }
+
+    fn access_without_path(&mut self, s0: u64) -> Then {
         self.sync_in();
         let pc = self.area.fault_pc;
         let found = self.code.site_at(pc);
@@ -1258,9 +1300,15 @@ impl Inner {
         };
         let rip = wrap(rip, self.mode.bits);
         if trap != 0 && self.crosses(&site, ea) {
+            self.stats.crossed += 1;
             self.crossed(number, rip, pc);
         }
         let access = self.access(&site, ea, trap);
+        match access {
+            Ok(Outcome::Bounce) => self.stats.bounced += 1,
+            Err(_) => self.stats.guest_faults += 1,
+            _ => {}
+        }
         if let Some(window) = site.window()
             && let Some(kept) = self.area.windows.get_mut(window)
         {
@@ -1375,6 +1423,7 @@ impl Inner {
                 {
                     return Ok(Outcome::Direct(self.slow_addr(w.gpa, site.writes())));
                 }
+                self.stats.entered += 1;
                 return Ok(Outcome::Direct(self.fill(va, &w, site.writes())));
             }
         }
@@ -1511,6 +1560,7 @@ impl Inner {
         }
         let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, va) else { return };
         if self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE) {
+            self.stats.entered_ahead += 1;
             self.fill(va, &w, false);
         }
     }
@@ -1619,6 +1669,7 @@ impl Inner {
             if let Some(host) = host {
                 let entry = self.entry(va, host, &w);
                 self.tlb.fill(self.view, va, entry);
+                self.stats.entered_ahead += 1;
             }
         }
     }
@@ -1680,6 +1731,13 @@ impl Inner {
     // ---- instructions in Rust ----
 
     fn helper(&mut self, ret: u64) -> Then {
+        let began = self.clock.now();
+        let then = self.help(ret);
+        Clock::add(&mut self.stats.helping, began);
+        then
+    }
+
+    fn help(&mut self, ret: u64) -> Then {
         self.sync_in();
         self.stats.helpers += 1;
         // A string instruction that faulted: its pages are entered.
@@ -1778,6 +1836,7 @@ impl Inner {
         let Some(host) = self.tlb.jc_find(self.view, self.area.state.rip) else {
             return Then::Exit;
         };
+        self.stats.resumed += 1;
         self.mode = mode;
         self.area.state.rflags &= !flags::RF;
         self.no_step_trap = false;
@@ -1899,6 +1958,9 @@ fn bug(what: &str, pc: u64) -> ! {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if let Some(reports) = &self.lin.shared.config.reports {
+            reports.add(self.report());
+        }
         self.mailbox.set_run_word(0);
         signal::unregister(self.code.range());
     }

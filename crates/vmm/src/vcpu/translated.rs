@@ -7,6 +7,8 @@ use berth_translator::{Config, Exit, Kicker, RamSlot, SetupError, Shared, Transl
 use berth_x86::cpuid::CpuidTable;
 use berth_x86::{CpuState, Platform};
 
+pub use berth_translator::{Dump, Reports};
+
 use crate::memory::GuestRam;
 use crate::vcpu::{Capabilities, Vcpu, VcpuError, VcpuExit, VcpuHandle};
 
@@ -61,12 +63,6 @@ impl Translated {
         let vcpu = TranslatedVcpu::new(shared, state, cpuid, platform)
             .map_err(|source| VcpuError::Translator { index, source })?;
         Ok(Self { vcpu })
-    }
-}
-
-impl Drop for Translated {
-    fn drop(&mut self) {
-        tracing::debug!(stats = ?self.vcpu.stats(), helpers = ?self.vcpu.helper_counts(), "a translated vCPU ends");
     }
 }
 

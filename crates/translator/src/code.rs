@@ -26,7 +26,7 @@ use crate::translate::Mode;
 
 pub use moved::Moved;
 pub use notes::{
-    Branch, Counts, Fix, Fixup, Helped, Is, Link, Notes, Place, Site, Slow, StringSite,
+    Branch, Counts, Fix, Fixup, Helped, Is, Link, Notes, Place, Site, Slow, StringSite, Through,
 };
 pub use places::GoesOn;
 use segment::{Segment, index_of, number, segment_of};
@@ -104,8 +104,11 @@ pub struct Block {
     incoming: u32,
     /// The address space it was last looked for in.
     space: u16,
-    /// Instructions, here and right behind, that look whether they cross into another page.
-    looks: u8,
+    /// Instructions, here and right behind, that have look-ups of their own, and that look whether
+    /// they cross into another page.
+    ends: (u8, u8),
+    /// Something jumps here; else it is only where an interrupt was.
+    target: bool,
     /// Still to be found.
     valid: bool,
     /// It can be put right for another guest address.
@@ -136,8 +139,11 @@ pub struct Made<'a> {
     pub key: BlockKey,
     /// Physical address of the second page, when the last instruction crosses into one.
     pub second_page: Option<u64>,
-    /// Instructions, here and right behind, that look whether they cross into another page.
-    pub looks: u8,
+    /// Instructions, here and right behind, that have look-ups of their own, and that look whether
+    /// they cross into another page.
+    pub ends: (u8, u8),
+    /// Something jumps here; else it is only where an interrupt was.
+    pub target: bool,
     /// All that changes in a copy at another guest address is in the notes.
     pub movable: bool,
     /// Host code.
@@ -375,7 +381,8 @@ impl CodeCache {
             notes: self.now().notes.counts(),
             incoming: NONE,
             space,
-            looks: made.looks,
+            ends: made.ends,
+            target: made.target,
             valid: register,
             movable: made.movable && made.second_page.is_none(),
         };
@@ -508,11 +515,17 @@ impl CodeCache {
         }
     }
 
-    /// Notes that a block was looked for in an address space.
-    pub fn found(&mut self, id: BlockId, space: u16) {
+    /// Notes that a block was looked for in an address space, and whether by a jump.
+    pub fn found(&mut self, id: BlockId, space: u16, target: bool) {
         if let Some(b) = self.block_mut(id.0) {
             b.space = space;
+            b.target |= target;
         }
+    }
+
+    /// Whether there is a block that something jumps to.
+    pub fn has_target(&self, key: &BlockKey) -> bool {
+        self.find(key).and_then(|id| self.block(id)).is_some_and(|b| b.target)
     }
 
     /// Physical address of the second page of a block, when its last instruction crosses into one.

@@ -3,6 +3,8 @@
 //! While a vCPU runs, x87 state is in the processor's registers, and XMM/YMM and MXCSR are in the
 //! area whenever Rust code runs. The state's XSAVE area is current only outside `run`.
 
+use std::sync::LazyLock;
+
 use berth_x86::state::XsaveArea;
 
 use crate::layout::Area;
@@ -80,6 +82,23 @@ fn bytes<const N: usize>(from: &[u8], at: usize) -> [u8; N] {
     out
 }
 
+/// Whether the host tells which state components are in their initial configuration (SDM vol. 1,
+/// 13.6; XGETBV with ECX = 1).
+pub fn knows_upper() -> bool {
+    // CPUID is slow where the host is a virtual machine itself.
+    static KNOWS: LazyLock<bool> = LazyLock::new(|| {
+        use core::arch::x86_64::{__cpuid, __cpuid_count};
+        __cpuid(0).eax >= 0xd && __cpuid_count(0xd, 1).eax & 4 != 0
+    });
+    *KNOWS
+}
+
+/// To be called after the upper halves of YMM registers were changed in the area.
+pub fn upper_changed(area: &mut Area) {
+    let used = || area.ymm.iter().any(|y| y[16..].iter().any(|&b| b != 0));
+    area.upper = u64::from(!knows_upper() || used());
+}
+
 /// Takes the state's XSAVE area into the area's registers and the processor.
 pub fn load(area: &mut Area) {
     let x: &XsaveArea = &area.state.xsave;
@@ -96,6 +115,7 @@ pub fn load(area: &mut Area) {
         }
     }
     area.ymm = ymm;
+    upper_changed(area);
     area.mxcsr = if bv & 6 != 0 { mxcsr } else { 0x1f80 };
     load_x87(&image);
 }

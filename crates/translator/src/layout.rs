@@ -134,6 +134,9 @@ pub struct Area {
     pub state: CpuState,
     /// YMM registers while not in generated code.
     pub ymm: [[u8; 32]; 16],
+    /// Whether upper halves of YMM registers are to be loaded on the way into generated code; they are
+    /// zero if not.
+    pub upper: u64,
     /// MXCSR of the guest while not in generated code.
     pub mxcsr: u32,
     /// MXCSR for our own code.

@@ -10,6 +10,7 @@ use std::mem::offset_of;
 
 use crate::asm::{Asm, Mem};
 use crate::code::CodeCache;
+use crate::fpu;
 use crate::layout::{
     Area, ExitCode, GUEST_RCX, GUEST_RSP, JC_TAGS, JC_TARGETS, S0, S1, SC, disp, gpr_disp, host,
     mapped,
@@ -83,6 +84,12 @@ fn save(a: &mut Asm) {
     for i in 0..16u8 {
         a.store_ymm(&field(offset_of!(Area, ymm) + usize::from(i) * 32), i);
     }
+    if fpu::knows_upper() {
+        a.mov_imm(host::RCX, 1);
+        a.bytes(&[0x0f, 0x01, 0xd0]); // xgetbv: XINUSE
+        a.bytes(&[0x83, 0xe0, 0x04]); // and eax, AVX
+        a.store(&field(offset_of!(Area, upper)), host::RAX);
+    }
     a.op_mem(false, &[0x0f, 0xae], 3, &field(offset_of!(Area, mxcsr))); // stmxcsr
     host_units(a);
 }
@@ -97,9 +104,7 @@ fn host_units(a: &mut Asm) {
 /// Loads everything; the flags last, because a set TF traps from then on.
 fn restore(a: &mut Asm) {
     a.op_mem(false, &[0x0f, 0xae], 2, &field(offset_of!(Area, mxcsr)));
-    for i in 0..16u8 {
-        a.load_ymm(i, &field(offset_of!(Area, ymm) + usize::from(i) * 32));
-    }
+    restore_vectors(a);
     for (g, h) in mapped_regs() {
         a.load(h, &Mem::gs(gpr_disp(g)));
     }
@@ -108,6 +113,26 @@ fn restore(a: &mut Asm) {
     a.load(SC, &field(offset_of!(Area, sc)));
     a.push_mem(&field(offset_of!(Area, host_flags)));
     a.bytes(&[0x9d]); // popfq
+}
+
+/// Registers whose upper halves have been written by VEX code make SSE code slow, whatever was
+/// written (Intel optimization manual, 15.3): if all are zero they are left alone.
+fn restore_vectors(a: &mut Asm) {
+    let registers = (0..16u8).map(|i| (i, field(offset_of!(Area, ymm) + usize::from(i) * 32)));
+    a.load(SC, &field(offset_of!(Area, upper)));
+    let lower = a.jrcxz();
+    let all = a.jmp();
+    let ok = a.bind_short(lower);
+    debug_assert!(ok);
+    for (i, m) in registers.clone() {
+        a.op_mem(false, &[0x0f, 0x10], i, &m); // movups
+    }
+    let done = a.jmp();
+    a.bind_near(all);
+    for (i, m) in registers {
+        a.load_ymm(i, &m);
+    }
+    a.bind_near(done);
 }
 
 /// RAX is there for the alignment of the stack.

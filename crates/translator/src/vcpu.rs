@@ -27,7 +27,8 @@ use berth_x86::{CpuState, Exception, Segment};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
 use crate::code::{
-    Block, BlockId, BlockKey, CodeCache, FastMap, GoesOn, Helped, Is, Moved, Place, Site, Slow,
+    Block, BlockId, BlockKey, CodeCache, FastMap, GoesOn, Helped, Is, Made, Moved, Place, Site,
+    Slow,
 };
 use crate::exec::Flow;
 use crate::features::Allowed;
@@ -43,7 +44,7 @@ use crate::thunks::{Then, Thunks};
 use crate::tlb::{Page, Source, Tlb, View};
 use crate::translate::gate::CLEARED;
 use crate::translate::{
-    Class, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour, goes_on,
+    Class, Ends, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour, goes_on,
 };
 use crate::{Exit, SetupError, signal};
 
@@ -66,7 +67,7 @@ impl DerefMut for AreaPtr {
     }
 }
 
-/// Instructions after which a block ends where another one begins.
+/// Instructions after which a block ends where another one begins that something jumps to.
 const JOINS_AFTER: usize = 4;
 /// More than the slow path of an access has.
 const STUB_BYTES: usize = 1024;
@@ -134,8 +135,8 @@ pub struct Inner {
     page_fault: (u64, u64),
     /// Blocks look for accesses that cross into another page: there are too many pages to guard.
     checked: bool,
-    /// Physical addresses of instructions whose accesses cross pages often.
-    crossing: FastMap<u64, ()>,
+    /// By physical addresses, instructions whose accesses are often at the ends of pages.
+    crossing: FastMap<u64, Ends>,
     /// `checked` is to be set before the next block.
     check_from_now_on: bool,
     /// Set by whoever changed the state from outside.
@@ -673,7 +674,7 @@ impl Inner {
         self.mode = mode;
         self.in_single = mode.single;
         self.update_view();
-        let host = match self.find(mode) {
+        let host = match self.find(mode, false) {
             Ok(id) => self.code.block(id).map_or(0, |b| b.host),
             Err(e) => {
                 self.raise(e);
@@ -826,7 +827,7 @@ impl Inner {
         };
         *count += 1;
         let drops = self.code.drops;
-        let id = match self.find(self.mode) {
+        let id = match self.find(self.mode, true) {
             Ok(id) => id,
             Err(e) => {
                 self.raise(e);
@@ -915,8 +916,8 @@ impl Inner {
         if matches!(self.view, View::User(_)) { self.view } else { View::Kernel }
     }
 
-    /// The block for the current RIP, made if need be.
-    fn find(&mut self, mode: Mode) -> Result<BlockId, Exception> {
+    /// The block for the current RIP, made if need be. `target`: a jump leads there.
+    fn find(&mut self, mode: Mode, target: bool) -> Result<BlockId, Exception> {
         let va = self.linear_rip()?;
         let gpa = self.fetch_page(va)? | (va & (PAGE - 1));
         let key = BlockKey { rip: self.area.state.rip, gpa, mode: mode.pack() };
@@ -940,7 +941,7 @@ impl Inner {
             match second {
                 None => {
                     self.stats.found += 1;
-                    self.code.found(id, self.tlb.space());
+                    self.code.found(id, self.tlb.space(), target);
                     return self.kept(id, key, va, mode);
                 }
                 Some(p) => {
@@ -969,7 +970,7 @@ impl Inner {
         }
         let began = self.clock.now();
         let bytes = self.compose(key, va, mode)?;
-        let made = self.translation.finish();
+        let made = Made { target, ..self.translation.finish() };
         self.stats.blocks += 1;
         self.stats.host_bytes += (made.code.len() + made.cold.len()) as u64;
         if let Some(dump) = &self.lin.shared.config.dump {
@@ -1090,8 +1091,9 @@ impl Inner {
                 ins = bad;
             }
             let class = classify(&ins, mode, self.allowed.instruction(&ins));
-            let looks = self.crossing.contains_key(&instruction_gpa(&key, end_rip));
-            self.translation.ahead.push((ins, class, looks));
+            let gpa = instruction_gpa(&key, end_rip);
+            let ends = self.crossing.get(&gpa).copied().unwrap_or_default();
+            self.translation.ahead.push((ins, class, ends));
             at += ins.len();
             end_rip = wrap(end_rip.wrapping_add(ins.len() as u64), mode.bits);
             count += 1;
@@ -1100,7 +1102,7 @@ impl Inner {
             }
             // What there is a block of need not be translated again.
             let rest = BlockKey { rip: end_rip, gpa: page + at as u64, mode: key.mode };
-            if count >= JOINS_AFTER && !mode.single && self.code.find(&rest).is_some() {
+            if count >= JOINS_AFTER && !mode.single && self.code.has_target(&rest) {
                 break;
             }
         }
@@ -1258,7 +1260,10 @@ impl Inner {
                 let slow = self.stub_of(number, pc);
                 return self.go_on_at(pc, slow.cold);
             }
-            Place::Shared { base, d } => gpr(base).wrapping_add(i64::from(d) as u64),
+            Place::Shared { through, d } => {
+                let index = through.index().map_or(0, |(index, shift)| gpr(index) << shift);
+                gpr(through.base).wrapping_add(index).wrapping_add(i64::from(d) as u64)
+            }
             Place::Register { ea: S0, .. } => s0,
             Place::Register { ea, .. } => {
                 gpr((0..16).find(|&g| mapped(g) == Some(ea)).unwrap_or(0))
@@ -1301,7 +1306,10 @@ impl Inner {
         let rip = wrap(rip, self.mode.bits);
         if trap != 0 && self.crosses(&site, ea) {
             self.stats.crossed += 1;
-            self.crossed(number, rip, pc);
+            let last = ea.wrapping_add(u64::from(site.size) - 1);
+            let within = (ea ^ last) & !(PAGE - 1) == 0;
+            let ends = if within { Ends::Apart } else { Ends::Cross };
+            self.crossed(number, rip, pc, ends);
         }
         let access = self.access(&site, ea, trap);
         match access {
@@ -1475,8 +1483,8 @@ impl Inner {
         (looked_up ^ last) & !(PAGE - 1) != 0 && self.tlb.look_up(self.view, last).1
     }
 
-    /// An access trapped at the end of a page. Those that do so often look first from now on.
-    fn crossed(&mut self, number: u64, rip: u64, ret: u64) {
+    /// An access trapped at the end of a page. Those that do so often are made otherwise from now on.
+    fn crossed(&mut self, number: u64, rip: u64, ret: u64, ends: Ends) {
         /// Instructions remembered before all are forgotten.
         const MAX: usize = 1 << 16;
         let Some(key) = self.code.crossed(number, ret) else { return };
@@ -1484,7 +1492,7 @@ impl Inner {
         if self.crossing.len() >= MAX {
             self.crossing.clear();
         }
-        self.crossing.insert(instruction_gpa(&key, rip), ());
+        self.crossing.insert(instruction_gpa(&key, rip), ends);
         // Returns into the block may stay: it is slow, not wrong.
         self.tlb.jc_forget(key.rip);
         self.stats.crossings += 1;

@@ -229,9 +229,14 @@ impl Builder<'_> {
         let count = if self.mode == Mode::Bits64 { 16 } else { 8 };
         let names = if wide { &GPR64 } else { &GPR32 };
         let form = self.rng.below(10);
-        let index = (form >= 4).then(|| self.rng.below(count) as usize).filter(|i| *i != RSP);
-        let base = (form < 9 || index.is_none()).then(|| self.base_register(count));
-        let scale = 1u32 << self.rng.below(4);
+        let mut index = (form >= 4).then(|| self.rng.below(count) as usize).filter(|i| *i != RSP);
+        let mut base = (form < 9 || index.is_none()).then(|| self.base_register(count));
+        let mut scale = 1u32 << self.rng.below(4);
+        // Neighbours often have the same registers; look-ups are shared between them.
+        match self.registers {
+            Some(last) if self.rng.percent(40) => (base, index, scale) = last,
+            _ => self.registers = Some((base, index, scale)),
+        }
         let mut rest = offset;
         if let Some(i) = index {
             if self.regs.free(i) && Some(i) != base {

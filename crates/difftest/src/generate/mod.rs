@@ -101,6 +101,8 @@ pub(crate) struct Builder<'a> {
     vectors_used: u32,
     fs_base: Option<u64>,
     gs_base: Option<u64>,
+    /// Base, index and scale of the last memory operand.
+    registers: Option<(Option<usize>, Option<usize>, u32)>,
     bases: [u64; 2],
     items: Vec<Item>,
     /// For each label, the item it stands before.
@@ -145,6 +147,7 @@ impl<'a> Builder<'a> {
             // In compatibility mode the selectors are null, so FS and GS cannot be used.
             fs_base: fs_base.filter(|_| mode == Mode::Bits64),
             gs_base: gs_base.filter(|_| mode == Mode::Bits64),
+            registers: None,
             bases,
             items: Vec::new(),
             labels: Vec::new(),

@@ -14,7 +14,7 @@ use super::{BlockId, BlockKey, CodeCache, Fix, Fixup, Made, NONE, Notes};
 /// A copy of a block for another guest address.
 pub struct Moved {
     key: BlockKey,
-    looks: u8,
+    ends: (u8, u8),
     code: Vec<u8>,
     cold: Vec<u8>,
     notes: Notes,
@@ -25,7 +25,7 @@ impl Moved {
     /// The copy must be what the translator would make, unless that found out since that an
     /// instruction crosses into another page, or ends the block where another one begins.
     pub fn check(&self, made: &Made<'_>) {
-        if self.looks != made.looks || self.notes.counts().steps != made.notes.counts().steps {
+        if self.ends != made.ends || self.notes.counts().steps != made.notes.counts().steps {
             return;
         }
         let (fresh, copied) = ((made.code, made.cold), (&self.code[..], &self.cold[..]));
@@ -38,7 +38,8 @@ impl Moved {
         Made {
             key: self.key,
             second_page: None,
-            looks: self.looks,
+            ends: self.ends,
+            target: true,
             movable: self.movable,
             code: &self.code,
             cold: &self.cold,
@@ -226,7 +227,7 @@ impl CodeCache {
         for helped in &mut notes.helpers {
             helped.shift(delta);
         }
-        Some(Moved { key: *key, looks: b.looks, code, cold, notes, movable: b.movable })
+        Some(Moved { key: *key, ends: b.ends, code, cold, notes, movable: b.movable })
     }
 }
 

@@ -23,13 +23,42 @@ pub enum Place {
         /// Its bytes.
         len: u8,
     },
-    /// The sum of a guest register and a displacement, by a shared look-up.
+    /// The sum of guest registers and a displacement, by a shared look-up.
     Shared {
-        /// The register.
-        base: u8,
+        /// The registers.
+        through: Through,
         /// The displacement.
         d: i32,
     },
+}
+
+/// The registers of an address: a base, and perhaps an index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Through {
+    /// The base.
+    pub base: u8,
+    /// The index, or [`Through::NO_INDEX`], and above it the scale as a shift.
+    index: u8,
+}
+
+impl Through {
+    const NO_INDEX: u8 = 31;
+
+    /// A base alone.
+    pub const fn base(base: u8) -> Self {
+        Self { base, index: Self::NO_INDEX }
+    }
+
+    /// A base and an index times `1 << shift`.
+    pub const fn indexed(base: u8, index: u8, shift: u8) -> Self {
+        Self { base, index: index | shift << 5 }
+    }
+
+    /// The index and its shift.
+    pub const fn index(self) -> Option<(u8, u8)> {
+        let index = self.index & 31;
+        if index == Self::NO_INDEX { None } else { Some((index, self.index >> 5)) }
+    }
 }
 
 bitflags! {

@@ -209,6 +209,9 @@ fn xrstor(v: &mut Inner, ins: &Instruction) -> Result<(), Exception> {
             }
         }
     }
+    if rfbm & AVX != 0 {
+        fpu::upper_changed(&mut v.area);
+    }
     Ok(())
 }
 
@@ -367,6 +370,7 @@ pub(super) fn masked_move(v: &mut Inner, ins: &Instruction) -> Done {
             v.read_unaligned(seg, off.wrapping_add(at as u64), &mut out[at..at + width])?;
         }
         v.area.ymm[vector(register)] = out;
+        v.area.upper = 1;
     }
     Ok(Flow::Next)
 }
@@ -392,6 +396,7 @@ pub(super) fn gather(v: &mut Inner, ins: &Instruction) -> Done {
     let base_reg = ins.memory_base();
     let base = GuestReg::of(base_reg).map_or(0, |_| v.reg(base_reg));
     let am = super::operand::mask(if base_reg.is_gpr() { base_reg.size() } else { 8 });
+    v.area.upper = 1;
     let index = v.area.ymm[x];
     let scale = u64::from(ins.memory_index_scale());
     // The mask is extended to all ones or zeros first; it tells on a fault what is left to do.

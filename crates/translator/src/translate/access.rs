@@ -13,9 +13,9 @@ use berth_x86::state::sreg;
 use super::decode::{Unit, unit};
 use super::regs::{GuestReg, host_reg};
 use super::string::StringOp;
-use super::{Cold, Translation};
+use super::{Cold, Ends, Translation};
 use crate::asm::Mem;
-use crate::code::{Is, Place, Site};
+use crate::code::{Is, Place, Site, Through};
 use crate::layout::{
     Area, GUEST_RCX, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, TMP, disp, gpr_disp, host, mapped,
     state_disp,
@@ -195,7 +195,7 @@ impl Translation {
         }
     }
 
-    fn guest_or_scratch(&mut self, n: u8, scratch: u8) -> u8 {
+    pub(super) fn guest_or_scratch(&mut self, n: u8, scratch: u8) -> u8 {
         mapped(n).unwrap_or_else(|| {
             self.asm.load(scratch, &Mem::gs(gpr_disp(n)));
             scratch
@@ -252,7 +252,7 @@ impl Translation {
             self.near.push((jump, cold));
             lazy = false;
         } else {
-            if shift > 0 && (self.mode.checked || self.looks) {
+            if shift > 0 && (self.mode.checked || self.ends == Ends::Cross) {
                 // In the last slot of the page? Then it may cross.
                 let slot = std::mem::offset_of!(Area, slot_mask) + shift * 8;
                 self.asm.pext_gs(SC, ea, disp(slot));
@@ -567,7 +567,7 @@ impl Translation {
             _ => Pushed::Immediate(ins.immediate(0) as i32),
         };
         let want = Want { size: 8, read: false, write: true };
-        if let Some(a) = self.shared(4, -8, want, 2) {
+        if let Some(a) = self.shared(Through::base(4), -8, want, 2) {
             self.store_pushed(value, &Mem::base_index(GUEST_RSP, SC, 0, -8));
             self.asm.add_guest_rsp(-8);
             self.end_access(a);
@@ -598,7 +598,7 @@ impl Translation {
         let Some(g) = GuestReg::of(ins.op0_register()) else { return };
         let want = Want { size: 8, read: true, write: false };
         let a = self
-            .shared(4, 0, want, 2)
+            .shared(Through::base(4), 0, want, 2)
             .unwrap_or_else(|| self.look_up(GUEST_RSP, want, 2, false, 0..0));
         let from = Mem::base_index(GUEST_RSP, SC, 0, 0);
         match mapped(g.n) {
@@ -619,7 +619,7 @@ impl Translation {
     fn leave(&mut self) {
         let want = Want { size: 8, read: true, write: false };
         let a = self
-            .shared(5, 0, want, 2)
+            .shared(Through::base(5), 0, want, 2)
             .unwrap_or_else(|| self.look_up(host::RBP, want, 2, false, 0..0));
         self.asm.load(S1, &Mem::base_index(host::RBP, SC, 0, 0));
         self.asm.lea(GUEST_RSP, &Mem::base(host::RBP, 8));

@@ -7,7 +7,7 @@ use super::access::Want;
 use super::regs::GuestReg;
 use super::{Cold, Mode, Translation};
 use crate::asm::{Mem, Near};
-use crate::code::{Branch, Fix, Link};
+use crate::code::{Branch, Fix, Link, Through};
 use crate::layout::{
     Area, ExitCode, GUEST_RCX, GUEST_RSP, S0, S1, SC, TMP, disp, gpr_disp, mapped,
 };
@@ -187,7 +187,7 @@ impl Translation {
     /// Pushes a return address.
     fn push_return(&mut self, next: u64) {
         let want = Want { size: 8, read: false, write: true };
-        if let Some(a) = self.shared(4, -8, want, 2) {
+        if let Some(a) = self.shared(Through::base(4), -8, want, 2) {
             self.load_address(S1, next, false);
             self.asm.store(&Mem::base_index(GUEST_RSP, SC, 0, -8), S1);
             self.asm.add_guest_rsp(-8);
@@ -226,7 +226,7 @@ impl Translation {
         let extra = if ins.op_count() > 0 { ins.immediate16() } else { 0 };
         let want = Want { size: 8, read: true, write: false };
         let a = self
-            .shared(4, 0, want, 2)
+            .shared(Through::base(4), 0, want, 2)
             .unwrap_or_else(|| self.look_up(GUEST_RSP, want, 2, false, 0..0));
         self.asm.load(S0, &Mem::base_index(GUEST_RSP, SC, 0, 0));
         self.asm.add_guest_rsp(8 + i32::from(extra));

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use iced_x86::{Decoder, DecoderOptions};
 
-use super::{Mode, Translation, classify};
+use super::{Ends, Mode, Translation, classify};
 use crate::code::{BlockKey, CodeCache};
 use crate::dump::{Names, list};
 use crate::thunks::{Then, Thunks};
@@ -39,6 +39,13 @@ const BLOCKS: &[Golden] = &[
         name: "checked",
         mode: Mode { checked: true, ..USER64 },
         code: b"\x48\x89\x44\x24\x10",
+    },
+    // mov eax, [rdi + rcx*4 + 8]; add [rdi + rcx*4], eax; add rcx, 2; mov edx, [rdi + rcx*4 - 8];
+    // mov r8, [r10 + r11]; mov [r10 + r11 + 8], r8
+    Golden {
+        name: "shared_index",
+        mode: USER64,
+        code: b"\x8b\x44\x8f\x08\x01\x04\x8f\x48\x83\xc1\x02\x8b\x54\x8f\xf8\x4f\x8b\x04\x1a\x4f\x89\x44\x1a\x08",
     },
     // push rbx; pop r10; ret
     Golden { name: "stack", mode: USER64, code: b"\x53\x41\x5a\xc3" },
@@ -120,19 +127,22 @@ extern "C" fn never(_: u64, _: u64, _: u64) -> Then {
     Then::Exit
 }
 
-/// Translates the block at `rip` but for its cold parts. `looks`: its accesses look whether they
-/// cross into another page.
-fn body(t: &mut Translation, golden: &Golden, rip: u64, looks: bool) {
+/// Translates the block at `rip` but for its cold parts. `ends`: where its accesses are.
+fn body(t: &mut Translation, golden: &Golden, rip: u64, ends: Ends) {
     let bits = u32::from(golden.mode.bits);
     for ins in &mut Decoder::with_ip(bits, golden.code, rip, DecoderOptions::NONE) {
         assert!(!ins.is_invalid(), "{}: {ins:?}", golden.name);
-        t.ahead.push((ins, classify(&ins, golden.mode, true), looks));
+        t.ahead.push((ins, classify(&ins, golden.mode, true), ends));
     }
     let (count, ended) = t.all();
     assert_eq!(count, t.ahead.len(), "{}", golden.name);
     if !ended {
         t.continue_at(rip + golden.code.len() as u64);
     }
+}
+
+fn all_ways() -> impl Iterator<Item = (&'static Golden, Ends)> {
+    BLOCKS.iter().flat_map(|b| [Ends::Seldom, Ends::Apart, Ends::Cross].map(|ends| (b, ends)))
 }
 
 /// The block as text.
@@ -146,7 +156,7 @@ fn listing(golden: &Golden) -> String {
     t.begin(&cache, key, golden.mode);
     // Body and cold parts in one piece, whatever the size of the cache.
     t.cold_start = None;
-    body(&mut t, golden, rip, false);
+    body(&mut t, golden, rip, Ends::Seldom);
     let at = cache.next_host();
     let made = t.finish();
     let code = [made.code, made.cold].concat();
@@ -207,20 +217,20 @@ fn golden_listings_have_names_for_all_places() {
 /// So is one at the same guest address, made when the segment of a block is about to be dropped.
 #[test]
 fn rescued_blocks_are_like_translations() {
-    for (golden, looks) in BLOCKS.iter().flat_map(|b| [(b, false), (b, true)]) {
+    for (golden, ends) in all_ways() {
         let mut cache = CodeCache::new(4 << 20).unwrap();
         let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
         let rip = if golden.mode.bits == 16 { RIP & 0xffff } else { RIP };
         let key = BlockKey { rip, gpa: RIP, mode: golden.mode.pack() };
         t.begin(&cache, key, golden.mode);
-        body(&mut t, golden, rip, looks);
+        body(&mut t, golden, rip, ends);
         let id = cache.push_block(&t.finish(), 0, true);
         assert!(cache.rescued(id).is_none(), "{}: not yet", golden.name);
         while cache.find(&key) == Some(id) && cache.drops < 100 {
             cache.advance();
             if let Some(copy) = cache.rescued(id) {
                 t.begin(&cache, key, golden.mode);
-                body(&mut t, golden, rip, looks);
+                body(&mut t, golden, rip, ends);
                 copy.check(&t.finish());
                 let other = cache.push_block(&copy.made(), 0, true);
                 assert_eq!(cache.find(&key), Some(other));
@@ -244,7 +254,7 @@ fn blocks_of_the_same_code_are_bounded() {
     let key = |n: u64| BlockKey { rip: RIP + (n << 12), gpa: RIP, mode: golden.mode.pack() };
     let mut push = |cache: &mut CodeCache, n| {
         t.begin(cache, key(n), golden.mode);
-        body(&mut t, golden, key(n).rip, false);
+        body(&mut t, golden, key(n).rip, Ends::Seldom);
         cache.push_block(&t.finish(), 0, true)
     };
     for n in 0..300 {
@@ -268,7 +278,7 @@ fn blocks_of_the_same_code_are_bounded() {
 #[test]
 fn copies_are_like_translations() {
     let mut copied = 0;
-    for (golden, looks) in BLOCKS.iter().flat_map(|b| [(b, false), (b, true)]) {
+    for (golden, ends) in all_ways() {
         let mut cache = CodeCache::new(4 << 20).unwrap();
         let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
         let mode = golden.mode.pack();
@@ -278,12 +288,12 @@ fn copies_are_like_translations() {
             mode,
         });
         t.begin(&cache, keys[0], golden.mode);
-        body(&mut t, golden, keys[0].rip, looks);
+        body(&mut t, golden, keys[0].rip, ends);
         cache.push_block(&t.finish(), 0, true);
         let mut check = |cache: &CodeCache, key: &BlockKey| {
             let Some(copy) = cache.moved(key) else { return false };
             t.begin(cache, *key, golden.mode);
-            body(&mut t, golden, key.rip, looks);
+            body(&mut t, golden, key.rip, ends);
             copy.check(&t.finish());
             true
         };

@@ -140,6 +140,18 @@ pub fn detour(t: &mut Translation, cache: &CodeCache, target: u64) -> Vec<u8> {
     [made.code, made.cold].concat()
 }
 
+/// What is known of an instruction's accesses at the ends of pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ends {
+    /// They are seldom there.
+    #[default]
+    Seldom,
+    /// They often lie in the page behind the one of a shared look-up, so they have their own.
+    Apart,
+    /// They often cross into another page, so they look whether they do.
+    Cross,
+}
+
 /// Something emitted behind the block's body.
 enum Cold {
     /// Slow path of an access that always, or often, takes it.
@@ -214,8 +226,8 @@ pub struct Translation {
     mmx: bool,
     /// The current instruction is VCVTPH2PS or VCVTPS2PH.
     converts: bool,
-    /// Instructions of the block, with what is known of them: class, whether they look.
-    pub ahead: Vec<(Instruction, Class, bool)>,
+    /// Instructions of the block, with what is known of them: class, where their accesses are.
+    pub ahead: Vec<(Instruction, Class, Ends)>,
     /// The general registers that each of them writes.
     written: Vec<Option<u16>>,
     /// Number of the current one.
@@ -224,8 +236,8 @@ pub struct Translation {
     windows: Vec<share::Window>,
     /// The window whose addend is in [`SC`].
     held: Option<usize>,
-    /// Accesses of the current instruction look whether they may cross into another page.
-    pub looks: bool,
+    /// Of the current instruction.
+    pub ends: Ends,
     /// What the current branch took from RSP.
     rsp_taken: i32,
     /// Link jumps to be bound to their stubs: (jump, cold number).
@@ -260,7 +272,7 @@ impl Translation {
             x87: false,
             mmx: false,
             converts: false,
-            looks: false,
+            ends: Ends::Seldom,
             ahead: Vec::new(),
             written: Vec::new(),
             index: 0,
@@ -302,9 +314,9 @@ impl Translation {
         let mut ended = false;
         while !ended
             && self.len() < MAX_BLOCK_BYTES / 3
-            && let Some((ins, class, looks)) = self.ahead.get(self.index).copied()
+            && let Some((ins, class, ends)) = self.ahead.get(self.index).copied()
         {
-            self.looks = looks;
+            self.ends = ends;
             ended = self.instruction(&ins, class);
             self.index += 1;
         }
@@ -401,7 +413,11 @@ impl Translation {
             key: self.key,
             second_page: self.second_page,
             // Those behind the block's end count too: look-ups are shared with regard to them.
-            looks: self.ahead.iter().filter(|i| i.2).count() as u8,
+            target: true,
+            ends: {
+                let count = |ends| self.ahead.iter().filter(|i| i.2 == ends).count() as u8;
+                (count(Ends::Apart), count(Ends::Cross))
+            },
             movable: self.movable,
             code: &self.body.buf,
             cold: &self.asm.buf,
@@ -527,7 +543,7 @@ impl Translation {
                 }
                 self.slow(site).cold_end = self.asm.pos() as u32;
             }
-            Place::Shared { base, d } => self.cold_shared(site, base, d),
+            Place::Shared { through, d } => self.cold_shared(site, through, d),
         }
     }
 

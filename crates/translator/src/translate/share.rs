@@ -1,8 +1,8 @@
-//! Look-ups shared by accesses with the same base register.
+//! Look-ups shared by accesses with the same base register and index.
 //!
 //! An entry of the TLB vouches for the page behind its own (see [`crate::tlb`]). So an addend found
-//! for the lowest of several addresses `base + displacement` serves all of them that lie less than a
-//! page above, as long as the base register keeps its value or changes by known amounts. When an access
+//! for the lowest of several addresses `base + index * scale + displacement` serves all of them that
+//! lie less than a page above, as long as the registers keep their values or change by known amounts. When an access
 //! has no such *window* yet, the instructions that follow in the block are searched for more accesses
 //! with the same base; if there are any, one look-up is made at the lowest address, and its addend kept in
 //! the area (and in [`SC`] while nothing else needs that).
@@ -16,12 +16,12 @@
 
 use iced_x86::{Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
-use super::Translation;
 use super::access::{Access, Want, access_size, segment_of};
 use super::decode::Class;
 use super::regs::GuestReg;
+use super::{Ends, Translation};
 use crate::asm::Mem;
-use crate::code::Place;
+use crate::code::{Place, Through};
 use crate::layout::{Area, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, WINDOWS, disp, mapped};
 
 /// Number of RSP.
@@ -36,8 +36,9 @@ const AHEAD: usize = 24;
 /// An addend that is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
-    base: u8,
-    /// What to add to the base register's present value to get the address that was looked up.
+    /// No registers: nothing is known of them any more.
+    through: Option<Through>,
+    /// What to add to the registers' present values to get the address that was looked up.
     start: i64,
     /// Number of its place in the area.
     slot: usize,
@@ -62,14 +63,22 @@ impl Translation {
         self.held = None;
     }
 
-    /// The base register and displacement of a memory operand that a window can serve.
-    fn plain_operand(&self, ins: &Instruction) -> Option<(u8, i64)> {
-        let base = ins.memory_base();
-        let g = GuestReg::of(base).filter(|g| g.size == 8)?;
-        if ins.memory_index() != Register::None || segment_of(ins, 64) >= 4 {
+    /// The registers and displacement of a memory operand that a window can serve.
+    fn plain_operand(&self, ins: &Instruction) -> Option<(Through, i64)> {
+        let whole = |r: Register| GuestReg::of(r).filter(|g| g.size == 8).map(|g| g.n);
+        let base = whole(ins.memory_base())?;
+        if segment_of(ins, 64) >= 4 {
             return None;
         }
-        Some((g.n, ins.memory_displacement64() as i64))
+        let through = match ins.memory_index() {
+            Register::None => Through::base(base),
+            index => Through::indexed(
+                base,
+                whole(index)?,
+                ins.memory_index_scale().trailing_zeros() as u8,
+            ),
+        };
+        Some((through, ins.memory_displacement64() as i64))
     }
 
     /// A shared look-up for the memory operand of an instruction, if there is or can be one.
@@ -77,44 +86,61 @@ impl Translation {
         if self.mode.bits != 64 {
             return None;
         }
-        let (base, d) = self.plain_operand(ins)?;
-        self.shared(base, d, want, segment_of(ins, 64))
+        let (through, d) = self.plain_operand(ins)?;
+        self.shared(through, d, want, segment_of(ins, 64))
     }
 
-    /// A shared look-up for the access at `base + d`.
-    pub(super) fn shared(&mut self, base: u8, d: i64, want: Want, seg: u8) -> Option<Access> {
+    /// A shared look-up for the access at the sum of the registers and `d`.
+    pub(super) fn shared(
+        &mut self,
+        through: Through,
+        d: i64,
+        want: Want,
+        seg: u8,
+    ) -> Option<Access> {
         let m = self.mode;
-        if m.bits != 64 || m.single || m.aligned || m.checked || self.looks {
+        if m.bits != 64 || m.single || m.aligned || m.checked || self.ends != Ends::Seldom {
             return None;
         }
-        if want.size > 1 << MAX_ACCESS_SHIFT || i32::try_from(d).is_err() {
+        let disp32 = i32::try_from(d).ok()?;
+        if want.size > 1 << MAX_ACCESS_SHIFT {
             return None;
         }
-        let covers =
-            |w: &Window| w.base == base && d >= w.start && d + want.size as i64 - w.start <= REACH;
+        let covers = |w: &Window| {
+            w.through == Some(through) && d >= w.start && d + want.size as i64 - w.start <= REACH
+        };
         let known = self.windows.iter().copied().find(covers);
         let window = match known {
             Some(w) => w,
             None => {
                 let slot = self.windows.len();
-                let start = self.lowest(base, d, want.size as i64)?;
+                let start = self.lowest(through, d, want.size as i64)?;
                 if slot >= WINDOWS || i32::try_from(start).is_err() {
                     return None;
                 }
-                Window { base, start, slot }
+                Window { through: Some(through), start, slot }
             }
         };
-        self.reserve(60);
+        self.reserve(72);
         let look = self.asm.pos() as u16;
-        let reg = mapped(base).unwrap_or_else(|| {
-            self.load_guest(S0, base);
-            S0
-        });
+        // Where the address is that the instruction adds `left` to.
+        let (reg, left) = match (through.index(), mapped(through.base)) {
+            (None, Some(base)) => (base, disp32),
+            (None, None) => {
+                self.load_guest(S0, through.base);
+                (S0, disp32)
+            }
+            (Some(_), _) => {
+                self.sum(through, disp32);
+                (S0, 0)
+            }
+        };
         if known.is_none() {
-            let at = if window.start == 0 {
+            let below = window.start - d + i64::from(left);
+            let at = if below == 0 {
                 reg
             } else {
-                self.asm.lea(S1, &Mem::base(reg, window.start as i32));
+                self.asm.lea(S1, &Mem::base(reg, below as i32));
                 S1
             };
             let mask = std::mem::offset_of!(Area, page_mask) + usize::from(!m.user) * 8;
@@ -127,31 +153,44 @@ impl Translation {
         }
         self.held = Some(window.slot);
         let op = self.asm.pos() as u16;
-        let place = Place::Shared { base, d: d as i32 };
+        let place = Place::Shared { through, d: disp32 };
         let mut site = self.site_of(want, seg, place);
         (site.look, site.op) = (look, op);
         site.share(window.slot, (d - window.start) as u16);
         let site = self.site(site);
-        Some(Access { site, ea: reg, disp: d as i32 })
+        Some(Access { site, ea: reg, disp: left })
+    }
+
+    /// Puts the sum of registers and a displacement into [`S0`]; may use [`S1`].
+    fn sum(&mut self, through: Through, d: i32) {
+        let base = self.guest_or_scratch(through.base, S0);
+        let from = match through.index() {
+            None => Mem::base(base, d),
+            Some((index, shift)) => {
+                let index = self.guest_or_scratch(index, if base == S0 { S1 } else { S0 });
+                Mem::base_index(base, index, shift, d)
+            }
+        };
+        self.asm.lea(S0, &from);
     }
 
     /// The slow path of a shared access: the instruction is executed out of line, and the window's
     /// addend loaded again.
-    pub(super) fn cold_shared(&mut self, site: usize, base: u8, d: i32) {
+    pub(super) fn cold_shared(&mut self, site: usize, through: Through, d: i32) {
         let slot = self.notes.sites[site].window().unwrap_or(0);
         self.slow(site).cold = self.asm.pos() as u32;
-        self.load_guest(S0, base);
-        self.asm.lea(S0, &Mem::base(S0, d));
+        self.sum(through, d);
         self.call_slow(site);
         let direct = self.asm.jmp();
         let s = self.notes.sites[site];
-        let reload_base = |t: &mut Self| {
-            if mapped(base).is_none() {
-                t.load_guest(S0, base);
-            }
+        // As the body has it.
+        let address = |t: &mut Self| match (through.index(), mapped(through.base)) {
+            (Some(_), _) => t.sum(through, d),
+            (None, None) => t.load_guest(S0, through.base),
+            (None, Some(_)) => {}
         };
         if s.writes() {
-            reload_base(self);
+            address(self);
             self.repeat(s.op, s.op_end);
             self.call_commit(site);
             self.asm.load(SC, &kept(slot));
@@ -159,7 +198,7 @@ impl Translation {
         }
         self.asm.bind_near(direct);
         self.slow(site).direct = self.asm.pos() as u32;
-        reload_base(self);
+        address(self);
         self.repeat(s.op, s.op_end);
         self.asm.load(SC, &kept(slot));
         self.asm.jmp_to(usize::from(s.op_end));
@@ -167,8 +206,8 @@ impl Translation {
     }
 
     /// The lowest displacement of the accesses from the current instruction on that one window can
-    /// serve, in terms of the present value of `base`; `None` when there is only the current one.
-    fn lowest(&mut self, base: u8, d: i64, size: i64) -> Option<i64> {
+    /// serve, in terms of the registers' present values; `None` when there is only the current one.
+    fn lowest(&mut self, through: Through, d: i64, size: i64) -> Option<i64> {
         // Behind a call, a return or a system instruction nothing is left of a window.
         let (ins, class, _) = self.ahead.get(self.index)?;
         if !matches!(class, Class::Nothing | Class::Plain) && !ins.is_jcc_short_or_near() {
@@ -177,7 +216,7 @@ impl Translation {
         let (mut low, mut high, mut more) = (d, d + size, false);
         let mut added = 0i64;
         for n in self.index..self.index + AHEAD {
-            let Some((ins, class, looks)) = self.ahead.get(n).copied() else { break };
+            let Some((ins, class, ends)) = self.ahead.get(n).copied() else { break };
             let ins = &ins;
             if n > self.index {
                 let goes_on = match class {
@@ -189,7 +228,9 @@ impl Translation {
                 if !goes_on {
                     break;
                 }
-                if !looks && let Some((at, bytes)) = self.access_through(ins, base) {
+                if ends == Ends::Seldom
+                    && let Some((at, bytes)) = self.access_through(ins, through)
+                {
                     let at = at + added;
                     let (l, h) = (low.min(at), high.max(at + bytes));
                     if h - l > REACH {
@@ -201,7 +242,7 @@ impl Translation {
                     break;
                 }
             }
-            match effect(ins, self.writes(n), base) {
+            match effect_on(ins, self.writes(n), through) {
                 Effect::Nothing => {}
                 Effect::Adds(by) => added += by,
                 Effect::Unknown => break,
@@ -210,16 +251,16 @@ impl Translation {
         more.then_some(low)
     }
 
-    /// Displacement and size of an instruction's access through `base`.
-    fn access_through(&self, ins: &Instruction, base: u8) -> Option<(i64, i64)> {
+    /// Displacement and size of an instruction's access through these registers.
+    fn access_through(&self, ins: &Instruction, through: Through) -> Option<(i64, i64)> {
         if let Some((n, d)) = stack_access(ins) {
-            return (n == base).then_some((d, 8));
+            return (Through::base(n) == through).then_some((d, 8));
         }
         if ins.mnemonic() == Mnemonic::Lea || !ins.op_kinds().any(|k| k == OpKind::Memory) {
             return None;
         }
         let (n, d) = self.plain_operand(ins)?;
-        (n == base).then_some((d, access_size(ins) as i64))
+        (n == through).then_some((d, access_size(ins) as i64))
     }
 
     /// Keeps the windows right after an instruction.
@@ -229,11 +270,12 @@ impl Translation {
         }
         let written = self.writes(self.index);
         for w in &mut self.windows {
-            match effect(ins, written, w.base) {
+            let Some(through) = w.through else { continue };
+            match effect_on(ins, written, through) {
                 Effect::Nothing => {}
                 Effect::Adds(by) => w.start -= by,
-                // No register has this number: the place in the area stays taken.
-                Effect::Unknown => w.base = u8::MAX,
+                // The place in the area stays taken.
+                Effect::Unknown => w.through = None,
             }
         }
     }
@@ -262,11 +304,21 @@ impl Translation {
     }
 }
 
+/// What an instruction that writes the registers `written` does to their sum.
+fn effect_on(ins: &Instruction, written: u16, through: Through) -> Effect {
+    let base = effect(ins, written, through.base);
+    let Some((index, shift)) = through.index() else { return base };
+    match (base, effect(ins, written, index)) {
+        (Effect::Nothing, Effect::Nothing) => Effect::Nothing,
+        (Effect::Nothing, Effect::Adds(by)) => Effect::Adds(by << shift),
+        (Effect::Adds(by), Effect::Nothing) => Effect::Adds(by),
+        // One register twice, or two written by one instruction.
+        _ => Effect::Unknown,
+    }
+}
+
 /// What an instruction that writes the registers `written` does to `base`.
 fn effect(ins: &Instruction, written: u16, base: u8) -> Effect {
-    if base > 15 {
-        return Effect::Unknown;
-    }
     if written & 1 << base == 0 {
         return Effect::Nothing;
     }

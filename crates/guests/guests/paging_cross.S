@@ -169,6 +169,77 @@ main:
     CHECK "repe cmpsd: flags", rax, 0x81
     mov [t_pt + 40], r13
 
+    // The same border crossed again and again, while what is behind it changes.
+    lea rsi, [rbx + 0x3ffc]             // frames 1 and 0
+    mov ecx, 100
+    xor r8d, r8d
+1:  mov [rsi], rcx
+    add r8, [rsi]
+    lock inc qword ptr [rsi]
+    add r8, [rsi]
+    dec ecx
+    jnz 1b
+    CHECK "100 times over a border", r8, 10200
+    mov eax, [frames + 0x1ffc]
+    CHECK "100 times over a border: low part", rax, 2
+    mov dword ptr [frames + 0x2000], 0x77
+    mov r13, [t_pt + 32]
+    lea rax, [frames + 0x2000 + 3]
+    mov [t_pt + 32], rax
+    invlpg [rbx + 0x4000]
+    mov rax, [rsi]
+    mov rdx, 0x7700000002
+    CHECK "the second page is another", rax, rdx
+    and qword ptr [t_pt + 32], ~2
+    invlpg [rbx + 0x4000]
+    lea r14, [rbx + 0x4000]
+    FAULT_PF "the second page is read-only", 3, r14, mov [rsi], rax
+    mov eax, [frames + 0x1ffc]
+    CHECK "the second page is read-only: nothing written", rax, 2
+    mov qword ptr [t_pt + 32], 0
+    invlpg [rbx + 0x4000]
+    FAULT_PF "the second page is gone", 0, r14, mov rax, [rsi]
+    mov [t_pt + 32], r13
+    and qword ptr [t_pt + 32], ~0x60
+    invlpg [rbx + 0x4000]
+    mov rax, [rsi]
+    mov eax, [t_pt + 32]
+    and eax, 0x60
+    CHECK "the second page is back: accessed", rax, 0x20
+    mov rdx, -1
+    mov [rsi], rdx
+    mov eax, [t_pt + 32]
+    and eax, 0x60
+    CHECK "the second page is back: dirty", rax, 0x60
+    mov eax, [frames]
+    mov edx, 0xffffffff
+    CHECK "the second page is back: written", rax, rdx
+    lea rax, [frames + 0x2000 + 3]
+    mov [t_pt + 24], rax
+    invlpg [rbx + 0x3000]
+    mov dword ptr [frames + 0x2ffc], 0x55
+    mov rax, [rsi]
+    mov rdx, 0xffffffff00000055
+    CHECK "the first page is another", rax, rdx
+    lea rax, [frames + 0x1000 + 3]
+    mov [t_pt + 24], rax
+    invlpg [rbx + 0x3000]
+    // Code on the second page, written by accesses over the border.
+    mov word ptr [frames + 4], 0xc300
+    mov ecx, 20
+    xor r8d, r8d
+1:  mov eax, ecx
+    shl rax, 40
+    mov rdx, 0xb800000000
+    or rax, rdx
+    mov [rsi], rax                      // at the second page: mov eax, ecx of now
+    lea rdx, [rbx + 0x4000]
+    call rdx
+    add r8, rax
+    dec ecx
+    jnz 1b
+    CHECK "code written over the border", r8, 210
+
     // Fetch crossing into a missing page: CR2 is the page, RIP the instruction.
     mov dword ptr [frames + 0xffc], 0x0000b890 // nop; mov eax, imm32 of which two bytes are there
     lea rdx, [rbx + 0xffd]

@@ -154,8 +154,6 @@ pub struct Made<'a> {
     pub notes: &'a Notes,
 }
 
-/// Traps of one access at page ends after which its block is translated again, with a look first.
-const CROSSINGS_MAX: u8 = 4;
 /// No link, no block.
 const NONE: u32 = u32::MAX;
 /// What is noted of a link in no list.
@@ -623,18 +621,11 @@ impl CodeCache {
         self.patch(n, Some(host));
     }
 
-    /// Notes that an access trapped because it crossed into another page; gives the block's key and
-    /// takes the block out of use once that has happened too often for a trap each.
-    pub fn crossed(&mut self, n: u64, pc: u64) -> Option<BlockKey> {
-        let n = u32::try_from(n).ok()?;
-        let count = self.of_mut(n)?.crossings.entry(n).or_default();
-        *count = count.saturating_add(1);
-        if *count != CROSSINGS_MAX {
-            return None;
+    /// Takes the block at `pc` out of use, so that it is translated again.
+    pub fn retire_at(&mut self, pc: u64) {
+        if let Some(id) = self.index_at(pc) {
+            self.retire(id);
         }
-        let id = self.index_at(pc)?;
-        self.retire(id);
-        Some(self.block(BlockId(id))?.key())
     }
 
     /// Makes a block unfindable. Code that runs in it may go on.

@@ -11,16 +11,20 @@
 //! Generated code does not look whether an access crosses into another page. That is right when the
 //! next guest page lies behind the first one in RAM too. Other pages are reached through *guarded*
 //! mappings of single pages, made when first needed and kept, each followed by a page without
-//! access: an access across the end traps.
+//! access: an access across the end traps. Two pages across whose border accesses go again and again
+//! get a mapping of both, a *pair*.
 //!
 //! All accesses race with other vCPUs and devices by design; they are volatile or atomic.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use berth_x86::PhysMem;
 
+use crate::code::FastMap;
+use crate::shared::lock;
 use crate::sys::{self, Reservation};
 use crate::{RamSlot, SetupError};
 
@@ -45,7 +49,20 @@ pub struct Ram {
     rw: Reservation,
     ro: Reservation,
     guarded: Guarded,
+    pairs: Mutex<Pairs>,
 }
+
+/// Mappings of two pages, each in the place of a guarded page and what follows it.
+#[derive(Default)]
+struct Pairs {
+    /// By the physical addresses of both pages, and whether for writing: its number.
+    numbers: FastMap<(u64, u64, bool), u32>,
+    /// By physical address: host addresses where the page is mapped for writing.
+    writable: FastMap<u64, Vec<u64>>,
+}
+
+/// Pairs may be so many of all guarded mappings.
+const PAIRS_PART: usize = 4;
 
 /// Mappings of single pages.
 struct Guarded {
@@ -102,7 +119,7 @@ impl Ram {
         let table = || (0..pages).map(|_| AtomicU32::new(0)).collect();
         let guarded =
             Guarded { space, limit, used: AtomicUsize::new(0), of_page: [table(), table()] };
-        Ok(Self { slots: list, span, raw, rw, ro, guarded })
+        Ok(Self { slots: list, span, raw, rw, ro, guarded, pairs: Mutex::default() })
     }
 
     /// One past the highest RAM address.
@@ -140,10 +157,13 @@ impl Ram {
         self.raw.addr() + gpa
     }
 
-    /// Protects or unprotects a page of the writable view and its guarded mapping.
+    /// Protects or unprotects a page of the writable view and its other mappings.
     pub fn protect(&self, gpa: u64, writable: bool) -> std::io::Result<()> {
         let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         sys::mprotect(self.rw_addr(gpa), PAGE as usize, prot)?;
+        for at in lock(&self.pairs).writable.get(&gpa).into_iter().flatten() {
+            sys::mprotect(*at, PAGE as usize, prot)?;
+        }
         match self.guarded_addr(gpa, true) {
             Some(at) => sys::mprotect(at, PAGE as usize, prot),
             None => Ok(()),
@@ -161,6 +181,9 @@ impl Ram {
                 let _ = sys::mprotect(self.guarded_at(n), PAGE as usize, prot);
             }
         }
+        for at in lock(&self.pairs).writable.values().flatten() {
+            let _ = sys::mprotect(*at, PAGE as usize, prot);
+        }
     }
 
     fn guarded_at(&self, n: u32) -> u64 {
@@ -177,24 +200,57 @@ impl Ram {
     /// Makes a guarded mapping of the page at `gpa`; `None` when there are too many. The caller makes
     /// sure that nobody else does so, and that `writable` stays true as long as it takes.
     pub fn make_guarded(&self, gpa: u64, rw: bool, writable: bool) -> Option<u64> {
-        let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.size)?;
         let entry = self.guarded.of_page[usize::from(!rw)].get((gpa / PAGE) as usize)?;
+        let number = self.take_number()?;
+        let at = self.map_at(self.guarded_at(number), gpa, rw && writable)?;
+        entry.store(number + 1, Ordering::Release);
+        Some(at)
+    }
+
+    /// The number of the next guarded mapping. The caller makes sure that nobody else asks.
+    fn take_number(&self) -> Option<u32> {
         let n = self.guarded.used.load(Ordering::Relaxed);
-        if n >= self.guarded.limit {
+        let number = u32::try_from(n).ok().filter(|_| n < self.guarded.limit)?;
+        self.guarded.used.store(n + 1, Ordering::Relaxed);
+        Some(number)
+    }
+
+    /// Maps a page of RAM at a place among the guarded ones.
+    fn map_at(&self, at: u64, gpa: u64, writable: bool) -> Option<u64> {
+        let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.size)?;
+        let prot = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
+        let space = &self.guarded.space;
+        let offset = slot.offset + (gpa - slot.gpa);
+        let at = (at - space.addr()) as usize;
+        space.map_file(at, PAGE as usize, prot, slot.fd.as_raw_fd(), offset).ok()
+    }
+
+    /// Host address of the mapping of two pages one after the other, when there is one.
+    pub fn pair_addr(&self, pages: (u64, u64), rw: bool) -> Option<u64> {
+        let n = *lock(&self.pairs).numbers.get(&(pages.0, pages.1, rw))?;
+        Some(self.guarded_at(n))
+    }
+
+    /// Makes a mapping of two pages one after the other; `None` when there are too many. The caller
+    /// makes sure that nobody else does so, and that `writable` stays true as long as it takes.
+    pub fn make_pair(&self, pages: (u64, u64), rw: bool, writable: [bool; 2]) -> Option<u64> {
+        let mut pairs = lock(&self.pairs);
+        if pairs.numbers.len() >= self.guarded.limit / PAIRS_PART {
             return None;
         }
-        let prot = libc::PROT_READ | if rw && writable { libc::PROT_WRITE } else { 0 };
-        let number = u32::try_from(n).ok()?;
-        let at = self.guarded_at(number) - self.guarded.space.addr();
-        let offset = slot.offset + (gpa - slot.gpa);
-        let mapped = self
-            .guarded
-            .space
-            .map_file(at as usize, PAGE as usize, prot, slot.fd.as_raw_fd(), offset)
-            .ok()?;
-        self.guarded.used.store(n + 1, Ordering::Relaxed);
-        entry.store(number + 1, Ordering::Release);
-        Some(mapped)
+        let number = self.take_number()?;
+        let at = self.guarded_at(number);
+        let places = [(at, pages.0, writable[0]), (at + PAGE, pages.1, writable[1])];
+        for (at, gpa, writable) in places {
+            self.map_at(at, gpa, rw && writable)?;
+        }
+        pairs.numbers.insert((pages.0, pages.1, rw), number);
+        if rw {
+            for (at, gpa, _) in places {
+                pairs.writable.entry(gpa).or_default().push(at);
+            }
+        }
+        Some(at)
     }
 
     /// Copies RAM out; the caller has checked [`Ram::contains`].

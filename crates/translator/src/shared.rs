@@ -200,6 +200,20 @@ impl Shared {
         self.ram.make_guarded(gpa, rw, !self.has_code(gpa / PAGE))
     }
 
+    /// Host address of a mapping of two pages one after the other, made if need be; `None` when there
+    /// are too many already.
+    pub(crate) fn pair(&self, pages: (u64, u64), rw: bool) -> Option<u64> {
+        if let Some(at) = self.ram.pair_addr(pages, rw) {
+            return Some(at);
+        }
+        let _guard = lock(&self.code_lock);
+        if let Some(at) = self.ram.pair_addr(pages, rw) {
+            return Some(at);
+        }
+        let writable = [pages.0, pages.1].map(|gpa| !self.has_code(gpa / PAGE));
+        self.ram.make_pair(pages, rw, writable)
+    }
+
     fn drop_all(&self) {
         for c in &self.code {
             c.store(0, Ordering::SeqCst);

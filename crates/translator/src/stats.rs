@@ -74,8 +74,10 @@ pub struct Stats {
     pub jump_cache_clears: u64,
     /// MOV CR3.
     pub space_switches: u64,
-    /// Instructions that look for page crossings because they trapped too often.
+    /// Times an instruction was given other look-ups because it trapped too often at the ends of pages.
     pub crossings: u64,
+    /// Mappings of two pages across whose border accesses go again and again.
+    pub pairs: u64,
     /// Times the limit of guarded pages was met (see `ram`).
     pub guard_overflows: u64,
 }
@@ -144,9 +146,9 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "             {} pages entered ahead; {} address space switches; {} instructions look \
-             for crossings",
-            s.entered_ahead, s.space_switches, s.crossings
+            "             {} pages entered ahead; {} address space switches; {} pairs of pages, {} \
+             changes of look-ups at the ends of pages",
+            s.entered_ahead, s.space_switches, s.pairs, s.crossings
         )?;
         writeln!(f, "  events     {} exceptions and interrupts", s.events)?;
         write!(f, "  helpers    {} instructions in {}", s.helpers, ms(s.helping))?;

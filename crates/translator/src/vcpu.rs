@@ -136,7 +136,9 @@ pub struct Inner {
     /// Blocks look for accesses that cross into another page: there are too many pages to guard.
     checked: bool,
     /// By physical addresses, instructions whose accesses are often at the ends of pages.
-    crossing: FastMap<u64, Ends>,
+    crossing: FastMap<u64, (Ends, u8)>,
+    /// Physical addresses of pages between which an access crossed once.
+    borders: FastMap<(u64, u64), ()>,
     /// `checked` is to be set before the next block.
     check_from_now_on: bool,
     /// Set by whoever changed the state from outside.
@@ -346,6 +348,7 @@ impl Inner {
             checked: false,
             check_from_now_on: false,
             crossing: FastMap::default(),
+            borders: FastMap::default(),
             state_changed: true,
             no_step_trap: false,
             step_trap: false,
@@ -1092,7 +1095,7 @@ impl Inner {
             }
             let class = classify(&ins, mode, self.allowed.instruction(&ins));
             let gpa = instruction_gpa(&key, end_rip);
-            let ends = self.crossing.get(&gpa).copied().unwrap_or_default();
+            let ends = self.crossing.get(&gpa).map_or(Ends::Seldom, |(ends, _)| *ends);
             self.translation.ahead.push((ins, class, ends));
             at += ins.len();
             end_rip = wrap(end_rip.wrapping_add(ins.len() as u64), mode.bits);
@@ -1304,12 +1307,13 @@ impl Inner {
             bug("a slow access from an unknown place", pc);
         };
         let rip = wrap(rip, self.mode.bits);
-        if trap != 0 && self.crosses(&site, ea) {
+        if !site.is.contains(Is::SEGMENTED) && self.crosses(&site, ea, trap) {
             self.stats.crossed += 1;
             let last = ea.wrapping_add(u64::from(site.size) - 1);
             let within = (ea ^ last) & !(PAGE - 1) == 0;
             let ends = if within { Ends::Apart } else { Ends::Cross };
-            self.crossed(number, rip, pc, ends);
+            let paired = self.pair_up(ea.wrapping_sub(site.above()));
+            self.crossed(rip, pc, ends, paired);
         }
         let access = self.access(&site, ea, trap);
         match access {
@@ -1439,20 +1443,14 @@ impl Inner {
         if watching && let Some(o) = self.watched(va, size, site.writes()) {
             return Ok(o);
         }
-        if p.second.len != 0
-            && p.second.gpa == p.first.gpa + p.first.len as u64
-            && self.lin.shared.ram.contains(p.first.gpa, size as u64)
-        {
+        if let Some(host) = self.in_one_piece(&p, site.writes()) {
             let mut alone = false;
             if site.writes() {
                 for page in [p.first.gpa >> 12, p.second.gpa >> 12] {
                     alone |= self.lin.shared.has_code(page) && self.store_to_code(page);
                 }
             }
-            if alone {
-                return Ok(Outcome::Alone);
-            }
-            return Ok(Outcome::Direct(self.slow_addr(p.first.gpa, site.writes())));
+            return Ok(if alone { Outcome::Alone } else { Outcome::Direct(host) });
         }
         let mut buf = [0u8; crate::layout::BOUNCE_SIZE];
         if site.reads() && site.writes() && p.second.len != 0 {
@@ -1472,30 +1470,93 @@ impl Inner {
         Ok(Outcome::Bounce)
     }
 
-    /// Whether an access that trapped reaches into another page than the one that was looked up, and
-    /// not just one that is unknown so far.
-    fn crosses(&self, site: &Site, ea: u64) -> bool {
+    /// The host address where two pieces of RAM follow each other.
+    fn in_one_piece(&self, p: &Pieces, write: bool) -> Option<u64> {
+        let ram = &self.lin.shared.ram;
+        let (first, second) = (p.first.gpa, p.second.gpa);
+        if p.second.len == 0 {
+            return None;
+        }
+        if second == first + p.first.len as u64 {
+            let whole = ram.contains(first, (p.first.len + p.second.len) as u64);
+            return whole.then(|| self.slow_addr(first, write));
+        }
+        let at = ram.pair_addr((first & !(PAGE - 1), second), true)?;
+        Some(at + (first & (PAGE - 1)))
+    }
+
+    /// Whether an access trapped, or was found to need the slow path, because it reaches into another
+    /// page than the one that was looked up, and not just one that is unknown so far.
+    fn crosses(&self, site: &Site, ea: u64, trap: u64) -> bool {
         let looked_up = ea.wrapping_sub(site.above());
         let last = ea.wrapping_add(u64::from(site.size) - 1);
         if site.above() == 0 {
             return (ea ^ last) & !(PAGE - 1) != 0;
         }
-        (looked_up ^ last) & !(PAGE - 1) != 0 && self.tlb.look_up(self.view, last).1
+        trap != 0 && (looked_up ^ last) & !(PAGE - 1) != 0 && self.tlb.look_up(self.view, last).1
     }
 
-    /// An access trapped at the end of a page. Those that do so often are made otherwise from now on.
-    fn crossed(&mut self, number: u64, rip: u64, ret: u64, ends: Ends) {
+    /// An access went beyond the end of a page. Instructions that do so often are translated in another
+    /// way; not if it is between pages that have a mapping of both now.
+    fn crossed(&mut self, rip: u64, pc: u64, ends: Ends, paired: bool) {
         /// Instructions remembered before all are forgotten.
-        const MAX: usize = 1 << 16;
-        let Some(key) = self.code.crossed(number, ret) else { return };
+        const MAX: usize = 1 << 14;
+        /// After so many times.
+        const OFTEN: u8 = 16;
+        let Some(key) = self.code.block_at(pc).map(Block::key) else { return };
         // Instructions in the second page of a block are rare and stay as they are.
         if self.crossing.len() >= MAX {
             self.crossing.clear();
         }
-        self.crossing.insert(instruction_gpa(&key, rip), ends);
+        let known = self.crossing.entry(instruction_gpa(&key, rip)).or_default();
+        let change = match (known.0, paired) {
+            (Ends::Cross, true) => Ends::Seldom,
+            (_, true) => return,
+            (now, false) if now == ends || now == Ends::Cross => return,
+            (_, false) => ends,
+        };
+        known.1 += 1;
+        if known.1 < OFTEN {
+            return;
+        }
+        *known = (change, 0);
+        self.code.retire_at(pc);
         // Returns into the block may stay: it is slow, not wrong.
         self.tlb.jc_forget(key.rip);
         self.stats.crossings += 1;
+    }
+
+    /// An access went from the page at `va` into the next. If that was so before, and it makes no
+    /// difference to the guest, the page is reached where the next one follows; whether that is so.
+    fn pair_up(&mut self, va: u64) -> bool {
+        /// Borders remembered before all are forgotten.
+        const MAX: usize = 1 << 12;
+        let page = va & !(PAGE - 1);
+        if self.checked || mem::watching(&self.area.state) || !self.area.state.paging() {
+            return false;
+        }
+        let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, page) else {
+            return false;
+        };
+        let Next::At(next) = self.next_page(page, &w) else { return false };
+        let pages = (w.gpa & !(PAGE - 1), next);
+        if pages.1 == pages.0 + PAGE || !self.lin.shared.ram.contains(pages.0, PAGE) {
+            return false;
+        }
+        let rw = w.writable && w.dirty;
+        if self.lin.shared.ram.pair_addr(pages, rw).is_none() {
+            if self.borders.len() >= MAX {
+                self.borders.clear();
+            }
+            if self.borders.insert(pages, ()).is_none() {
+                return false;
+            }
+            self.stats.pairs += 1;
+        }
+        let Some(at) = self.lin.shared.pair(pages, rw) else { return false };
+        let entry = self.entry(page, at, &w);
+        self.tlb.fill(self.view, page, entry);
+        true
     }
 
     /// With breakpoints on data: whether the access has to be made alone, so that the trap comes
@@ -1620,8 +1681,8 @@ impl Inner {
     fn host_page(&mut self, page: u64, w: &Walk) -> Option<u64> {
         let gpa = w.gpa & !(PAGE - 1);
         let rw = w.writable && w.dirty;
-        if self.checked || self.followed(page, gpa, w) {
-            return Some(self.lin.shared.ram.view_addr(gpa, rw));
+        if let Some(at) = self.with_next(page, w) {
+            return Some(at);
         }
         let at = self.lin.shared.guarded(gpa, rw);
         if at.is_none() {
@@ -1631,27 +1692,44 @@ impl Inner {
         at
     }
 
-    /// Whether the guest page behind `page` is the one behind it in RAM, with the same rights.
-    fn followed(&mut self, page: u64, gpa: u64, w: &Walk) -> bool {
+    /// Where generated code can reach a page and behind it the next one, if there is such a place.
+    fn with_next(&mut self, page: u64, w: &Walk) -> Option<u64> {
+        let gpa = w.gpa & !(PAGE - 1);
+        let rw = w.writable && w.dirty;
+        let ram = &self.lin.shared.ram;
+        if self.checked {
+            return Some(ram.view_addr(gpa, rw));
+        }
+        match self.next_page(page, w) {
+            Next::At(next) if next == gpa + PAGE && self.lin.shared.ram.contains(gpa, 2 * PAGE) => {
+                Some(self.lin.shared.ram.view_addr(gpa, rw))
+            }
+            Next::At(next) => self.lin.shared.ram.pair_addr((gpa, next), rw),
+            Next::Unknown => None,
+        }
+    }
+
+    /// The physical address of the guest page behind `page`, if it is RAM with the same rights.
+    fn next_page(&mut self, page: u64, w: &Walk) -> Next {
         let next = page.wrapping_add(PAGE);
-        if next & 0xffff_ffff == 0
-            || !paging::canonical(next)
-            || !self.lin.shared.ram.contains(gpa, 2 * PAGE)
-        {
-            return false;
+        if next & 0xffff_ffff == 0 || !paging::canonical(next) {
+            return Next::Unknown;
         }
         let rw = w.writable && w.dirty;
         let Some(n) = paging::peek(&self.lin.shared.ram, &self.area.state, next) else {
-            return false;
+            return Next::Unknown;
         };
-        let goes_on = n.gpa == gpa + PAGE
+        let goes_on = self.lin.shared.ram.contains(n.gpa, PAGE)
             && (!rw || n.writable && n.dirty)
             && n.readable_user == w.readable_user
             && n.global == w.global;
-        if goes_on && n.page_bytes > PAGE {
+        if !goes_on {
+            return Next::Unknown;
+        }
+        if n.page_bytes > PAGE {
             self.tlb.reaches_into(next, n.page_bytes);
         }
-        goes_on
+        Next::At(n.gpa & !(PAGE - 1))
     }
 
     /// Enters neighbours that need no mapping to be made: a fault is dearer than looking.
@@ -1669,12 +1747,8 @@ impl Inner {
             if w.page_bytes != PAGE || !self.lin.shared.ram.contains(w.gpa, PAGE) {
                 continue;
             }
-            let host = if self.checked || self.followed(va, w.gpa, &w) {
-                Some(self.lin.shared.ram.view_addr(w.gpa, rw))
-            } else {
-                self.lin.shared.ram.guarded_addr(w.gpa, rw)
-            };
-            if let Some(host) = host {
+            let host = self.with_next(va, &w);
+            if let Some(host) = host.or_else(|| self.lin.shared.ram.guarded_addr(w.gpa, rw)) {
                 let entry = self.entry(va, host, &w);
                 self.tlb.fill(self.view, va, entry);
                 self.stats.entered_ahead += 1;
@@ -1900,6 +1974,14 @@ enum Step {
     Go,
     Again,
     Leave(Exit),
+}
+
+/// The guest page behind another.
+enum Next {
+    /// It is at this physical address.
+    At(u64),
+    /// It is not there, or not like the one before.
+    Unknown,
 }
 
 /// Where an access goes.

@@ -43,8 +43,6 @@ pub struct Segment {
     pub pages: FastMap<u64, Vec<u32>>,
     /// Physical addresses of second pages, by block.
     pub second_pages: FastMap<u32, u64>,
-    /// How often accesses trapped because they crossed into another page.
-    pub crossings: FastMap<u32, u8>,
 }
 
 impl Segment {
@@ -68,7 +66,6 @@ impl Segment {
                 detours: Vec::new(),
                 pages: FastMap::default(),
                 second_pages: FastMap::default(),
-                crossings: FastMap::default(),
             }
         };
         (0..SEGMENTS).map(make).collect()
@@ -85,7 +82,6 @@ impl Segment {
         self.detours.clear();
         self.pages.clear();
         self.second_pages.clear();
-        self.crossings.clear();
     }
 
     /// Whether so many bytes more fit into either part.

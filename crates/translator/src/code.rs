@@ -24,7 +24,7 @@ use crate::SetupError;
 use crate::sys::{self, Reservation};
 use crate::translate::Mode;
 
-pub use moved::Moved;
+pub use moved::{Moved, Went};
 pub use notes::{
     Branch, Counts, Fix, Fixup, Helped, Is, Link, Notes, Place, Site, Slow, StringSite, Through,
 };
@@ -109,6 +109,8 @@ pub struct Block {
     ends: (u8, u8),
     /// Something jumps here; else it is only where an interrupt was.
     target: bool,
+    /// A link of its leads to code of no block, which holds the target's address.
+    detoured: bool,
     /// Still to be found.
     valid: bool,
     /// It can be put right for another guest address.
@@ -156,6 +158,8 @@ pub struct Made<'a> {
 
 /// No link, no block.
 const NONE: u32 = u32::MAX;
+/// Instead of the block of a link that leads to code of none, which holds the target's address.
+const DETOUR: u32 = u32::MAX - 1;
 /// What is noted of a link in no list.
 const NOT_LISTED: (u32, u32) = (NONE, NONE);
 
@@ -381,6 +385,7 @@ impl CodeCache {
             space,
             ends: made.ends,
             target: made.target,
+            detoured: false,
             valid: register,
             movable: made.movable && made.second_page.is_none(),
         };
@@ -605,6 +610,8 @@ impl CodeCache {
             if let Some(entry) = self.listed_mut(n) {
                 *entry = (before, block);
             }
+        } else if let Some(entry) = self.listed_mut(n) {
+            *entry = (NONE, block);
         }
     }
 
@@ -618,7 +625,13 @@ impl CodeCache {
         let segment = self.now_mut();
         segment.cold_used = (segment.cold_used + code.len()).next_multiple_of(16);
         segment.detours.push(n);
+        self.list(n, DETOUR);
         self.patch(n, Some(host));
+        let source =
+            self.of_mut(n).and_then(|s| s.block_with_mut(|notes| notes.links, index_of(n)));
+        if let Some(source) = source {
+            source.detoured = true;
+        }
     }
 
     /// Takes the block at `pc` out of use, so that it is translated again.

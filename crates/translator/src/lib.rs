@@ -20,6 +20,7 @@ use berth_x86::{CpuState, Platform};
 mod asm;
 mod code;
 mod dump;
+mod ends;
 mod exec;
 mod features;
 mod fpu;

@@ -27,9 +27,9 @@ use berth_x86::{CpuState, Exception, Segment};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
 use crate::code::{
-    Block, BlockId, BlockKey, CodeCache, FastMap, GoesOn, Helped, Is, Made, Moved, Place, Site,
-    Slow,
+    Block, BlockId, BlockKey, CodeCache, GoesOn, Helped, Is, Made, Moved, Place, Site, Slow, Went,
 };
+use crate::ends::PageEnds;
 use crate::exec::Flow;
 use crate::features::Allowed;
 use crate::fpu;
@@ -135,10 +135,10 @@ pub struct Inner {
     page_fault: (u64, u64),
     /// Blocks look for accesses that cross into another page: there are too many pages to guard.
     checked: bool,
-    /// By physical addresses, instructions whose accesses are often at the ends of pages.
-    crossing: FastMap<u64, (Ends, u8)>,
-    /// Physical addresses of pages between which an access crossed once.
-    borders: FastMap<(u64, u64), ()>,
+    /// Accesses at the ends of pages.
+    ends: PageEnds,
+    /// Room for what was moved.
+    went: Vec<Went>,
     /// `checked` is to be set before the next block.
     check_from_now_on: bool,
     /// Set by whoever changed the state from outside.
@@ -318,21 +318,7 @@ impl Inner {
             fetch: vec![FetchEntry::NONE; FETCH_ENTRIES],
             view: View::Kernel,
             view_modes: Vec::new(),
-            mode: Mode {
-                bits: 16,
-                user: false,
-                flat: false,
-                fpu: false,
-                sse: false,
-                avx: false,
-                single: false,
-                aligned: false,
-                checked: false,
-                ring0: true,
-                tsd: false,
-                fsgsbase: false,
-                real: true,
-            },
+            mode: Mode::RESET,
             pending: None,
             once: false,
             in_single: false,
@@ -347,8 +333,8 @@ impl Inner {
             page_fault: (!0, 0),
             checked: false,
             check_from_now_on: false,
-            crossing: FastMap::default(),
-            borders: FastMap::default(),
+            ends: PageEnds::default(),
+            went: Vec::new(),
             state_changed: true,
             no_step_trap: false,
             step_trap: false,
@@ -960,10 +946,27 @@ impl Inner {
         self.make_room();
         let space = self.tlb.space();
         let gone = |space| self.tlb.is_gone(space);
-        if let Some((id, before)) = self.code.moved_in_place(&key, space, gone) {
-            self.stats.moved_in_place += 1;
-            self.tlb.jc_forget(before);
+        let mut went = std::mem::take(&mut self.went);
+        let moved = self.code.moved_in_place(&key, space, gone, &mut went);
+        if moved.is_some() {
+            let source = self.source(key.rip);
+            for block in &went {
+                self.tlb.jc_forget(block.from);
+                // What was of use in the last program may be in this one.
+                if block.target {
+                    self.tlb.jc_insert(self.view, block.to, block.host, source);
+                }
+            }
+        }
+        self.stats.moved_in_place += went.len() as u64;
+        self.went = went;
+        if let Some(id) = moved {
             self.tlb.returns_stale = true;
+            if cfg!(debug_assertions)
+                && let Some(copy) = self.code.as_new(id)
+            {
+                self.check_copy(&copy, key, va, mode)?;
+            }
             return Ok(id);
         }
         if let Some(moved) = self.code.moved(&key) {
@@ -1094,8 +1097,7 @@ impl Inner {
                 ins = bad;
             }
             let class = classify(&ins, mode, self.allowed.instruction(&ins));
-            let gpa = instruction_gpa(&key, end_rip);
-            let ends = self.crossing.get(&gpa).map_or(Ends::Seldom, |(ends, _)| *ends);
+            let ends = self.ends.of(instruction_gpa(&key, end_rip));
             self.translation.ahead.push((ins, class, ends));
             at += ins.len();
             end_rip = wrap(end_rip.wrapping_add(ins.len() as u64), mode.bits);
@@ -1498,39 +1500,20 @@ impl Inner {
 
     /// An access went beyond the end of a page. Instructions that do so often are translated in another
     /// way; not if it is between pages that have a mapping of both now.
-    fn crossed(&mut self, rip: u64, pc: u64, ends: Ends, paired: bool) {
-        /// Instructions remembered before all are forgotten.
-        const MAX: usize = 1 << 14;
-        /// After so many times.
-        const OFTEN: u8 = 16;
+    fn crossed(&mut self, rip: u64, pc: u64, wanted: Ends, paired: bool) {
         let Some(key) = self.code.block_at(pc).map(Block::key) else { return };
         // Instructions in the second page of a block are rare and stay as they are.
-        if self.crossing.len() >= MAX {
-            self.crossing.clear();
+        if self.ends.crossed(instruction_gpa(&key, rip), wanted, paired) {
+            self.code.retire_at(pc);
+            // Returns into the block may stay: it is slow, not wrong.
+            self.tlb.jc_forget(key.rip);
+            self.stats.crossings += 1;
         }
-        let known = self.crossing.entry(instruction_gpa(&key, rip)).or_default();
-        let change = match (known.0, paired) {
-            (Ends::Cross, true) => Ends::Seldom,
-            (_, true) => return,
-            (now, false) if now == ends || now == Ends::Cross => return,
-            (_, false) => ends,
-        };
-        known.1 += 1;
-        if known.1 < OFTEN {
-            return;
-        }
-        *known = (change, 0);
-        self.code.retire_at(pc);
-        // Returns into the block may stay: it is slow, not wrong.
-        self.tlb.jc_forget(key.rip);
-        self.stats.crossings += 1;
     }
 
     /// An access went from the page at `va` into the next. If that was so before, and it makes no
     /// difference to the guest, the page is reached where the next one follows; whether that is so.
     fn pair_up(&mut self, va: u64) -> bool {
-        /// Borders remembered before all are forgotten.
-        const MAX: usize = 1 << 12;
         let page = va & !(PAGE - 1);
         if self.checked || mem::watching(&self.area.state) || !self.area.state.paging() {
             return false;
@@ -1545,10 +1528,7 @@ impl Inner {
         }
         let rw = w.writable && w.dirty;
         if self.lin.shared.ram.pair_addr(pages, rw).is_none() {
-            if self.borders.len() >= MAX {
-                self.borders.clear();
-            }
-            if self.borders.insert(pages, ()).is_none() {
+            if !self.ends.again(pages) {
                 return false;
             }
             self.stats.pairs += 1;

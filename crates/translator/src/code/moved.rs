@@ -9,7 +9,7 @@ use berth_x86::paging::canonical;
 use crate::layout::jump_cache_moved;
 
 use super::segment::{number, segment_of};
-use super::{BlockId, BlockKey, CodeCache, Fix, Fixup, Made, NONE, Notes};
+use super::{Block, BlockId, BlockKey, CodeCache, Fix, Fixup, Made, NONE, Notes};
 
 /// A copy of a block for another guest address.
 pub struct Moved {
@@ -46,6 +46,19 @@ impl Moved {
             notes: &self.notes,
         }
     }
+}
+
+/// A block that is at another guest address now.
+#[derive(Clone, Copy, Debug)]
+pub struct Went {
+    /// Where it was.
+    pub from: u64,
+    /// Where it is.
+    pub to: u64,
+    /// Its host address.
+    pub host: u64,
+    /// Something jumps there.
+    pub target: bool,
 }
 
 /// Puts right what depends on the guest address; `None` when the instruction that loads one could
@@ -97,37 +110,103 @@ impl CodeCache {
     }
 
     /// Changes a block of the same code, of an address space that `is_gone`, into one for `key` in the
-    /// space `space`; gives it and its former address. Whatever knew the block under that has to
-    /// forget it.
+    /// space `space`, and with it what else there is of its page, so that they stay linked; `went` says
+    /// which. Whatever knew blocks under their former addresses has to forget them.
     pub fn moved_in_place(
         &mut self,
         key: &BlockKey,
         space: u16,
         is_gone: impl Fn(u16) -> bool,
-    ) -> Option<(BlockId, u64)> {
+        went: &mut Vec<Went>,
+    ) -> Option<BlockId> {
+        went.clear();
         let gone = |id: &u32| {
             let block = self.block(BlockId(*id));
             block.is_some_and(|b| b.movable && is_gone(b.space)) && !self.leaves(*id)
         };
         let id = self.same_code(key).find(gone)?;
-        let b = *self.block(BlockId(id))?;
-        let delta = key.rip.wrapping_sub(b.rip);
-        let (notes, start, end) = self.notes_of(id);
-        let (body, cold_at) = (b.host, b.host + u64::from(b.cold));
-        let mut code = self.bytes(body, b.len.into())?.to_vec();
-        let mut cold = self.bytes(cold_at, b.cold_len.into())?.to_vec();
-        for fixup in notes.fixups_between(start, end, b.len.into()) {
-            if is_address(fixup.kind) {
-                let bytes = if fixup.cold { &mut cold } else { &mut code };
-                put_right(bytes, fixup, delta)?;
+        let first = *self.block(BlockId(id))?;
+        let delta = key.rip.wrapping_sub(first.rip);
+        let mut work = Vec::new();
+        went.push(self.move_one(id, delta, space, &mut work)?);
+        let page = first.gpa >> 12;
+        let mut all: Vec<u32> = Vec::new();
+        for segment in &self.segments {
+            all.extend(segment.pages.get(&page).into_iter().flatten());
+        }
+        let from = |b: &Block| b.rip.wrapping_sub(b.gpa);
+        let to = key.rip.wrapping_sub(key.gpa);
+        // Usually none was made at the new address so far.
+        let others = all.iter().any(|&other| {
+            other != id && self.block(BlockId(other)).is_some_and(|b| b.valid && from(b) == to)
+        });
+        let mut stayed = false;
+        for &other in &all {
+            // Only blocks at addresses like the first one's are linked with it.
+            let near = |b: &&Block| b.valid && other != id && from(b) == from(&first);
+            let Some(&b) = self.block(BlockId(other)).filter(near) else { continue };
+            let there = BlockKey { rip: b.rip.wrapping_add(delta), ..b.key() };
+            let alike = b.movable
+                && (b.mode, b.space) == (first.mode, first.space)
+                && !self.leaves(other)
+                && !(others && self.find(&there).is_some());
+            let moved = alike.then(|| self.move_one(other, delta, space, &mut work)).flatten();
+            stayed |= moved.is_none();
+            went.extend(moved);
+        }
+        for other in all {
+            if stayed || self.block(BlockId(other)).is_some_and(|b| b.detoured) {
+                self.undo_wrong_links(other);
             }
         }
-        self.write(body, &code);
-        self.write(cold_at, &cold);
-        self.disconnect_from(id);
+        Some(BlockId(id))
+    }
+
+    /// Undoes the links of a block that do not lead to the block at their target's address.
+    fn undo_wrong_links(&mut self, id: u32) {
+        let Some(&b) = self.block(BlockId(id)) else { return };
+        let (_, start, end) = self.notes_of(id);
         let base = number(segment_of(id), 0);
         for n in start.links..end.links {
-            self.patch(base | n, None);
+            let n = base | n;
+            let (Some(link), Some(&(_, owner))) = (self.link(n), self.listed(n)) else { continue };
+            if owner == NONE {
+                continue;
+            }
+            let target = b.guest(i64::from(link.delta));
+            let right = self.block(BlockId(owner)).is_some_and(|t| t.valid && t.rip == target);
+            if !right {
+                self.patch(n, None);
+            }
+        }
+    }
+
+    /// Puts a block right for an address `delta` further on. `None`: it cannot be there. `work` is room
+    /// for what is to be written.
+    fn move_one(
+        &mut self,
+        id: u32,
+        delta: u64,
+        space: u16,
+        work: &mut Vec<(u64, usize, [u8; 8])>,
+    ) -> Option<Went> {
+        let b = *self.block(BlockId(id))?;
+        let (notes, start, end) = self.notes_of(id);
+        work.clear();
+        for fixup in notes.fixups_between(start, end, b.len.into()) {
+            if !is_address(fixup.kind) {
+                continue;
+            }
+            let part = if fixup.cold { b.host + u64::from(b.cold) } else { b.host };
+            let len = if fixup.kind == Fix::Entry { 4 } else { 8 };
+            let at = part + (fixup.end - len) as u64;
+            let mut field = [0; 8];
+            field[8 - len..].copy_from_slice(self.bytes(at, len as u32)?);
+            put_right(&mut field, Fixup { end: 8, ..fixup }, delta)?;
+            work.push((at, len, field));
+        }
+        for (at, len, field) in work.drain(..) {
+            self.write(at, &field[8 - len..]);
         }
         let notes = &mut self.of_mut(id)?.notes;
         for helped in notes.helpers_between_mut(start, end) {
@@ -142,9 +221,9 @@ impl CodeCache {
             notes.slow.remove(&n);
         }
         let block = self.block_mut(id)?;
-        block.rip = key.rip;
+        block.rip = b.rip.wrapping_add(delta);
         block.space = space;
-        Some((BlockId(id), b.rip))
+        Some(Went { from: b.rip, to: block.rip, host: b.host, target: b.target })
     }
 
     /// A block that is in the segment to be dropped next, to be put at the end of the cache instead;
@@ -164,6 +243,11 @@ impl CodeCache {
         let movable = |id: &u32| self.block(BlockId(*id)).is_some_and(|b| b.movable);
         let id = self.same_code(key).find(movable)?;
         self.copy(BlockId(id), key)
+    }
+
+    /// A block as it would be at the end of the cache.
+    pub fn as_new(&self, id: BlockId) -> Option<Moved> {
+        self.copy(id, &self.block(id)?.key())
     }
 
     fn copy(&self, BlockId(id): BlockId, key: &BlockKey) -> Option<Moved> {

@@ -107,9 +107,22 @@ impl Segment {
     /// The block that a note belongs to, which is the one with this index of the kind that `kind`
     /// counts.
     pub fn block_with(&self, kind: impl Fn(&Counts) -> u32, index: u32) -> Option<&Block> {
+        self.blocks.get(self.owner(kind, index)?)
+    }
+
+    /// The same, to be changed.
+    pub fn block_with_mut(
+        &mut self,
+        kind: impl Fn(&Counts) -> u32,
+        index: u32,
+    ) -> Option<&mut Block> {
+        let i = self.owner(kind, index)?;
+        self.blocks.get_mut(i)
+    }
+
+    fn owner(&self, kind: impl Fn(&Counts) -> u32, index: u32) -> Option<usize> {
         // Those without any begin where the next ones do.
-        let i = self.blocks.partition_point(|b| kind(&b.notes) <= index);
-        self.blocks.get(i.checked_sub(1)?)
+        self.blocks.partition_point(|b| kind(&b.notes) <= index).checked_sub(1)
     }
 }
 

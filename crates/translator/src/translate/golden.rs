@@ -298,16 +298,69 @@ fn copies_are_like_translations() {
             true
         };
         if !check(&cache, &keys[1]) {
-            assert!(cache.moved_in_place(&keys[1], 1, |_| true).is_none());
+            assert!(cache.moved_in_place(&keys[1], 1, |_| true, &mut Vec::new()).is_none());
             continue;
         }
         copied += 1;
         // What was put right where it is can be copied like a translation.
-        assert!(cache.moved_in_place(&keys[1], 1, |space| space == 7).is_none());
-        let (id, before) = cache.moved_in_place(&keys[1], 1, |space| space == 0).unwrap();
-        assert_eq!((cache.find(&keys[1]), before), (Some(id), keys[0].rip));
+        let mut went = Vec::new();
+        assert!(cache.moved_in_place(&keys[1], 1, |space| space == 7, &mut went).is_none());
+        let id = cache.moved_in_place(&keys[1], 1, |space| space == 0, &mut went).unwrap();
+        assert_eq!((cache.find(&keys[1]), went[0].from), (Some(id), keys[0].rip));
         assert!(cache.find(&keys[0]).is_none());
         assert!(check(&cache, &keys[0]));
     }
     assert!(copied > 10, "{copied}");
+}
+
+/// What is linked within a page stays so when the page is found at another address.
+#[test]
+fn a_page_moves_as_a_whole() {
+    // mov rax, [rip]; jmp to the second block; call in another page; and one that stays.
+    let jumps =
+        Golden { name: "jumps", mode: USER64, code: b"\x48\x8b\x05\x00\x00\x00\x00\xeb\x37" };
+    let second = &BLOCKS[0];
+    let mut cache = CodeCache::new(4 << 20).unwrap();
+    let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
+    let (old, new, other) = (0x7f12_3456_7000, 0x5555_5555_4000, 0x7f00_0000_0000);
+    let key =
+        |base, offset| BlockKey { rip: base + offset, gpa: RIP + offset, mode: USER64.pack() };
+    let mut push = |cache: &mut CodeCache, golden, key: BlockKey, space| {
+        t.begin(cache, key, USER64);
+        body(&mut t, golden, key.rip, Ends::Seldom);
+        let links = cache.counts().links;
+        (cache.push_block(&t.finish(), space, true), links)
+    };
+    let (a, a_links) = push(&mut cache, &jumps, key(old, 0), 1);
+    let (b, b_links) = push(&mut cache, second, key(old, 0x40), 1);
+    let (c, _) = push(&mut cache, second, key(old, 0x80), 2);
+    let (_, d_links) = push(&mut cache, second, key(old, 0xc0), 2);
+    let (e, _) = push(&mut cache, second, key(other, 0x40), 1);
+    assert_eq!(cache.target_of(a_links), Some(old + 0x40));
+    cache.connect(a_links, b, false);
+    cache.connect(b_links, b, false);
+    // From a block that moves to one that does not, had it this target.
+    cache.connect(b_links + 1, c, false);
+    cache.connect(d_links, a, false);
+    let leads_to = |cache: &CodeCache, link: u32| {
+        let at = cache.source_of(link).unwrap().host + u64::from(cache.link(link).unwrap().patch);
+        let (block, bytes) = cache.body_at(at - 1).unwrap();
+        let end = (at - block.host) as usize;
+        let field: [u8; 4] = bytes[end - 4..end].try_into().unwrap();
+        at.wrapping_add_signed(i32::from_le_bytes(field).into())
+    };
+    let host = |cache: &CodeCache, id| cache.block(id).unwrap().host;
+    let mut went = Vec::new();
+    assert_eq!(cache.moved_in_place(&key(new, 0), 3, |space| space == 1, &mut went), Some(a));
+    let mut from: Vec<_> = went.iter().map(|w| (w.from, w.to)).collect();
+    from.sort_unstable();
+    assert_eq!(from, [(old, new), (old + 0x40, new + 0x40)]);
+    let found = |offset, base| cache.find(&key(base, offset));
+    assert_eq!((found(0, new), found(0x40, new)), (Some(a), Some(b)));
+    assert_eq!((found(0, old), found(0x80, old), found(0x40, other)), (None, Some(c), Some(e)));
+    assert_eq!(leads_to(&cache, a_links), host(&cache, b));
+    assert_eq!(leads_to(&cache, b_links), host(&cache, b));
+    for wrong in [b_links + 1, d_links] {
+        assert!(![host(&cache, a), host(&cache, c)].contains(&leads_to(&cache, wrong)));
+    }
 }

@@ -85,6 +85,17 @@ pub struct Mode {
 }
 
 impl Mode {
+    /// Of a processor that was reset, before anything is known of its state.
+    pub const RESET: Self = Self {
+        flat: false,
+        fpu: false,
+        sse: false,
+        avx: false,
+        fsgsbase: false,
+        real: true,
+        ..Self::flat(16, false)
+    };
+
     /// Flat segments, all units usable, nothing watched.
     pub const fn flat(bits: u8, user: bool) -> Self {
         Self {

@@ -42,9 +42,11 @@ use crate::signal::Stop;
 use crate::stats::{Clock, Report, Stats};
 use crate::thunks::{Then, Thunks};
 use crate::tlb::{Page, Source, Tlb, View};
+use crate::translate::common::first_access;
 use crate::translate::gate::CLEARED;
 use crate::translate::{
-    Class, Ends, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour, goes_on,
+    Ahead, Class, Ends, LONGEST, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour,
+    goes_on,
 };
 use crate::{Exit, SetupError, signal};
 
@@ -88,8 +90,6 @@ impl FetchEntry {
 }
 
 const FETCH_ENTRIES: usize = 512;
-/// Bytes of the longest instruction.
-pub const LONGEST: usize = 15;
 
 /// Everything of a translated vCPU; at a fixed address, because generated code knows it.
 pub struct Inner {
@@ -1096,9 +1096,11 @@ impl Inner {
                 bad.set_ip(end_rip);
                 ins = bad;
             }
-            let class = classify(&ins, mode, self.allowed.instruction(&ins));
+            let allowed = first_access(&ins).is_some() || self.allowed.instruction(&ins);
+            let class = classify(&ins, mode, allowed);
             let ends = self.ends.of(instruction_gpa(&key, end_rip));
-            self.translation.ahead.push((ins, class, ends));
+            let rest = bytes.get(at..).unwrap_or_default();
+            self.translation.ahead.push(Ahead::new(ins, rest, class, ends));
             at += ins.len();
             end_rip = wrap(end_rip.wrapping_add(ins.len() as u64), mode.bits);
             count += 1;
@@ -1115,8 +1117,8 @@ impl Inner {
         let (count, ended) = self.translation.all();
         if !ended {
             // As far as was translated.
-            if let Some((ins, ..)) = self.translation.ahead.get(count) {
-                end_rip = ins.ip();
+            if let Some(ahead) = self.translation.ahead.get(count) {
+                end_rip = ahead.ins.ip();
             }
             self.translation.continue_at(end_rip);
         }

@@ -16,8 +16,9 @@ use berth_x86::{OpSize, event};
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::fpu;
+use crate::translate::LONGEST;
 use crate::translate::{Unit, access_size, sreg_index, unit};
-use crate::vcpu::{Inner, LONGEST};
+use crate::vcpu::Inner;
 
 /// What comes after an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

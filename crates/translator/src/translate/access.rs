@@ -13,7 +13,7 @@ use berth_x86::state::sreg;
 use super::decode::{Unit, unit};
 use super::regs::{GuestReg, host_reg};
 use super::string::StringOp;
-use super::{Cold, Ends, Translation};
+use super::{Cold, Ends, Translation, common};
 use crate::asm::Mem;
 use crate::code::{Is, Place, Site, Through};
 use crate::layout::{
@@ -320,7 +320,7 @@ impl Translation {
         }
         let mut ins = *ins;
         normalize(&mut ins);
-        let unit = unit(&ins);
+        let unit = if common::first_access(&ins).is_some() { Unit::None } else { unit(&ins) };
         self.align = alignment(&ins, unit);
         self.x87 = matches!(unit, Unit::X87 | Unit::Mmx)
             && !matches!(ins.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
@@ -333,15 +333,23 @@ impl Translation {
         self.converts = false;
     }
 
+    /// How each operand is accessed.
+    fn accesses(&mut self, ins: &Instruction) -> [OpAccess; 5] {
+        const OPERANDS: u32 =
+            InstructionInfoOptions::NO_REGISTER_USAGE | InstructionInfoOptions::NO_MEMORY_USAGE;
+        if let Some(first) = common::first_access(ins) {
+            return [first, OpAccess::Read, OpAccess::Read, OpAccess::None, OpAccess::None];
+        }
+        let info = self.infos.info_options(ins, OPERANDS);
+        std::array::from_fn(|i| {
+            if (i as u32) < ins.op_count() { info.op_access(i as u32) } else { OpAccess::None }
+        })
+    }
+
     /// Re-encodes an instruction with its registers renamed and its memory operand looked up.
     fn renamed(&mut self, ins: &Instruction) {
         let mut out = *ins;
-        const OPERANDS: u32 =
-            InstructionInfoOptions::NO_REGISTER_USAGE | InstructionInfoOptions::NO_MEMORY_USAGE;
-        let info = self.infos.info_options(ins, OPERANDS);
-        let access: [OpAccess; 5] = std::array::from_fn(|i| {
-            if (i as u32) < ins.op_count() { info.op_access(i as u32) } else { OpAccess::None }
-        });
+        let access = self.accesses(ins);
         let mem = (0..ins.op_count()).find(|&i| ins.op_kind(i) == OpKind::Memory);
         let rcx_pair = matches!(ins.mnemonic(), Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b);
         let writes_ecx = matches!(

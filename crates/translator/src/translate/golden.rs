@@ -9,7 +9,7 @@ use std::path::Path;
 
 use iced_x86::{Decoder, DecoderOptions};
 
-use super::{Ends, Mode, Translation, classify};
+use super::{Ahead, Ends, Mode, Translation, classify};
 use crate::code::{BlockKey, CodeCache};
 use crate::dump::{Names, list};
 use crate::thunks::{Then, Thunks};
@@ -132,7 +132,8 @@ fn body(t: &mut Translation, golden: &Golden, rip: u64, ends: Ends) {
     let bits = u32::from(golden.mode.bits);
     for ins in &mut Decoder::with_ip(bits, golden.code, rip, DecoderOptions::NONE) {
         assert!(!ins.is_invalid(), "{}: {ins:?}", golden.name);
-        t.ahead.push((ins, classify(&ins, golden.mode, true), ends));
+        let bytes = &golden.code[(ins.ip() - rip) as usize..];
+        t.ahead.push(Ahead::new(ins, bytes, classify(&ins, golden.mode, true), ends));
     }
     let (count, ended) = t.all();
     assert_eq!(count, t.ahead.len(), "{}", golden.name);

@@ -24,6 +24,7 @@
 
 pub(crate) mod access;
 mod branch;
+pub(crate) mod common;
 pub(crate) mod decode;
 pub mod gate;
 pub(crate) mod regs;
@@ -48,6 +49,8 @@ pub use branch::goes_on;
 pub use decode::{Class, Unit, classify, unit};
 pub use regs::GuestReg;
 
+/// Bytes of the longest instruction.
+pub const LONGEST: usize = 15;
 /// Most guest instructions of a block.
 pub const MAX_INSNS: usize = 48;
 /// Most bytes of host code of a block: enough for [`MAX_INSNS`] of the longest translations.
@@ -163,6 +166,33 @@ pub enum Ends {
     Cross,
 }
 
+/// An instruction of a block, with what is known of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Ahead {
+    /// The instruction.
+    pub ins: Instruction,
+    /// Its bytes, and others behind.
+    pub bytes: [u8; LONGEST],
+    /// How it is translated.
+    pub class: Class,
+    /// Where its accesses are.
+    pub ends: Ends,
+    /// The general registers that it writes, once that is known.
+    written: Option<u16>,
+    /// What it accesses, once that is known.
+    access: Option<Option<share::Through64>>,
+}
+
+impl Ahead {
+    /// An instruction that was decoded from the first of `bytes`.
+    pub fn new(ins: Instruction, bytes: &[u8], class: Class, ends: Ends) -> Self {
+        let mut own = [0; LONGEST];
+        let len = bytes.len().min(LONGEST);
+        own[..len].copy_from_slice(&bytes[..len]);
+        Self { ins, bytes: own, class, ends, written: None, access: None }
+    }
+}
+
 /// Something emitted behind the block's body.
 enum Cold {
     /// Slow path of an access that always, or often, takes it.
@@ -237,10 +267,8 @@ pub struct Translation {
     mmx: bool,
     /// The current instruction is VCVTPH2PS or VCVTPS2PH.
     converts: bool,
-    /// Instructions of the block, with what is known of them: class, where their accesses are.
-    pub ahead: Vec<(Instruction, Class, Ends)>,
-    /// The general registers that each of them writes.
-    written: Vec<Option<u16>>,
+    /// Instructions of the block.
+    pub ahead: Vec<Ahead>,
     /// Number of the current one.
     index: usize,
     /// Addends kept for several accesses.
@@ -285,7 +313,6 @@ impl Translation {
             converts: false,
             ends: Ends::Seldom,
             ahead: Vec::new(),
-            written: Vec::new(),
             index: 0,
             windows: Vec::new(),
             held: None,
@@ -321,11 +348,10 @@ impl Translation {
     /// Translates the instructions in [`Translation::ahead`]; gives how many were, and whether the
     /// block ends with the last of them.
     pub fn all(&mut self) -> (usize, bool) {
-        self.written.clear();
         let mut ended = false;
         while !ended
             && self.len() < MAX_BLOCK_BYTES / 3
-            && let Some((ins, class, ends)) = self.ahead.get(self.index).copied()
+            && let Some(&Ahead { ins, class, ends, .. }) = self.ahead.get(self.index)
         {
             self.ends = ends;
             ended = self.instruction(&ins, class);
@@ -349,7 +375,15 @@ impl Translation {
         match class {
             Class::Nothing => false,
             Class::Plain => {
-                self.plain(ins);
+                if self.mode.bits == 64
+                    && common::is_same(ins)
+                    && let Some(ahead) = self.ahead.get(self.index)
+                {
+                    let bytes = ahead.bytes;
+                    self.asm.bytes(&bytes[..ins.len().min(LONGEST)]);
+                } else {
+                    self.plain(ins);
+                }
                 self.track(ins);
                 false
             }
@@ -426,7 +460,7 @@ impl Translation {
             // Those behind the block's end count too: look-ups are shared with regard to them.
             target: true,
             ends: {
-                let count = |ends| self.ahead.iter().filter(|i| i.2 == ends).count() as u8;
+                let count = |ends| self.ahead.iter().filter(|i| i.ends == ends).count() as u8;
                 (count(Ends::Apart), count(Ends::Cross))
             },
             movable: self.movable,

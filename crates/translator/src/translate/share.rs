@@ -19,7 +19,7 @@ use iced_x86::{Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, 
 use super::access::{Access, Want, access_size, segment_of};
 use super::decode::Class;
 use super::regs::GuestReg;
-use super::{Ends, Translation};
+use super::{Ahead, Ends, Translation, common};
 use crate::asm::Mem;
 use crate::code::{Place, Through};
 use crate::layout::{Area, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, WINDOWS, disp, mapped};
@@ -30,6 +30,10 @@ const RSP: u8 = 4;
 const RBP: u8 = 5;
 /// Bytes above the looked-up address that a window covers.
 const REACH: i64 = 4096;
+/// Displacements up to here are looked up by their base register's value.
+const NEAR: i64 = 127;
+/// The place of addends that are used once.
+const ALONE: usize = WINDOWS - 1;
 /// Instructions searched for further accesses.
 const AHEAD: usize = 24;
 
@@ -42,6 +46,16 @@ pub struct Window {
     start: i64,
     /// Number of its place in the area.
     slot: usize,
+}
+
+/// An access that a window can serve.
+#[derive(Clone, Copy, Debug)]
+pub struct Through64 {
+    through: Through,
+    /// Displacement.
+    d: i64,
+    /// Bytes.
+    size: i64,
 }
 
 /// What an instruction does to a register.
@@ -114,11 +128,19 @@ impl Translation {
             Some(w) => w,
             None => {
                 let slot = self.windows.len();
-                let start = self.lowest(through, d, want.size as i64)?;
-                if slot >= WINDOWS || i32::try_from(start).is_err() {
-                    return None;
+                // A base register itself is looked up without computing anything.
+                let by_base = |d| through.index().is_none() && (0..=NEAR).contains(&d);
+                match self.lowest(through, d, want.size as i64) {
+                    Some(low) if slot < ALONE => {
+                        let start = if by_base(low) { 0 } else { low };
+                        i32::try_from(start).ok()?;
+                        Window { through: Some(through), start, slot }
+                    }
+                    None if d != 0 && by_base(d) && mapped(through.base).is_some() => {
+                        Window { through: None, start: 0, slot: ALONE }
+                    }
+                    _ => return None,
                 }
-                Window { through: Some(through), start, slot }
             }
         };
         self.reserve(72);
@@ -146,12 +168,14 @@ impl Translation {
             let mask = std::mem::offset_of!(Area, page_mask) + usize::from(!m.user) * 8;
             self.asm.pext_gs(SC, at, disp(mask));
             self.asm.load(SC, &Mem::gs_index8(SC, 0));
-            self.asm.store(&kept(window.slot), SC);
-            self.windows.push(window);
+            if window.slot != ALONE {
+                self.asm.store(&kept(window.slot), SC);
+                self.windows.push(window);
+            }
         } else if self.held != Some(window.slot) {
             self.asm.load(SC, &kept(window.slot));
         }
-        self.held = Some(window.slot);
+        self.held = (window.slot != ALONE).then_some(window.slot);
         let op = self.asm.pos() as u16;
         let place = Place::Shared { through, d: disp32 };
         let mut site = self.site_of(want, seg, place);
@@ -209,15 +233,14 @@ impl Translation {
     /// serve, in terms of the registers' present values; `None` when there is only the current one.
     fn lowest(&mut self, through: Through, d: i64, size: i64) -> Option<i64> {
         // Behind a call, a return or a system instruction nothing is left of a window.
-        let (ins, class, _) = self.ahead.get(self.index)?;
+        let Ahead { ins, class, .. } = self.ahead.get(self.index)?;
         if !matches!(class, Class::Nothing | Class::Plain) && !ins.is_jcc_short_or_near() {
             return None;
         }
         let (mut low, mut high, mut more) = (d, d + size, false);
         let mut added = 0i64;
         for n in self.index..self.index + AHEAD {
-            let Some((ins, class, ends)) = self.ahead.get(n).copied() else { break };
-            let ins = &ins;
+            let Some(&Ahead { ref ins, class, ends, .. }) = self.ahead.get(n) else { break };
             if n > self.index {
                 let goes_on = match class {
                     Class::Nothing => true,
@@ -228,21 +251,25 @@ impl Translation {
                 if !goes_on {
                     break;
                 }
+                let jumps = class == Class::Branch && !ins.is_jcc_short_or_near();
                 if ends == Ends::Seldom
-                    && let Some((at, bytes)) = self.access_through(ins, through)
+                    && let Some(other) = self.access_of(n)
+                    && other.through == through
                 {
-                    let at = at + added;
-                    let (l, h) = (low.min(at), high.max(at + bytes));
+                    let at = other.d + added;
+                    let (l, h) = (low.min(at), high.max(at + other.size));
                     if h - l > REACH {
                         break;
                     }
                     (low, high, more) = (l, h, true);
                 }
-                if class == Class::Branch && !ins.is_jcc_short_or_near() {
+                if jumps {
                     break;
                 }
             }
-            match effect_on(ins, self.writes(n), through) {
+            let written = self.writes(n);
+            let Some(Ahead { ins, .. }) = self.ahead.get(n) else { break };
+            match effect_on(ins, written, through) {
                 Effect::Nothing => {}
                 Effect::Adds(by) => added += by,
                 Effect::Unknown => break,
@@ -251,16 +278,28 @@ impl Translation {
         more.then_some(low)
     }
 
-    /// Displacement and size of an instruction's access through these registers.
-    fn access_through(&self, ins: &Instruction, through: Through) -> Option<(i64, i64)> {
+    /// What instruction `n` of the block accesses, if a window can serve that.
+    fn access_of(&mut self, n: usize) -> Option<Through64> {
+        let ahead = self.ahead.get(n)?;
+        if let Some(known) = ahead.access {
+            return known;
+        }
+        let access = self.find_access(&ahead.ins);
+        if let Some(ahead) = self.ahead.get_mut(n) {
+            ahead.access = Some(access);
+        }
+        access
+    }
+
+    fn find_access(&self, ins: &Instruction) -> Option<Through64> {
         if let Some((n, d)) = stack_access(ins) {
-            return (Through::base(n) == through).then_some((d, 8));
+            return Some(Through64 { through: Through::base(n), d, size: 8 });
         }
         if ins.mnemonic() == Mnemonic::Lea || !ins.op_kinds().any(|k| k == OpKind::Memory) {
             return None;
         }
-        let (n, d) = self.plain_operand(ins)?;
-        (n == through).then_some((d, access_size(ins) as i64))
+        let (through, d) = self.plain_operand(ins)?;
+        Some(Through64 { through, d, size: access_size(ins) as i64 })
     }
 
     /// Keeps the windows right after an instruction.
@@ -282,11 +321,13 @@ impl Translation {
 
     /// General registers, a bit each, that instruction `n` of the block writes.
     fn writes(&mut self, n: usize) -> u16 {
-        if let Some(Some(known)) = self.written.get(n) {
-            return *known;
-        }
         // What ends the search need not be known.
-        let Some((ins, Class::Plain, _)) = self.ahead.get(n) else { return 0 };
+        let Some(&Ahead { ref ins, class: Class::Plain, written, .. }) = self.ahead.get(n) else {
+            return 0;
+        };
+        if let Some(known) = written.or_else(|| common::written(ins)) {
+            return known;
+        }
         let info = self.infos.info_options(ins, InstructionInfoOptions::NO_MEMORY_USAGE);
         let mut written = 0;
         for used in info.used_registers() {
@@ -296,10 +337,9 @@ impl Translation {
                 written |= 1 << g.n;
             }
         }
-        if self.written.len() <= n {
-            self.written.resize(n + 1, None);
+        if let Some(ahead) = self.ahead.get_mut(n) {
+            ahead.written = Some(written);
         }
-        self.written[n] = Some(written);
         written
     }
 }

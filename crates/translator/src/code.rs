@@ -156,6 +156,8 @@ pub struct Made<'a> {
     pub notes: &'a Notes,
 }
 
+/// Bits of [`CodeCache::places`].
+const PLACES: usize = 1 << 19;
 /// No link, no block.
 const NONE: u32 = u32::MAX;
 /// Instead of the block of a link that leads to code of none, which holds the target's address.
@@ -178,6 +180,9 @@ pub struct CodeCache {
     /// The last block made of each piece of code; those of the same code at other guest addresses
     /// follow it by [`Block::older`].
     table: HashTable<u32>,
+    /// A bit for each place where code has a block, by a hash of its physical address; some more are
+    /// set.
+    places: Box<[u64]>,
     /// Links between different guest pages; undone when the kernel's mappings change.
     far_links: Vec<u32>,
     /// Times a segment was dropped.
@@ -210,6 +215,7 @@ impl CodeCache {
             segments: Vec::new(),
             current: 0,
             table: HashTable::new(),
+            places: vec![0; PLACES / 64].into(),
             far_links: Vec::new(),
             drops: 0,
         })
@@ -301,6 +307,12 @@ impl CodeCache {
         let leaving = self.after(self.current);
         for id in self.segments[leaving].blocks_of(leaving) {
             self.disconnect_from(id);
+        }
+        self.places.fill(0);
+        for n in 0..self.segments.len() {
+            for i in 0..self.segments[n].blocks.len() {
+                self.set_place(self.segments[n].blocks[i].gpa);
+            }
         }
         self.drops += 1;
     }
@@ -423,9 +435,23 @@ impl CodeCache {
         self.table.find(Self::hash(gpa, mode), same).copied()
     }
 
+    /// Where in [`CodeCache::places`] the bit of a physical address is.
+    const fn place(gpa: u64) -> (usize, u64) {
+        let bit = (gpa.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % PLACES;
+        (bit / 64, 1 << (bit % 64))
+    }
+
+    fn set_place(&mut self, gpa: u64) {
+        let (word, bit) = Self::place(gpa);
+        if let Some(places) = self.places.get_mut(word) {
+            *places |= bit;
+        }
+    }
+
     /// Makes a block findable.
     fn register(&mut self, id: u32) {
         let Some(&Block { gpa, mode, .. }) = self.block(BlockId(id)) else { return };
+        self.set_place(gpa);
         let hash = Self::hash(gpa, mode);
         if let Some(older) = self.newest(gpa, mode) {
             self.bound(older);
@@ -526,9 +552,29 @@ impl CodeCache {
         }
     }
 
+    /// The blocks that something jumps to in the page of block `id`, for the same addresses and mode:
+    /// their guest and host addresses. They count as looked for in `space`.
+    pub fn page_of(&mut self, id: BlockId, space: u16, found: &mut Vec<(u64, u64)>) {
+        found.clear();
+        let Some(&first) = self.block(id) else { return };
+        for segment in &mut self.segments {
+            for n in segment.pages.get(&(first.gpa >> 12)).into_iter().flatten() {
+                let Some(b) = segment.blocks.get_mut(index_of(*n) as usize) else { continue };
+                let alike = b.mode == first.mode
+                    && b.rip.wrapping_sub(b.gpa) == first.rip.wrapping_sub(first.gpa);
+                if b.valid && b.target && alike && !segment.second_pages.contains_key(n) {
+                    b.space = space;
+                    found.push((b.rip, b.host));
+                }
+            }
+        }
+    }
+
     /// Whether there is a block that something jumps to.
     pub fn has_target(&self, key: &BlockKey) -> bool {
-        self.find(key).and_then(|id| self.block(id)).is_some_and(|b| b.target)
+        let (word, bit) = Self::place(key.gpa);
+        self.places.get(word).is_some_and(|places| places & bit != 0)
+            && self.find(key).and_then(|id| self.block(id)).is_some_and(|b| b.target)
     }
 
     /// Physical address of the second page of a block, when its last instruction crosses into one.

@@ -72,6 +72,8 @@ pub struct Stats {
     pub cache_drops: u64,
     /// Times the jump caches were cleared.
     pub jump_cache_clears: u64,
+    /// Times the supervisor's was.
+    pub kernel_jump_cache_clears: u64,
     /// MOV CR3.
     pub space_switches: u64,
     /// Times an instruction was given other look-ups because it trapped too often at the ends of pages.
@@ -118,8 +120,9 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "  jumps      {} entries by the dispatcher, {} past it; jump caches cleared {} times",
-            s.entries, s.resumed, s.jump_cache_clears
+            "  jumps      {} entries by the dispatcher, {} past it; jump caches cleared {} times, the \
+             kernel's {}",
+            s.entries, s.resumed, s.jump_cache_clears, s.kernel_jump_cache_clears
         )?;
         writeln!(
             f,

@@ -166,6 +166,8 @@ struct JumpCache {
     journal: Vec<u16>,
     /// Where the code that they lead to comes from.
     sources: Sources,
+    /// Pages of which everything known has been entered.
+    complete: Sources,
 }
 
 /// Pages, some more than were added.
@@ -236,6 +238,8 @@ pub struct Tlb {
     pub overflows: u64,
     /// Jump caches cleared.
     pub jc_clears: u64,
+    /// Times the supervisor's was.
+    pub jc_kernel_clears: u64,
 }
 
 impl Tlb {
@@ -319,6 +323,7 @@ impl Tlb {
             jc_local: false,
             overflows: 0,
             jc_clears: 0,
+            jc_kernel_clears: 0,
         })
     }
 
@@ -597,23 +602,20 @@ impl Tlb {
         self.clear_jc(View::User(slot as u8));
     }
 
-    /// Drops what belongs to no PCID and is not global.
+    /// Drops what belongs to no PCID and is not global. The supervisor's jump cache depends on where
+    /// code is, not on the data that was accessed.
     fn flush_kernel_local(&mut self) {
         if std::mem::take(&mut self.jc_local) {
             self.clear_jc(View::Kernel);
         }
         if !self.low.journal.is_empty() || !self.low.journal_pages.is_empty() {
             self.low.clear();
-            self.clear_jc(View::Kernel);
         }
-        if !self.high_local.is_empty() || !self.high_local_pages.is_empty() {
-            for i in std::mem::take(&mut self.high_local) {
-                self.high.forget(i);
-            }
-            for p in std::mem::take(&mut self.high_local_pages) {
-                self.high.forget_page(p);
-            }
-            self.clear_jc(View::Kernel);
+        for i in std::mem::take(&mut self.high_local) {
+            self.high.forget(i);
+        }
+        for p in std::mem::take(&mut self.high_local_pages) {
+            self.high.forget_page(p);
         }
     }
 
@@ -681,6 +683,7 @@ impl Tlb {
             return;
         }
         self.jc_clears += 1;
+        self.jc_kernel_clears += u64::from(!matches!(view, View::User(_)));
         for &i in &journal {
             self.jc_empty(view, i);
         }
@@ -688,6 +691,7 @@ impl Tlb {
         cache.journal = journal;
         cache.journal.clear();
         cache.sources = Sources::default();
+        cache.complete = Sources::default();
     }
 
     /// A tag that matches no address whose index is `i`, canonical or not: address 0 has index 0, and
@@ -744,6 +748,15 @@ impl Tlb {
                 self.jc(view).journal = journal;
             }
         }
+    }
+
+    /// Whether this is the first that the jump cache of a view hears of the page of `rip` since it was
+    /// cleared.
+    pub fn jc_is_new(&mut self, view: View, rip: u64) -> bool {
+        let complete = &mut self.jc(view).complete;
+        let is_new = !complete.have(rip >> 12, false);
+        complete.add(rip, false);
+        is_new
     }
 
     /// Remembers where the translation of `rip` begins, for indirect jumps on a view.

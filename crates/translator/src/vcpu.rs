@@ -42,11 +42,9 @@ use crate::signal::Stop;
 use crate::stats::{Clock, Report, Stats};
 use crate::thunks::{Then, Thunks};
 use crate::tlb::{Page, Source, Tlb, View};
-use crate::translate::common::first_access;
 use crate::translate::gate::CLEARED;
 use crate::translate::{
-    Ahead, Class, Ends, LONGEST, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, classify, detour,
-    goes_on,
+    Ahead, Class, Ends, LONGEST, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, detour, goes_on,
 };
 use crate::{Exit, SetupError, signal};
 
@@ -137,6 +135,8 @@ pub struct Inner {
     checked: bool,
     /// Accesses at the ends of pages.
     ends: PageEnds,
+    /// Room for blocks of a page.
+    found: Vec<(u64, u64)>,
     /// Room for what was moved.
     went: Vec<Went>,
     /// `checked` is to be set before the next block.
@@ -334,6 +334,7 @@ impl Inner {
             checked: false,
             check_from_now_on: false,
             ends: PageEnds::default(),
+            found: Vec::new(),
             went: Vec::new(),
             state_changed: true,
             no_step_trap: false,
@@ -364,7 +365,11 @@ impl Inner {
             .map(|(m, n)| (format!("{m:?}").to_lowercase(), *n))
             .collect();
         helpers.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
-        let stats = Stats { jump_cache_clears: self.tlb.jc_clears, ..self.stats };
+        let stats = Stats {
+            jump_cache_clears: self.tlb.jc_clears,
+            kernel_jump_cache_clears: self.tlb.jc_kernel_clears,
+            ..self.stats
+        };
         Report { vcpu: self.lin.index, stats, helpers }
     }
 
@@ -663,20 +668,20 @@ impl Inner {
         self.mode = mode;
         self.in_single = mode.single;
         self.update_view();
-        let host = match self.find(mode, false) {
-            Ok(id) => self.code.block(id).map_or(0, |b| b.host),
+        let id = match self.find(mode, false) {
+            Ok(id) => id,
             Err(e) => {
                 self.raise(e);
                 return None;
             }
         };
+        let host = self.code.block(id).map_or(0, |b| b.host);
         let rip = self.area.state.rip;
         if !mode.single
             && (mode.bits == 64 || mode.flat)
             && self.tlb.jc_find(self.view, rip) != Some(host)
         {
-            let source = self.source(rip);
-            self.tlb.jc_insert(self.view, rip, host, source);
+            self.enter_jump(id, rip, host);
         }
         let before = (self.area.state.rflags & flags::RF, self.area.state.interrupt_shadow);
         self.area.state.rflags &= !flags::RF;
@@ -830,8 +835,7 @@ impl Inner {
                 if split { self.detour(n, rip) } else { self.connect(n, id, rip) }
             }
         } else if self.mode.bits == 64 || self.mode.flat {
-            let source = self.source(rip);
-            self.tlb.jc_insert(self.view, rip, host, source);
+            self.enter_jump(id, rip, host);
         }
         Some(host)
     }
@@ -867,6 +871,32 @@ impl Inner {
     fn source(&self, rip: u64) -> Source {
         let e = self.fetch[(rip >> 12) as usize % FETCH_ENTRIES];
         if e.page == rip >> 12 { e.source } else { Source { global: false, large: true } }
+    }
+
+    /// Where the mapping of a block's code is from, which may be on two pages.
+    fn source_of(&self, id: BlockId, rip: u64) -> Source {
+        let first = self.source(rip);
+        if self.code.second_page(id).is_none() {
+            return first;
+        }
+        let second = self.source(rip.wrapping_add(PAGE));
+        Source { global: first.global && second.global, large: first.large || second.large }
+    }
+
+    /// Enters a block in the jump cache, and with the first of a page what else is known of it: code
+    /// that was of use before the jump cache was cleared will be again.
+    fn enter_jump(&mut self, id: BlockId, rip: u64, host: u64) {
+        let source = self.source_of(id, rip);
+        if self.tlb.jc_is_new(self.view, rip) {
+            let mut found = std::mem::take(&mut self.found);
+            self.code.page_of(id, self.tlb.space(), &mut found);
+            let source = self.source(rip);
+            for (rip, host) in &found {
+                self.tlb.jc_insert(self.view, *rip, *host, source);
+            }
+            self.found = found;
+        }
+        self.tlb.jc_insert(self.view, rip, host, source);
     }
 
     // ---- finding and making blocks ----
@@ -1096,11 +1126,12 @@ impl Inner {
                 bad.set_ip(end_rip);
                 ins = bad;
             }
-            let allowed = first_access(&ins).is_some() || self.allowed.instruction(&ins);
-            let class = classify(&ins, mode, allowed);
             let ends = self.ends.of(instruction_gpa(&key, end_rip));
             let rest = bytes.get(at..).unwrap_or_default();
-            self.translation.ahead.push(Ahead::new(ins, rest, class, ends));
+            let allowed = |ins: &Instruction| self.allowed.instruction(ins);
+            let ahead = Ahead::new(ins, rest, mode, ends, allowed);
+            let class = ahead.class;
+            self.translation.ahead.push(ahead);
             at += ins.len();
             end_rip = wrap(end_rip.wrapping_add(ins.len() as u64), mode.bits);
             count += 1;

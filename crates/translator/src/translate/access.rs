@@ -13,7 +13,7 @@ use berth_x86::state::sreg;
 use super::decode::{Unit, unit};
 use super::regs::{GuestReg, host_reg};
 use super::string::StringOp;
-use super::{Cold, Ends, Translation, common};
+use super::{Cold, Ends, Translation};
 use crate::asm::Mem;
 use crate::code::{Is, Place, Site, Through};
 use crate::layout::{
@@ -301,7 +301,12 @@ impl Translation {
     }
 
     /// An instruction of the "plain" class.
-    pub(super) fn plain(&mut self, ins: &Instruction) {
+    pub(super) fn plain(&mut self, ins: &Instruction, common: Option<OpAccess>) {
+        if common.is_some() && ins.mnemonic() != Mnemonic::Lea {
+            let mut ins = *ins;
+            normalize(&mut ins);
+            return self.renamed(&ins, common);
+        }
         if let Some(op) = StringOp::of(ins) {
             self.close_windows();
             return self.string(ins, op);
@@ -320,13 +325,13 @@ impl Translation {
         }
         let mut ins = *ins;
         normalize(&mut ins);
-        let unit = if common::first_access(&ins).is_some() { Unit::None } else { unit(&ins) };
+        let unit = unit(&ins);
         self.align = alignment(&ins, unit);
         self.x87 = matches!(unit, Unit::X87 | Unit::Mmx)
             && !matches!(ins.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
         self.mmx = unit == Unit::Mmx;
         self.converts = matches!(ins.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph);
-        self.renamed(&ins);
+        self.renamed(&ins, None);
         self.align = 1;
         self.x87 = false;
         self.mmx = false;
@@ -334,10 +339,10 @@ impl Translation {
     }
 
     /// How each operand is accessed.
-    fn accesses(&mut self, ins: &Instruction) -> [OpAccess; 5] {
+    fn accesses(&mut self, ins: &Instruction, common: Option<OpAccess>) -> [OpAccess; 5] {
         const OPERANDS: u32 =
             InstructionInfoOptions::NO_REGISTER_USAGE | InstructionInfoOptions::NO_MEMORY_USAGE;
-        if let Some(first) = common::first_access(ins) {
+        if let Some(first) = common {
             return [first, OpAccess::Read, OpAccess::Read, OpAccess::None, OpAccess::None];
         }
         let info = self.infos.info_options(ins, OPERANDS);
@@ -347,9 +352,9 @@ impl Translation {
     }
 
     /// Re-encodes an instruction with its registers renamed and its memory operand looked up.
-    fn renamed(&mut self, ins: &Instruction) {
+    fn renamed(&mut self, ins: &Instruction, common: Option<OpAccess>) {
         let mut out = *ins;
-        let access = self.accesses(ins);
+        let access = self.accesses(ins, common);
         let mem = (0..ins.op_count()).find(|&i| ins.op_kind(i) == OpKind::Memory);
         let rcx_pair = matches!(ins.mnemonic(), Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b);
         let writes_ecx = matches!(

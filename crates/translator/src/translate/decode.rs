@@ -2,8 +2,8 @@
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind};
 
+use super::Mode;
 use super::string::StringOp;
-use super::{Mode, common};
 
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,9 +91,6 @@ fn is_x87(f: CpuidFeature) -> bool {
 pub fn classify(ins: &Instruction, mode: Mode, allowed: bool) -> Class {
     if ins.is_invalid() || !allowed || mode.real && ins.code().encoding() == EncodingKind::VEX {
         return Class::Refused;
-    }
-    if common::first_access(ins).is_some() {
-        return Class::Plain;
     }
     if !(mode.fpu && mode.sse && mode.avx) {
         let ok = match unit(ins) {

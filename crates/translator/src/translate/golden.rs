@@ -9,7 +9,7 @@ use std::path::Path;
 
 use iced_x86::{Decoder, DecoderOptions};
 
-use super::{Ahead, Ends, Mode, Translation, classify};
+use super::{Ahead, Ends, Mode, Translation};
 use crate::code::{BlockKey, CodeCache};
 use crate::dump::{Names, list};
 use crate::thunks::{Then, Thunks};
@@ -133,7 +133,7 @@ fn body(t: &mut Translation, golden: &Golden, rip: u64, ends: Ends) {
     for ins in &mut Decoder::with_ip(bits, golden.code, rip, DecoderOptions::NONE) {
         assert!(!ins.is_invalid(), "{}: {ins:?}", golden.name);
         let bytes = &golden.code[(ins.ip() - rip) as usize..];
-        t.ahead.push(Ahead::new(ins, bytes, classify(&ins, golden.mode, true), ends));
+        t.ahead.push(Ahead::new(ins, bytes, golden.mode, ends, |_| true));
     }
     let (count, ended) = t.all();
     assert_eq!(count, t.ahead.len(), "{}", golden.name);

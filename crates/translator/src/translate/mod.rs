@@ -34,7 +34,7 @@ mod system;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Register};
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory, OpAccess, Register};
 
 use crate::asm::{Asm, Mem, Near, Short};
 use crate::code::{
@@ -177,6 +177,8 @@ pub struct Ahead {
     pub class: Class,
     /// Where its accesses are.
     pub ends: Ends,
+    /// How a common instruction accesses its first operand (see [`common`]).
+    common: Option<OpAccess>,
     /// The general registers that it writes, once that is known.
     written: Option<u16>,
     /// What it accesses, once that is known.
@@ -184,12 +186,25 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// An instruction that was decoded from the first of `bytes`.
-    pub fn new(ins: Instruction, bytes: &[u8], class: Class, ends: Ends) -> Self {
+    /// An instruction that was decoded from the first of `bytes`; `allowed` says whether one is
+    /// advertised.
+    pub fn new(
+        ins: Instruction,
+        bytes: &[u8],
+        mode: Mode,
+        ends: Ends,
+        allowed: impl Fn(&Instruction) -> bool,
+    ) -> Self {
         let mut own = [0; LONGEST];
         let len = bytes.len().min(LONGEST);
         own[..len].copy_from_slice(&bytes[..len]);
-        Self { ins, bytes: own, class, ends, written: None, access: None }
+        let common = common::first_access(&ins);
+        let class = match common {
+            Some(_) => Class::Plain,
+            None => classify(&ins, mode, allowed(&ins)),
+        };
+        let written = common.map(|access| common::written(&ins, access));
+        Self { ins, bytes: own, class, ends, common, written, access: None }
     }
 }
 
@@ -375,14 +390,15 @@ impl Translation {
         match class {
             Class::Nothing => false,
             Class::Plain => {
+                let common = self.ahead.get(self.index).and_then(|ahead| ahead.common);
                 if self.mode.bits == 64
+                    && common.is_some()
                     && common::is_same(ins)
                     && let Some(ahead) = self.ahead.get(self.index)
                 {
-                    let bytes = ahead.bytes;
-                    self.asm.bytes(&bytes[..ins.len().min(LONGEST)]);
+                    self.asm.bytes(&ahead.bytes[..ins.len().min(LONGEST)]);
                 } else {
-                    self.plain(ins);
+                    self.plain(ins, common);
                 }
                 self.track(ins);
                 false

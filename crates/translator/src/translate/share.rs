@@ -19,7 +19,7 @@ use iced_x86::{Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, 
 use super::access::{Access, Want, access_size, segment_of};
 use super::decode::Class;
 use super::regs::GuestReg;
-use super::{Ahead, Ends, Translation, common};
+use super::{Ahead, Ends, Translation};
 use crate::asm::Mem;
 use crate::code::{Place, Through};
 use crate::layout::{Area, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, WINDOWS, disp, mapped};
@@ -325,7 +325,7 @@ impl Translation {
         let Some(&Ahead { ref ins, class: Class::Plain, written, .. }) = self.ahead.get(n) else {
             return 0;
         };
-        if let Some(known) = written.or_else(|| common::written(ins)) {
+        if let Some(known) = written {
             return known;
         }
         let info = self.infos.info_options(ins, InstructionInfoOptions::NO_MEMORY_USAGE);

@@ -59,10 +59,12 @@ struct Pairs {
     numbers: FastMap<(u64, u64, bool), u32>,
     /// By physical address: host addresses where the page is mapped for writing.
     writable: FastMap<u64, Vec<u64>>,
+    /// Numbers of those that were forgotten.
+    free: Vec<u32>,
 }
 
 /// Pairs may be so many of all guarded mappings.
-const PAIRS_PART: usize = 4;
+const PAIRS_PART: usize = 3;
 
 /// Mappings of single pages.
 struct Guarded {
@@ -231,14 +233,27 @@ impl Ram {
         Some(self.guarded_at(n))
     }
 
+    /// Whether there can be no more pairs before they are forgotten.
+    pub fn pairs_are_full(&self) -> bool {
+        lock(&self.pairs).numbers.len() >= self.guarded.limit / PAIRS_PART
+    }
+
+    /// Forgets all pairs, so that there is room for others. The caller makes sure that nothing leads
+    /// to them any more.
+    pub fn forget_pairs(&self) {
+        let pairs = &mut *lock(&self.pairs);
+        pairs.free.extend(pairs.numbers.drain().map(|(_, number)| number));
+        pairs.writable.clear();
+    }
+
     /// Makes a mapping of two pages one after the other; `None` when there are too many. The caller
     /// makes sure that nobody else does so, and that `writable` stays true as long as it takes.
     pub fn make_pair(&self, pages: (u64, u64), rw: bool, writable: [bool; 2]) -> Option<u64> {
-        let mut pairs = lock(&self.pairs);
-        if pairs.numbers.len() >= self.guarded.limit / PAIRS_PART {
+        if self.pairs_are_full() {
             return None;
         }
-        let number = self.take_number()?;
+        let mut pairs = lock(&self.pairs);
+        let number = pairs.free.pop().or_else(|| self.take_number())?;
         let at = self.guarded_at(number);
         let places = [(at, pages.0, writable[0]), (at + PAGE, pages.1, writable[1])];
         for (at, gpa, writable) in places {

@@ -19,6 +19,8 @@ pub const MAX_VCPUS: usize = 16;
 
 /// Inbox entry: drop every block.
 pub const ALL_PAGES: u64 = u64::MAX;
+/// In an inbox: no code, but everything in the software TLB.
+pub const ALL_MAPPINGS: u64 = u64::MAX - 1;
 
 /// What others leave for a vCPU.
 pub struct Mailbox {
@@ -212,6 +214,23 @@ impl Shared {
         }
         let writable = [pages.0, pages.1].map(|gpa| !self.has_code(gpa / PAGE));
         self.ram.make_pair(pages, rw, writable)
+    }
+
+    /// Makes room for other pairs, for vCPU `index`, which runs and forgets all mappings itself.
+    pub(crate) fn forget_pairs(&self, index: usize) {
+        self.stop_others(index);
+        // Another vCPU may have done so a moment ago.
+        if self.ram.pairs_are_full() {
+            let _guard = lock(&self.code_lock);
+            for (i, m) in lock(&self.boxes).iter().enumerate() {
+                if i != index {
+                    lock(&m.inbox).push(ALL_MAPPINGS);
+                    m.poke(&m.mail);
+                }
+            }
+            self.ram.forget_pairs();
+        }
+        self.world.resume();
     }
 
     fn drop_all(&self) {

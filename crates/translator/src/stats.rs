@@ -80,6 +80,8 @@ pub struct Stats {
     pub crossings: u64,
     /// Mappings of two pages across whose border accesses go again and again.
     pub pairs: u64,
+    /// Times all of them were forgotten to make room for others.
+    pub pair_overflows: u64,
     /// Times the limit of guarded pages was met (see `ram`).
     pub guard_overflows: u64,
 }
@@ -149,9 +151,9 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "             {} pages entered ahead; {} address space switches; {} pairs of pages, {} \
-             changes of look-ups at the ends of pages",
-            s.entered_ahead, s.space_switches, s.pairs, s.crossings
+            "             {} pages entered ahead; {} address space switches; {} pairs of pages \
+             (forgotten {} times), {} changes of look-ups at the ends of pages",
+            s.entered_ahead, s.space_switches, s.pairs, s.pair_overflows, s.crossings
         )?;
         writeln!(f, "  events     {} exceptions and interrupts", s.events)?;
         write!(f, "  helpers    {} instructions in {}", s.helpers, ms(s.helping))?;

@@ -37,7 +37,7 @@ use crate::layout::{Area, ExitCode, FLAG_MASKS, Gate, MAX_ACCESS_SHIFT, S0, mapp
 use crate::mem::{self, Lin, Pieces, Walked};
 use crate::ram::PAGE;
 use crate::returns::Returns;
-use crate::shared::{ALL_PAGES, Mailbox, Shared, lock};
+use crate::shared::{ALL_MAPPINGS, ALL_PAGES, Mailbox, Shared, lock};
 use crate::signal::Stop;
 use crate::stats::{Clock, Report, Stats};
 use crate::thunks::{Then, Thunks};
@@ -141,6 +141,8 @@ pub struct Inner {
     went: Vec<Went>,
     /// `checked` is to be set before the next block.
     check_from_now_on: bool,
+    /// Pairs are to be forgotten before the next block.
+    pairs_are_due: bool,
     /// Set by whoever changed the state from outside.
     pub(crate) state_changed: bool,
     /// An event whose delivery suppresses the single-step trap of the instruction that caused it.
@@ -333,6 +335,7 @@ impl Inner {
             page_fault: (!0, 0),
             checked: false,
             check_from_now_on: false,
+            pairs_are_due: false,
             ends: PageEnds::default(),
             found: Vec::new(),
             went: Vec::new(),
@@ -547,6 +550,12 @@ impl Inner {
             self.close_gates();
             self.drop_all_code();
         }
+        if std::mem::take(&mut self.pairs_are_due) {
+            let index = self.lin.index;
+            self.lin.shared.forget_pairs(index);
+            self.flush_everything();
+            self.stats.pair_overflows += 1;
+        }
         if self.mailbox.any()
             && let Some(exit) = self.open_mail()
         {
@@ -565,7 +574,11 @@ impl Inner {
         if self.mailbox.mail.swap(false, Ordering::SeqCst) {
             let pages = std::mem::take(&mut *lock(&self.mailbox.inbox));
             for p in pages {
-                if p == ALL_PAGES { self.drop_all_code() } else { self.drop_page(p) }
+                match p {
+                    ALL_PAGES => self.drop_all_code(),
+                    ALL_MAPPINGS => self.flush_everything(),
+                    _ => self.drop_page(p),
+                }
             }
         }
         if self.mailbox.nmi.swap(false, Ordering::SeqCst) {
@@ -1562,6 +1575,12 @@ impl Inner {
         let rw = w.writable && w.dirty;
         if self.lin.shared.ram.pair_addr(pages, rw).is_none() {
             if !self.ends.again(pages) {
+                return false;
+            }
+            if self.lin.shared.ram.pairs_are_full() {
+                // Between instructions, since a block holds addends.
+                self.pairs_are_due = true;
+                self.area.run = 0;
                 return false;
             }
             self.stats.pairs += 1;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use berth_vmm::vcpu::translated::Optimizations;
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
@@ -108,6 +109,10 @@ pub struct RunArgs {
     /// More is faster for guests that run much different code, as compilers do [default: 18M]
     #[arg(long, value_name = "SIZE")]
     pub code_cache: Option<Size>,
+    /// What the translator does for speed, to find a mistake in it: names with commas between, with
+    /// `no-` before those to be left out; after `none` only those named. A wrong name lists all
+    #[arg(long, value_name = "LIST")]
+    pub translator_opt: Option<Optimizations>,
     /// Says at the end what the translator did: blocks, exits, misses of the software TLB, times
     #[arg(long)]
     pub stats: bool,

@@ -165,6 +165,7 @@ impl Told {
 
 fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
     let mut c = MachineConfig::new(&plan.kernel);
+    c.translator.optimizations = plan.optimizations;
     c.translator.reports.clone_from(&told.reports);
     c.translator.dump.clone_from(&told.dump);
     c.cpus = u32::from(plan.cpus);

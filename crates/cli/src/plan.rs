@@ -13,6 +13,7 @@ use berth_image::initramfs::{self, InitramfsError};
 use berth_image::store::{Image, ImageName, Store, StoreError};
 use berth_vmm::boot::{self, Module};
 use berth_vmm::limits::MEMORY_BYTES_MIN;
+use berth_vmm::vcpu::translated::Optimizations;
 
 use crate::args::{Accel, ConsoleArg, NetArg, RunArgs};
 use crate::size::Size;
@@ -38,6 +39,8 @@ pub struct RunPlan {
     pub memory_bytes: u64,
     /// Bytes of translated code kept for each processor, unless it is the default.
     pub code_cache_bytes: Option<usize>,
+    /// What the translator does for speed.
+    pub optimizations: Optimizations,
     /// Whether what the translator did is to be shown at the end.
     pub stats: bool,
     /// Where translated blocks are listed; `-` is standard error.
@@ -214,6 +217,7 @@ impl RunPlan {
             cpus: args.cpus,
             memory_bytes: args.memory.bytes(),
             code_cache_bytes: args.code_cache.map(check_code_cache).transpose()?,
+            optimizations: args.translator_opt.unwrap_or_default(),
             stats: args.stats,
             dump_blocks: args.dump_blocks.clone(),
             accel: args.accel,

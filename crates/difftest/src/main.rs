@@ -28,6 +28,9 @@ difftest --traps                        run the table of cases with known answer
                     stopped          the same, stopped again and again on the way
                     looking          the same with accesses that look whether they cross pages
                     looking-stopped  both
+                    translated:none,shared
+                                     with the optimizations of this list (as of
+                                     berth vm run --translator-opt); so for the others
                     native           the host processor
                     wrong            the same with a mistake in its flags
   --failures N    stop a worker after so many distinct differences (default 5)

@@ -20,9 +20,11 @@ use crate::Arguments;
 
 /// Makes the backend to be tested.
 fn backend(name: &str) -> anyhow::Result<Box<dyn Backend>> {
+    let (name, optimizations) = name.split_once(':').unwrap_or((name, "all"));
     Ok(match name {
         "translated" | "stopped" | "looking" | "looking-stopped" => {
-            let way = Way { looking: name.contains("looking"), stopped: name.contains("stopped") };
+            let (looking, stopped) = (name.contains("looking"), name.contains("stopped"));
+            let way = Way { looking, stopped, optimizations: optimizations.parse()? };
             Box::new(GuardedBackend::new(way).context("setting up the translator")?)
         }
         "native" => Box::new(NativeBackend::new()?),

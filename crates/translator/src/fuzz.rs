@@ -4,6 +4,7 @@
 use berth_x86::cpuid::{CpuidTable, Topology};
 use iced_x86::{Decoder, DecoderOptions};
 
+use crate::Optimizations;
 use crate::SetupError;
 use crate::code::{BlockKey, CodeCache};
 use crate::features::Allowed;
@@ -23,7 +24,7 @@ pub fn translate_only(bytes: &[u8], bits: u8) -> Result<usize, SetupError> {
     let bits = if matches!(bits, 16 | 32) { bits } else { 64 };
     let mode = Mode::flat(bits, true);
     let code = bytes.get(..bytes.len().min(PAGE as usize)).unwrap_or_default();
-    let mut t = Translation::new(thunks);
+    let mut t = Translation::new(thunks, Optimizations::all());
     let (mut at, mut total) = (0, 0);
     while at < code.len() {
         let key = BlockKey { rip: 0x1000 + at as u64, gpa: 0x1000 + at as u64, mode: mode.pack() };

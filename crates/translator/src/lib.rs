@@ -27,6 +27,7 @@ mod fpu;
 mod fuzz;
 mod layout;
 mod mem;
+mod opt;
 mod ram;
 mod returns;
 mod shared;
@@ -41,6 +42,7 @@ mod world;
 
 pub use dump::Dump;
 pub use exec::host_tsc;
+pub use opt::{Optimizations, UnknownOptimization};
 pub use shared::Shared;
 pub use stats::{Report, Reports, Stats};
 
@@ -69,6 +71,8 @@ pub struct Config {
     /// next one in RAM; fewer if the system allows fewer mappings (each costs two). With more such
     /// pages, accesses look whether they cross.
     pub guarded_pages: usize,
+    /// What is done for speed.
+    pub optimizations: Optimizations,
     /// Where each vCPU leaves what it did when it ends; times are taken only if there is one.
     pub reports: Option<Reports>,
     /// Where each translated block is listed.
@@ -81,6 +85,7 @@ impl Default for Config {
             code_cache_bytes: 18 << 20,
             address_spaces: 6,
             guarded_pages: 20_000,
+            optimizations: Optimizations::all(),
             reports: None,
             dump: None,
         }

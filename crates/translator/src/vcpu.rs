@@ -46,7 +46,7 @@ use crate::translate::gate::CLEARED;
 use crate::translate::{
     Ahead, Class, Ends, LONGEST, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, detour, goes_on,
 };
-use crate::{Exit, SetupError, signal};
+use crate::{Exit, Optimizations, SetupError, signal};
 
 /// The area of a vCPU, owned by it.
 pub struct AreaPtr(*mut Area);
@@ -158,6 +158,7 @@ pub struct Inner {
     /// Instructions executed by helpers, by the number of the mnemonic.
     pub(crate) helper_counts: Vec<u64>,
     clock: Clock,
+    optimizations: Optimizations,
 }
 
 extern "C" fn mem_helper(owner: u64, ret: u64, ea: u64) -> Then {
@@ -266,6 +267,7 @@ impl Inner {
     ) -> Result<Box<Self>, SetupError> {
         let (index, mailbox) = shared.join()?;
         let clock = Clock(shared.config.reports.is_some());
+        let optimizations = shared.config.optimizations;
         let mut tlb = Tlb::new(shared.config.address_spaces)?;
         tlb.init_jcs();
         let mut code = CodeCache::new(shared.config.code_cache_bytes)?;
@@ -301,7 +303,7 @@ impl Inner {
             tlb,
             code,
             thunks,
-            translation: Translation::new(thunks),
+            translation: Translation::new(thunks, optimizations),
             returns,
             lin: Lin {
                 shared,
@@ -347,6 +349,7 @@ impl Inner {
             stats: Stats::default(),
             helper_counts: vec![0; Mnemonic::values().len()],
             clock,
+            optimizations,
         });
         let owner = &raw mut *inner as u64;
         inner.area.owner = owner;
@@ -900,7 +903,7 @@ impl Inner {
     /// that was of use before the jump cache was cleared will be again.
     fn enter_jump(&mut self, id: BlockId, rip: u64, host: u64) {
         let source = self.source_of(id, rip);
-        if self.tlb.jc_is_new(self.view, rip) {
+        if self.optimizations.contains(Optimizations::PAGES) && self.tlb.jc_is_new(self.view, rip) {
             let mut found = std::mem::take(&mut self.found);
             self.code.page_of(id, self.tlb.space(), &mut found);
             let source = self.source(rip);
@@ -987,6 +990,35 @@ impl Inner {
             }
         }
         self.make_room();
+        if self.optimizations.contains(Optimizations::COPIES)
+            && let Some(id) = self.brought_here(key, va, mode)?
+        {
+            return Ok(id);
+        }
+        let space = self.tlb.space();
+        let began = self.clock.now();
+        let bytes = self.compose(key, va, mode)?;
+        let made = Made { target, ..self.translation.finish() };
+        self.stats.blocks += 1;
+        self.stats.host_bytes += (made.code.len() + made.cold.len()) as u64;
+        if let Some(dump) = &self.lin.shared.config.dump {
+            let start = (key.gpa & (PAGE - 1)) as usize;
+            let guest = self.code_bytes.get(start..start + bytes).unwrap_or_default();
+            let hosts = (self.code.next_host(), self.code.next_cold());
+            dump.block(mode, guest, &made, hosts, self.thunks);
+        }
+        let id = self.code.push_block(&made, space, !mode.single);
+        Clock::add(&mut self.stats.translation, began);
+        Ok(id)
+    }
+
+    /// A block made of one for the same code at another guest address.
+    fn brought_here(
+        &mut self,
+        key: BlockKey,
+        va: u64,
+        mode: Mode,
+    ) -> Result<Option<BlockId>, Exception> {
         let space = self.tlb.space();
         let gone = |space| self.tlb.is_gone(space);
         let mut went = std::mem::take(&mut self.went);
@@ -1010,27 +1042,14 @@ impl Inner {
             {
                 self.check_copy(&copy, key, va, mode)?;
             }
-            return Ok(id);
+            return Ok(Some(id));
         }
         if let Some(moved) = self.code.moved(&key) {
             self.check_copy(&moved, key, va, mode)?;
             self.stats.moved += 1;
-            return Ok(self.code.push_block(&moved.made(), space, true));
+            return Ok(Some(self.code.push_block(&moved.made(), space, true)));
         }
-        let began = self.clock.now();
-        let bytes = self.compose(key, va, mode)?;
-        let made = Made { target, ..self.translation.finish() };
-        self.stats.blocks += 1;
-        self.stats.host_bytes += (made.code.len() + made.cold.len()) as u64;
-        if let Some(dump) = &self.lin.shared.config.dump {
-            let start = (key.gpa & (PAGE - 1)) as usize;
-            let guest = self.code_bytes.get(start..start + bytes).unwrap_or_default();
-            let hosts = (self.code.next_host(), self.code.next_cold());
-            dump.block(mode, guest, &made, hosts, self.thunks);
-        }
-        let id = self.code.push_block(&made, space, !mode.single);
-        Clock::add(&mut self.stats.translation, began);
-        Ok(id)
+        Ok(None)
     }
 
     /// A block that was found, or a copy if its segment is about to be dropped.
@@ -1098,6 +1117,7 @@ impl Inner {
         let mut count = 0;
         let mut end_rip = key.rip;
         let max = if mode.single { 1 } else { MAX_INSNS };
+        let joins = !mode.single && self.optimizations.contains(Optimizations::JOINS);
         let ends_early = |bytes: &[u8]| {
             let mut d = Decoder::new(u32::from(mode.bits), bytes, options);
             d.decode().is_invalid() && d.last_error() == DecoderError::NoMoreBytes
@@ -1142,7 +1162,7 @@ impl Inner {
             let ends = self.ends.of(instruction_gpa(&key, end_rip));
             let rest = bytes.get(at..).unwrap_or_default();
             let allowed = |ins: &Instruction| self.allowed.instruction(ins);
-            let ahead = Ahead::new(ins, rest, mode, ends, allowed);
+            let ahead = Ahead::new(ins, rest, mode, ends, self.optimizations, allowed);
             let class = ahead.class;
             self.translation.ahead.push(ahead);
             at += ins.len();
@@ -1153,7 +1173,7 @@ impl Inner {
             }
             // What there is a block of need not be translated again.
             let rest = BlockKey { rip: end_rip, gpa: page + at as u64, mode: key.mode };
-            if count >= JOINS_AFTER && !mode.single && self.code.has_target(&rest) {
+            if joins && count >= JOINS_AFTER && self.code.has_target(&rest) {
                 break;
             }
         }
@@ -1224,6 +1244,9 @@ impl Inner {
     /// After SYSCALL or SYSRET was executed and generated code goes on behind it: lets generated code
     /// do the same.
     fn open_gate(&mut self, code: Code) {
+        if !self.optimizations.contains(Optimizations::GATES) {
+            return;
+        }
         let s = &self.area.state;
         let (cs, ss) = (s.seg[sreg::CS], s.seg[sreg::SS]);
         let gate = Gate { closed: 0, cs, ss, base: self.tlb.base(self.view) };
@@ -1561,7 +1584,11 @@ impl Inner {
     /// difference to the guest, the page is reached where the next one follows; whether that is so.
     fn pair_up(&mut self, va: u64) -> bool {
         let page = va & !(PAGE - 1);
-        if self.checked || mem::watching(&self.area.state) || !self.area.state.paging() {
+        if self.checked
+            || mem::watching(&self.area.state)
+            || !self.area.state.paging()
+            || !self.optimizations.contains(Optimizations::PAIRS)
+        {
             return false;
         }
         let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, page) else {
@@ -1645,7 +1672,8 @@ impl Inner {
         };
         let entry = self.entry(page, host, w);
         self.tlb.fill(self.view, va, entry);
-        if w.page_bytes == PAGE && self.area.state.paging() {
+        let neighbours = self.optimizations.contains(Optimizations::NEIGHBOURS);
+        if neighbours && w.page_bytes == PAGE && self.area.state.paging() {
             self.fill_around(page);
         }
         host + (va & (PAGE - 1))
@@ -1656,7 +1684,9 @@ impl Inner {
     fn fill_after_fault(&mut self) {
         let va = self.page_fault.1;
         self.page_fault.0 = !0;
-        if mem::watching(&self.area.state) {
+        if mem::watching(&self.area.state)
+            || !self.optimizations.contains(Optimizations::NEIGHBOURS)
+        {
             return;
         }
         let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, va) else { return };
@@ -1924,7 +1954,8 @@ impl Inner {
     /// nothing else has to be done before; otherwise the dispatcher sees to it.
     fn resume(&mut self) -> Then {
         let s = &self.area.state;
-        if self.pending.is_some()
+        if !self.optimizations.contains(Optimizations::RESUME)
+            || self.pending.is_some()
             || self.exit.is_some()
             || self.in_single
             || self.step_trap

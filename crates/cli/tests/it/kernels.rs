@@ -36,11 +36,46 @@ fn the_debug_exit_value_is_the_status() {
     }
 }
 
+/// mov al, 21; out 0xf4, al; hlt
+const EXITS: [u8; 5] = [0xb0, 21, 0xe6, 0xf4, 0xf4];
+
+#[test]
+fn the_translator_says_what_it_did() {
+    let directory = tempfile::tempdir().unwrap();
+    let list = directory.path().join("blocks");
+    let dump = format!("--dump-blocks={}", list.display());
+    let ran = boot_code(&EXITS, &["--debug-exit", "--accel", "translate", "--stats", &dump], b"");
+    ran.check(43);
+    for part in ["vCPU 0\n  blocks     ", " interrupts, ", "1 out"] {
+        assert!(ran.stderr.contains(part), "no `{part}` in: {}", ran.stderr);
+    }
+    let text = fs::read_to_string(&list).unwrap();
+    for part in ["32 bits, supervisor\n", "mov al, 15h\n", "out 0F4h, al\n", "call helper\n"] {
+        assert!(text.contains(part), "no `{part}` in: {text}");
+    }
+    let ran = boot_code(&EXITS, &["--debug-exit", "--accel", "translate", "--dump-blocks"], b"");
+    ran.check(43);
+    assert!(ran.stderr.contains("out 0F4h, al"), "{}", ran.stderr);
+    let ran = boot_code(&EXITS, &["--debug-exit", "--dump-blocks=/nonexistent/list"], b"");
+    ran.check(1);
+    assert!(ran.stderr.contains("/nonexistent/list"), "{}", ran.stderr);
+}
+
+#[test]
+fn optimizations_are_chosen_by_name() {
+    let choose = |list| boot_code(&EXITS, &["--debug-exit", "--translator-opt", list], b"");
+    for list in ["none", "no-shared,no-pairs", "none,strings"] {
+        choose(list).check(43);
+    }
+    let ran = choose("fast");
+    ran.check(2);
+    assert!(ran.stderr.contains("\"fast\"") && ran.stderr.contains("neighbours"), "{}", ran.stderr);
+}
+
 #[test]
 fn limits_of_the_shell_are_met_or_errors() {
-    // mov al, 21; out 0xf4, al; hlt
     let directory = tempfile::tempdir().unwrap();
-    let kernel = file(directory.path(), "guest", &multiboot::kernel(&[0xb0, 21, 0xe6, 0xf4, 0xf4]));
+    let kernel = file(directory.path(), "guest", &multiboot::kernel(&EXITS));
     let limited = |limit: &str| {
         let mut command = std::process::Command::new("/bin/sh");
         let script = format!("ulimit {limit} && exec \"$@\"");

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use berth_translator::{
-    Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu, host_cpuid,
+    Config, Exit, Kicker, Optimizations, RamSlot, SetupError, Shared, TranslatedVcpu, host_cpuid,
 };
 use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::{reg, sreg, vector};
@@ -125,6 +125,8 @@ impl Drop for Ram {
 pub struct Way {
     /// Accesses look whether they cross into another page.
     pub looking: bool,
+    /// What is done for speed.
+    pub optimizations: Optimizations,
     /// It is stopped again and again, as by interrupts.
     pub stopped: bool,
 }
@@ -146,7 +148,7 @@ impl TranslatedBackend {
     /// # Errors
     /// [`TranslatedError`] when RAM or the translator cannot be made.
     pub fn new(way: Way) -> Result<Self, TranslatedError> {
-        let mut config = Config::default();
+        let mut config = Config { optimizations: way.optimizations, ..Config::default() };
         if way.looking {
             config.guarded_pages = 0;
         }

@@ -8,6 +8,7 @@ use berth_difftest::generate::{Generator, Options};
 use berth_difftest::native::NativeBackend;
 use berth_difftest::run::{minimize, run};
 use berth_difftest::wrong::{Mistake, WrongBackend};
+use berth_translator::Optimizations;
 
 /// No case differs.
 fn agrees(against: &str, cases: &str) {
@@ -39,6 +40,14 @@ fn the_translator_agrees_when_accesses_look_for_crossings() {
 fn the_translator_agrees_when_it_is_stopped() {
     agrees("stopped", "20000");
     agrees("looking-stopped", "20000");
+}
+
+#[test]
+fn the_translator_agrees_with_each_optimization_alone() {
+    agrees("translated:none", "3000");
+    for name in Optimizations::names() {
+        agrees(&format!("translated:none,{name}"), "3000");
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::path::Path;
 use iced_x86::{Decoder, DecoderOptions};
 
 use super::{Ahead, Ends, Mode, Translation};
+use crate::Optimizations;
 use crate::code::{BlockKey, CodeCache};
 use crate::dump::{Names, list};
 use crate::thunks::{Then, Thunks};
@@ -133,7 +134,7 @@ fn body(t: &mut Translation, golden: &Golden, rip: u64, ends: Ends) {
     for ins in &mut Decoder::with_ip(bits, golden.code, rip, DecoderOptions::NONE) {
         assert!(!ins.is_invalid(), "{}: {ins:?}", golden.name);
         let bytes = &golden.code[(ins.ip() - rip) as usize..];
-        t.ahead.push(Ahead::new(ins, bytes, golden.mode, ends, |_| true));
+        t.ahead.push(Ahead::new(ins, bytes, golden.mode, ends, Optimizations::all(), |_| true));
     }
     let (count, ended) = t.all();
     assert_eq!(count, t.ahead.len(), "{}", golden.name);
@@ -153,7 +154,7 @@ fn listing(golden: &Golden) -> String {
     let Mode { bits, user, .. } = golden.mode;
     let rip = if bits == 16 { RIP & 0xffff } else { RIP };
     let key = BlockKey { rip, gpa: RIP, mode: golden.mode.pack() };
-    let mut t = Translation::new(thunks);
+    let mut t = Translation::new(thunks, Optimizations::all());
     t.begin(&cache, key, golden.mode);
     // Body and cold parts in one piece, whatever the size of the cache.
     t.cold_start = None;
@@ -220,7 +221,7 @@ fn golden_listings_have_names_for_all_places() {
 fn rescued_blocks_are_like_translations() {
     for (golden, ends) in all_ways() {
         let mut cache = CodeCache::new(4 << 20).unwrap();
-        let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
+        let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]), Optimizations::all());
         let rip = if golden.mode.bits == 16 { RIP & 0xffff } else { RIP };
         let key = BlockKey { rip, gpa: RIP, mode: golden.mode.pack() };
         t.begin(&cache, key, golden.mode);
@@ -251,7 +252,7 @@ fn rescued_blocks_are_like_translations() {
 fn blocks_of_the_same_code_are_bounded() {
     let golden = &BLOCKS[0];
     let mut cache = CodeCache::new(4 << 20).unwrap();
-    let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
+    let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]), Optimizations::all());
     let key = |n: u64| BlockKey { rip: RIP + (n << 12), gpa: RIP, mode: golden.mode.pack() };
     let mut push = |cache: &mut CodeCache, n| {
         t.begin(cache, key(n), golden.mode);
@@ -281,7 +282,7 @@ fn copies_are_like_translations() {
     let mut copied = 0;
     for (golden, ends) in all_ways() {
         let mut cache = CodeCache::new(4 << 20).unwrap();
-        let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
+        let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]), Optimizations::all());
         let mode = golden.mode.pack();
         let keys = [0x7f12_3456_7000, 0x5555_5555_4000].map(|base| BlockKey {
             rip: base | RIP & 0xfff,
@@ -322,7 +323,7 @@ fn a_page_moves_as_a_whole() {
         Golden { name: "jumps", mode: USER64, code: b"\x48\x8b\x05\x00\x00\x00\x00\xeb\x37" };
     let second = &BLOCKS[0];
     let mut cache = CodeCache::new(4 << 20).unwrap();
-    let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]));
+    let mut t = Translation::new(Thunks::new(&mut cache, [never; 4]), Optimizations::all());
     let (old, new, other) = (0x7f12_3456_7000, 0x5555_5555_4000, 0x7f00_0000_0000);
     let key =
         |base, offset| BlockKey { rip: base + offset, gpa: RIP + offset, mode: USER64.pack() };

@@ -36,6 +36,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, OpAccess, Register};
 
+use crate::Optimizations;
 use crate::asm::{Asm, Mem, Near, Short};
 use crate::code::{
     Block, BlockKey, CodeCache, Counts, Fix, Helped, Made, Notes, Place, Site, Slow,
@@ -193,6 +194,7 @@ impl Ahead {
         bytes: &[u8],
         mode: Mode,
         ends: Ends,
+        optimizations: Optimizations,
         allowed: impl Fn(&Instruction) -> bool,
     ) -> Self {
         let mut own = [0; LONGEST];
@@ -201,7 +203,16 @@ impl Ahead {
         let common = common::first_access(&ins);
         let class = match common {
             Some(_) => Class::Plain,
-            None => classify(&ins, mode, allowed(&ins)),
+            None => match classify(&ins, mode, allowed(&ins)) {
+                Class::System if !optimizations.contains(Optimizations::SYSTEM) => Class::Helper,
+                Class::Plain
+                    if ins.is_string_instruction()
+                        && !optimizations.contains(Optimizations::STRINGS) =>
+                {
+                    Class::Helper
+                }
+                class => class,
+            },
         };
         let written = common.map(|access| common::written(&ins, access));
         Self { ins, bytes: own, class, ends, common, written, access: None }
@@ -251,6 +262,7 @@ pub struct Translation {
     /// Offset of the cold parts, which lie elsewhere; `None`: right behind the body.
     cold_start: Option<usize>,
     thunks: Thunks,
+    optimizations: Optimizations,
     encoder: Encoder,
     infos: InstructionInfoFactory,
     /// Mode of the block.
@@ -301,13 +313,14 @@ pub struct Translation {
 impl Translation {
     /// Makes an idle one; blocks are made one after the other with the same, which saves
     /// allocations.
-    pub fn new(thunks: Thunks) -> Self {
+    pub fn new(thunks: Thunks, optimizations: Optimizations) -> Self {
         Self {
             asm: Asm::default(),
             body: Asm::default(),
             at: 0,
             cold_start: None,
             thunks,
+            optimizations,
             encoder: Encoder::new(64),
             infos: InstructionInfoFactory::new(),
             mode: Mode::flat(64, false),
@@ -392,6 +405,7 @@ impl Translation {
             Class::Plain => {
                 let common = self.ahead.get(self.index).and_then(|ahead| ahead.common);
                 if self.mode.bits == 64
+                    && self.optimizations.contains(Optimizations::SAME)
                     && common.is_some()
                     && common::is_same(ins)
                     && let Some(ahead) = self.ahead.get(self.index)

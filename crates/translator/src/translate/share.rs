@@ -20,6 +20,7 @@ use super::access::{Access, Want, access_size, segment_of};
 use super::decode::Class;
 use super::regs::GuestReg;
 use super::{Ahead, Ends, Translation};
+use crate::Optimizations;
 use crate::asm::Mem;
 use crate::code::{Place, Through};
 use crate::layout::{Area, GUEST_RSP, MAX_ACCESS_SHIFT, S0, S1, SC, WINDOWS, disp, mapped};
@@ -113,7 +114,9 @@ impl Translation {
         seg: u8,
     ) -> Option<Access> {
         let m = self.mode;
-        if m.bits != 64 || m.single || m.aligned || m.checked || self.ends != Ends::Seldom {
+        let wanted = self.optimizations.contains(Optimizations::SHARED);
+        let ends = self.ends != Ends::Seldom;
+        if m.bits != 64 || m.single || m.aligned || m.checked || ends || !wanted {
             return None;
         }
         let disp32 = i32::try_from(d).ok()?;

@@ -7,7 +7,7 @@ use berth_translator::{Config, Exit, Kicker, RamSlot, SetupError, Shared, Transl
 use berth_x86::cpuid::CpuidTable;
 use berth_x86::{CpuState, Platform};
 
-pub use berth_translator::{Dump, Reports};
+pub use berth_translator::{Dump, Optimizations, Reports, UnknownOptimization};
 
 use crate::memory::GuestRam;
 use crate::vcpu::{Capabilities, Vcpu, VcpuError, VcpuExit, VcpuHandle};

@@ -224,6 +224,24 @@ main:
     lea rax, [frames + 0x1000 + 3]
     mov [t_pt + 24], rax
     invlpg [rbx + 0x3000]
+    // Two accesses through one register, more than a page apart: pages 5 and 4, the base in page 3.
+    mov qword ptr [frames], 0x1234
+    mov qword ptr [frames + 8], 0x5678
+    mov qword ptr [frames + 0x2000], 0x99
+    mov ecx, 40
+    xor r8d, r8d
+    xor r9d, r9d
+    lea rdi, [rbx + 0x3ff8]
+    lea r12, [rbx + 0x3000]
+1:  mov rax, [r12]
+    mov rax, [rdi + 0x1008]
+    mov rdx, [rdi + 0x10]
+    add r8, rax
+    add r9, rdx
+    dec ecx
+    jnz 1b
+    CHECK "accesses more than a page above: the far one", r8, 0x2d820
+    CHECK "accesses more than a page above: the near one", r9, 0xd82c0
     // Code on the second page, written by accesses over the border.
     mov word ptr [frames + 4], 0xc300
     mov ecx, 20

@@ -299,7 +299,7 @@ pub(crate) const GUESTS: &[Guest] = &[
                 "vol. 2, REP: a fault restores the flags from before; TCG leaves the last iteration's",
             ),
         ],
-        ..guest!("paging_cross", [1], Expect::Checks(78), [Need::FullEmulation])
+        ..guest!("paging_cross", [1], Expect::Checks(80), [Need::FullEmulation])
     },
     Guest {
         qemu_differs: &[

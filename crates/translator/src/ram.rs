@@ -204,7 +204,10 @@ impl Ram {
     pub fn make_guarded(&self, gpa: u64, rw: bool, writable: bool) -> Option<u64> {
         let entry = self.guarded.of_page[usize::from(!rw)].get((gpa / PAGE) as usize)?;
         let number = self.take_number()?;
-        let at = self.map_at(self.guarded_at(number), gpa, rw && writable)?;
+        let Some(at) = self.map_at(self.guarded_at(number), gpa, rw && writable) else {
+            lock(&self.pairs).free.push(number);
+            return None;
+        };
         entry.store(number + 1, Ordering::Release);
         Some(at)
     }
@@ -233,6 +236,11 @@ impl Ram {
         Some(self.guarded_at(n))
     }
 
+    /// Whether there can be pairs at all.
+    pub fn has_pairs(&self) -> bool {
+        self.guarded.limit >= PAIRS_PART
+    }
+
     /// Whether there can be no more pairs before they are forgotten.
     pub fn pairs_are_full(&self) -> bool {
         lock(&self.pairs).numbers.len() >= self.guarded.limit / PAIRS_PART
@@ -257,7 +265,10 @@ impl Ram {
         let at = self.guarded_at(number);
         let places = [(at, pages.0, writable[0]), (at + PAGE, pages.1, writable[1])];
         for (at, gpa, writable) in places {
-            self.map_at(at, gpa, rw && writable)?;
+            if self.map_at(at, gpa, rw && writable).is_none() {
+                pairs.free.push(number);
+                return None;
+            }
         }
         pairs.numbers.insert((pages.0, pages.1, rw), number);
         if rw {

@@ -223,8 +223,10 @@ impl Shared {
         if self.ram.pairs_are_full() {
             let _guard = lock(&self.code_lock);
             for (i, m) in lock(&self.boxes).iter().enumerate() {
-                if i != index {
-                    lock(&m.inbox).push(ALL_MAPPINGS);
+                let mut inbox = lock(&m.inbox);
+                if i != index && !inbox.contains(&ALL_MAPPINGS) {
+                    inbox.push(ALL_MAPPINGS);
+                    drop(inbox);
                     m.poke(&m.mail);
                 }
             }

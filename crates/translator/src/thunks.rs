@@ -94,11 +94,13 @@ fn save(a: &mut Asm) {
     host_units(a);
 }
 
+const VZEROUPPER: [u8; 3] = [0xc5, 0xf8, 0x77];
+
 /// What Rust expects of the processor.
 fn host_units(a: &mut Asm) {
     a.op_mem(false, &[0x0f, 0xae], 2, &field(offset_of!(Area, host_mxcsr))); // ldmxcsr
     a.bytes(&[0xfc]); // cld
-    a.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    a.bytes(&VZEROUPPER);
 }
 
 /// Loads everything; the flags last, because a set TF traps from then on.
@@ -124,6 +126,8 @@ fn restore_vectors(a: &mut Asm) {
     let all = a.jmp();
     let ok = a.bind_short(lower);
     debug_assert!(ok);
+    // Rust code may have left something there.
+    a.bytes(&VZEROUPPER);
     for (i, m) in registers.clone() {
         a.op_mem(false, &[0x0f, 0x10], i, &m); // movups
     }

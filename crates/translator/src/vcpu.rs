@@ -1404,6 +1404,8 @@ impl Inner {
                     return Then::Go;
                 }
                 let looked_up = ea.wrapping_sub(site.above());
+                // Its part of the table may not have been opened for this view.
+                self.tlb.touch(self.view, looked_up);
                 if self.tlb.look_up(self.view, looked_up) == (self.area.sc, true) {
                     return self.go_on_at(pc, site.start());
                 }
@@ -1587,6 +1589,7 @@ impl Inner {
         if self.checked
             || mem::watching(&self.area.state)
             || !self.area.state.paging()
+            || !self.lin.shared.ram.has_pairs()
             || !self.optimizations.contains(Optimizations::PAIRS)
         {
             return false;

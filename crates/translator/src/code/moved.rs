@@ -143,8 +143,13 @@ impl CodeCache {
         let mut stayed = false;
         for &other in &all {
             // Only blocks at addresses like the first one's are linked with it.
-            let near = |b: &&Block| b.valid && other != id && from(b) == from(&first);
+            let near = |b: &&Block| other != id && from(b) == from(&first);
             let Some(&b) = self.block(BlockId(other)).filter(near) else { continue };
+            if !b.valid {
+                // It may still be run.
+                stayed = true;
+                continue;
+            }
             let there = BlockKey { rip: b.rip.wrapping_add(delta), ..b.key() };
             let alike = b.movable
                 && (b.mode, b.space) == (first.mode, first.space)

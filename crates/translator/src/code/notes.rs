@@ -126,7 +126,7 @@ impl Site {
     /// Lets the access use an addend that is shared with others, kept at a place in the area, and
     /// looked up so many bytes below.
     pub fn share(&mut self, window: usize, above: u16) {
-        debug_assert!(window < WINDOWS && WINDOWS <= 16 && above < 1 << 12);
+        assert!(window < WINDOWS && WINDOWS <= 16 && above < 1 << 12, "within reach");
         self.window = (window as u16) << 12 | above;
     }
 

@@ -48,6 +48,12 @@ const BLOCKS: &[Golden] = &[
         mode: USER64,
         code: b"\x8b\x44\x8f\x08\x01\x04\x8f\x48\x83\xc1\x02\x8b\x54\x8f\xf8\x4f\x8b\x04\x1a\x4f\x89\x44\x1a\x08",
     },
+    // mov rax, [rdi + 0x1008]; mov rbx, [rdi + 0x10]: the second is near the base, the first is not
+    Golden {
+        name: "shared_far",
+        mode: USER64,
+        code: b"\x48\x8b\x87\x08\x10\x00\x00\x48\x8b\x5f\x10",
+    },
     // push rbx; pop r10; ret
     Golden { name: "stack", mode: USER64, code: b"\x53\x41\x5a\xc3" },
     // call to another page

@@ -135,7 +135,8 @@ impl Translation {
                 let by_base = |d| through.index().is_none() && (0..=NEAR).contains(&d);
                 match self.lowest(through, d, want.size as i64) {
                     Some(low) if slot < ALONE => {
-                        let start = if by_base(low) { 0 } else { low };
+                        let near = by_base(low) && d + want.size as i64 <= REACH;
+                        let start = if near { 0 } else { low };
                         i32::try_from(start).ok()?;
                         Window { through: Some(through), start, slot }
                     }
@@ -146,6 +147,11 @@ impl Translation {
                 }
             }
         };
+        // Further up, nothing is vouched for.
+        let above = u16::try_from(d - window.start).ok()?;
+        if i64::from(above) + want.size as i64 > REACH {
+            return None;
+        }
         self.reserve(72);
         let look = self.asm.pos() as u16;
         // Where the address is that the instruction adds `left` to.
@@ -183,7 +189,7 @@ impl Translation {
         let place = Place::Shared { through, d: disp32 };
         let mut site = self.site_of(want, seg, place);
         (site.look, site.op) = (look, op);
-        site.share(window.slot, (d - window.start) as u16);
+        site.share(window.slot, above);
         let site = self.site(site);
         Some(Access { site, ea: reg, disp: left })
     }

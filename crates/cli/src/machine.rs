@@ -123,30 +123,29 @@ impl Dial for Guest {
 }
 
 /// What is to be told of the translator's work.
-#[derive(Default)]
 struct Told {
     reports: Option<Reports>,
-    dump: Option<Dump>,
+    dump: Option<(PathBuf, Dump)>,
 }
 
 impl Told {
     fn new(plan: &RunPlan) -> Result<Self, MachineError> {
-        let dump = match plan.dump_blocks.as_deref() {
-            None => None,
-            Some(path) if path.as_os_str() == "-" => Some(Dump::new(io::stderr())),
-            Some(path) => match File::create(path) {
-                Ok(file) => Some(Dump::new(io::BufWriter::new(file))),
-                Err(source) => {
-                    return Err(MachineError::Dump { path: path.to_owned(), source });
-                }
-            },
+        let open = |path: &PathBuf| {
+            if path.as_os_str() == "-" {
+                return Ok(Dump::new(io::stderr()));
+            }
+            let file = File::create(path);
+            let dump = file.map(|file| Dump::new(io::BufWriter::new(file)));
+            dump.map_err(|source| MachineError::Dump { path: path.clone(), source })
         };
+        let dump = plan.dump_blocks.as_ref();
+        let dump = dump.map(|path| Ok((path.clone(), open(path)?))).transpose()?;
         Ok(Self { reports: plan.stats.then(Reports::default), dump })
     }
 
     /// Once all vCPUs have ended.
-    fn finish(&self, plan: &RunPlan) -> Result<(), MachineError> {
-        if let Some(reports) = &self.reports {
+    fn finish(self) -> Result<(), MachineError> {
+        if let Some(reports) = self.reports {
             let all = reports.take();
             if all.is_empty() {
                 eprintln!("berth: no statistics: the translator did not run");
@@ -155,11 +154,12 @@ impl Told {
                 eprintln!("{report}");
             }
         }
-        let path = || plan.dump_blocks.clone().unwrap_or_default();
-        self.dump
-            .as_ref()
-            .map_or(Ok(()), Dump::flush)
-            .map_err(|source| MachineError::Dump { path: path(), source })
+        match self.dump {
+            Some((path, dump)) => {
+                dump.flush().map_err(|source| MachineError::Dump { path, source })
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -167,7 +167,7 @@ fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
     let mut c = MachineConfig::new(&plan.kernel);
     c.translator.optimizations = plan.optimizations;
     c.translator.reports.clone_from(&told.reports);
-    c.translator.dump.clone_from(&told.dump);
+    c.translator.dump = told.dump.as_ref().map(|(_, dump)| dump.clone());
     c.cpus = u32::from(plan.cpus);
     c.memory_bytes = plan.memory_bytes;
     if let Some(bytes) = plan.code_cache_bytes {
@@ -262,7 +262,7 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
             status
         }
     };
-    let finished = told.finish(plan);
+    let finished = told.finish();
     let status = status?;
     finished.map(|()| status)
 }

@@ -3,6 +3,18 @@
 #include "berth.inc"
     .text
     .globl main
+    // Maps a page to a frame.
+    .macro MAP page:req, frame:req
+    lea rax, [frames + 0x1000 * \frame + 3]
+    mov [t_pt + 8 * \page], rax
+    invlpg [rbx + 0x1000 * \page]
+    .endm
+    // Accessed and dirty of a page.
+    .macro USED name:req, page:req, want:req
+    mov eax, [t_pt + 8 * \page]
+    and eax, 0x60
+    CHECK "\name", rax, \want
+    .endm
 main:
     lea rax, [t_pdpt + 7]
     mov [pml4 + 8], rax
@@ -184,9 +196,7 @@ main:
     CHECK "100 times over a border: low part", rax, 2
     mov dword ptr [frames + 0x2000], 0x77
     mov r13, [t_pt + 32]
-    lea rax, [frames + 0x2000 + 3]
-    mov [t_pt + 32], rax
-    invlpg [rbx + 0x4000]
+    MAP 4, 2
     mov rax, [rsi]
     mov rdx, 0x7700000002
     CHECK "the second page is another", rax, rdx
@@ -203,27 +213,19 @@ main:
     and qword ptr [t_pt + 32], ~0x60
     invlpg [rbx + 0x4000]
     mov rax, [rsi]
-    mov eax, [t_pt + 32]
-    and eax, 0x60
-    CHECK "the second page is back: accessed", rax, 0x20
+    USED "the second page is back: accessed", 4, 0x20
     mov rdx, -1
     mov [rsi], rdx
-    mov eax, [t_pt + 32]
-    and eax, 0x60
-    CHECK "the second page is back: dirty", rax, 0x60
+    USED "the second page is back: dirty", 4, 0x60
     mov eax, [frames]
     mov edx, 0xffffffff
     CHECK "the second page is back: written", rax, rdx
-    lea rax, [frames + 0x2000 + 3]
-    mov [t_pt + 24], rax
-    invlpg [rbx + 0x3000]
+    MAP 3, 2
     mov dword ptr [frames + 0x2ffc], 0x55
     mov rax, [rsi]
     mov rdx, 0xffffffff00000055
     CHECK "the first page is another", rax, rdx
-    lea rax, [frames + 0x1000 + 3]
-    mov [t_pt + 24], rax
-    invlpg [rbx + 0x3000]
+    MAP 3, 1
     // Two accesses through one register, more than a page apart: pages 5 and 4, the base in page 3.
     mov qword ptr [frames], 0x1234
     mov qword ptr [frames + 8], 0x5678
@@ -297,9 +299,7 @@ main:
     pop rdx
     // The mapping of the second page changes: same first page, other instruction end.
     mov byte ptr [frames + 0x1fff], 0xb8
-    lea rax, [frames + 0x2000 + 3]
-    mov [t_pt + 32], rax
-    invlpg [rbx + 0x4000]
+    MAP 4, 2
     mov dword ptr [frames + 0x2000], 0x0badcafe
     mov byte ptr [frames + 0x2004], 0xc3
     call rdx
@@ -340,9 +340,7 @@ main:
     mov word ptr [frames + 0x2004], 0xc300
     call rsi
     CHECK "before remapping", rax, 7
-    lea rax, [frames + 0x2000 + 3]
-    mov [t_pt + 16], rax
-    invlpg [rsi]
+    MAP 2, 2
     call rsi
     CHECK "after remapping", rax, 9
     lea rax, [frames + 0x1000 + 3]

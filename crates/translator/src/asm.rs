@@ -318,6 +318,14 @@ impl Asm {
         self.bytes(&[0xe3, d.unwrap_or(0) as u8]);
         d.is_ok()
     }
+    /// `jmp rel32` forward, unless RCX is zero.
+    pub fn jmp_unless_zero(&mut self) -> Near {
+        let zero = self.jrcxz();
+        let jump = self.jmp();
+        let ok = self.bind_short(zero);
+        debug_assert!(ok);
+        jump
+    }
     /// Distance from a pending JRCXZ to the current position.
     pub fn distance(&self, s: Short) -> usize {
         self.pos() - s.0

@@ -123,6 +123,11 @@ impl Block {
         BlockKey { rip: self.rip, gpa: self.gpa, mode: self.mode }
     }
 
+    /// From its physical to its guest address: the same for all blocks of a page that is mapped there.
+    const fn base(&self) -> u64 {
+        self.rip.wrapping_sub(self.gpa)
+    }
+
     /// Host address of an offset. What was made later may lie below the block.
     pub const fn at(&self, offset: u32) -> u64 {
         self.host.wrapping_add(offset as i32 as u64)
@@ -560,8 +565,7 @@ impl CodeCache {
         for segment in &mut self.segments {
             for n in segment.pages.get(&(first.gpa >> 12)).into_iter().flatten() {
                 let Some(b) = segment.blocks.get_mut(index_of(*n) as usize) else { continue };
-                let alike = b.mode == first.mode
-                    && b.rip.wrapping_sub(b.gpa) == first.rip.wrapping_sub(first.gpa);
+                let alike = b.mode == first.mode && b.base() == first.base();
                 if b.valid && b.target && alike && !segment.second_pages.contains_key(n) {
                     b.space = space;
                     found.push((b.rip, b.host));

@@ -191,29 +191,33 @@ impl Shared {
     /// Host address of a guarded mapping (see [`crate::ram`]) of the page at `gpa`, made if need be;
     /// `None` when there are too many already.
     pub(crate) fn guarded(&self, gpa: u64, rw: bool) -> Option<u64> {
-        if let Some(at) = self.ram.guarded_addr(gpa, rw) {
-            return Some(at);
-        }
-        // Translations of the page come and go under this lock, and with them its protection.
-        let _guard = lock(&self.code_lock);
-        if let Some(at) = self.ram.guarded_addr(gpa, rw) {
-            return Some(at);
-        }
-        self.ram.make_guarded(gpa, rw, !self.has_code(gpa / PAGE))
+        let find = || self.ram.guarded_addr(gpa, rw);
+        self.find_or_map(find, || self.ram.make_guarded(gpa, rw, !self.has_code(gpa / PAGE)))
+    }
+
+    /// What `find` gives, else what `make` maps. Translations of pages come and go under the lock that
+    /// is held then, and with them the pages' protection.
+    fn find_or_map(
+        &self,
+        find: impl Fn() -> Option<u64>,
+        make: impl FnOnce() -> Option<u64>,
+    ) -> Option<u64> {
+        find().or_else(|| {
+            let _guard = lock(&self.code_lock);
+            find().or_else(make)
+        })
     }
 
     /// Host address of a mapping of two pages one after the other, made if need be; `None` when there
     /// are too many already.
     pub(crate) fn pair(&self, pages: (u64, u64), rw: bool) -> Option<u64> {
-        if let Some(at) = self.ram.pair_addr(pages, rw) {
-            return Some(at);
-        }
-        let _guard = lock(&self.code_lock);
-        if let Some(at) = self.ram.pair_addr(pages, rw) {
-            return Some(at);
-        }
-        let writable = [pages.0, pages.1].map(|gpa| !self.has_code(gpa / PAGE));
-        self.ram.make_pair(pages, rw, writable)
+        self.find_or_map(
+            || self.ram.pair_addr(pages, rw),
+            || {
+                let writable = [pages.0, pages.1].map(|gpa| !self.has_code(gpa / PAGE));
+                self.ram.make_pair(pages, rw, writable)
+            },
+        )
     }
 
     /// Makes room for other pairs, for vCPU `index`, which runs and forgets all mappings itself.

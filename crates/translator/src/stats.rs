@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::shared::lock;
 
@@ -181,23 +181,5 @@ impl Reports {
         let mut all = std::mem::take(&mut *lock(&self.0));
         all.sort_by_key(|report| report.vcpu);
         all
-    }
-}
-
-/// Takes times, if anybody wants to know.
-#[derive(Clone, Copy, Debug)]
-pub struct Clock(pub bool);
-
-impl Clock {
-    /// Now.
-    pub fn now(self) -> Option<Instant> {
-        self.0.then(Instant::now)
-    }
-
-    /// Adds the time since then.
-    pub fn add(total: &mut Duration, since: Option<Instant>) {
-        if let Some(since) = since {
-            *total += since.elapsed();
-        }
     }
 }

@@ -122,10 +122,7 @@ fn restore(a: &mut Asm) {
 fn restore_vectors(a: &mut Asm) {
     let registers = (0..16u8).map(|i| (i, field(offset_of!(Area, ymm) + usize::from(i) * 32)));
     a.load(SC, &field(offset_of!(Area, upper)));
-    let lower = a.jrcxz();
-    let all = a.jmp();
-    let ok = a.bind_short(lower);
-    debug_assert!(ok);
+    let all = a.jmp_unless_zero();
     // Rust code may have left something there.
     a.bytes(&VZEROUPPER);
     for (i, m) in registers.clone() {
@@ -154,10 +151,7 @@ fn leave(a: &mut Asm) {
 /// Emits what is done only when [`Area::run`] is zero.
 fn if_asked_to_leave(a: &mut Asm, emit: impl FnOnce(&mut Asm)) {
     a.load(SC, &field(offset_of!(Area, run)));
-    let asked = a.jrcxz();
-    let go = a.jmp();
-    let ok = a.bind_short(asked);
-    debug_assert!(ok);
+    let go = a.jmp_unless_zero();
     emit(a);
     a.bind_near(go);
 }
@@ -203,10 +197,7 @@ pub fn through_jump_cache(a: &mut Asm) {
     a.lea(S1, &Mem::base_index(SC, SC, 0, 0));
     a.load(SC, &Mem::gs_index8(S1, JC_TAGS));
     a.lea(SC, &Mem::base_index(SC, S0, 0, 0));
-    let hit = a.jrcxz();
-    let miss = a.jmp();
-    let ok = a.bind_short(hit);
-    debug_assert!(ok);
+    let miss = a.jmp_unless_zero();
     a.jmp_mem(&Mem::gs_index8(S1, JC_TARGETS));
     a.bind_near(miss);
 }

@@ -18,6 +18,7 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use berth_x86::cpuid::CpuidTable;
 use berth_x86::event::{self, Event};
@@ -39,7 +40,7 @@ use crate::ram::PAGE;
 use crate::returns::Returns;
 use crate::shared::{ALL_MAPPINGS, ALL_PAGES, Mailbox, Shared, lock};
 use crate::signal::Stop;
-use crate::stats::{Clock, Report, Stats};
+use crate::stats::{Report, Stats};
 use crate::thunks::{Then, Thunks};
 use crate::tlb::{Page, Source, Tlb, View};
 use crate::translate::gate::CLEARED;
@@ -157,7 +158,8 @@ pub struct Inner {
     pub(crate) stats: Stats,
     /// Instructions executed by helpers, by the number of the mnemonic.
     pub(crate) helper_counts: Vec<u64>,
-    clock: Clock,
+    /// Times are taken.
+    timing: bool,
     optimizations: Optimizations,
 }
 
@@ -165,14 +167,14 @@ extern "C" fn mem_helper(owner: u64, ret: u64, ea: u64) -> Then {
     // SAFETY: generated code passes the `owner` of its area: the `Inner` that entered it on this
     // thread, to which no reference is live while generated code runs.
     let inner = unsafe { &mut *(owner as *mut Inner) };
-    let then = inner.slow_access(ret, ea);
+    let then = inner.timed(|stats| &mut stats.slow, |inner| inner.slow_access(ret, ea));
     inner.back(then)
 }
 
 extern "C" fn first_helper(owner: u64, _ret: u64, s0: u64) -> Then {
     // SAFETY: as in `mem_helper`.
     let inner = unsafe { &mut *(owner as *mut Inner) };
-    let then = inner.first_access(s0);
+    let then = inner.timed(|stats| &mut stats.slow, |inner| inner.first_access(s0));
     inner.back(then)
 }
 
@@ -186,7 +188,7 @@ extern "C" fn commit_helper(owner: u64, ret: u64, _ea: u64) -> Then {
 extern "C" fn instr_helper(owner: u64, ret: u64, _ea: u64) -> Then {
     // SAFETY: as in `mem_helper`.
     let inner = unsafe { &mut *(owner as *mut Inner) };
-    let then = inner.helper(ret);
+    let then = inner.timed(|stats| &mut stats.helping, |inner| inner.helper(ret));
     inner.back(then)
 }
 
@@ -266,7 +268,7 @@ impl Inner {
         platform: Box<dyn berth_x86::Platform>,
     ) -> Result<Box<Self>, SetupError> {
         let (index, mailbox) = shared.join()?;
-        let clock = Clock(shared.config.reports.is_some());
+        let timing = shared.config.reports.is_some();
         let optimizations = shared.config.optimizations;
         let mut tlb = Tlb::new(shared.config.address_spaces)?;
         tlb.init_jcs();
@@ -348,7 +350,7 @@ impl Inner {
             steps_left: 0,
             stats: Stats::default(),
             helper_counts: vec![0; Mnemonic::values().len()],
-            clock,
+            timing,
             optimizations,
         });
         let owner = &raw mut *inner as u64;
@@ -385,6 +387,20 @@ impl Inner {
     }
 
     // ---- between generated code and Rust ----
+
+    /// Does something, and adds the time it takes to one of the times in [`Stats`].
+    fn timed<T>(
+        &mut self,
+        total: impl FnOnce(&mut Stats) -> &mut Duration,
+        work: impl FnOnce(&mut Self) -> T,
+    ) -> T {
+        let began = self.timing.then(Instant::now);
+        let result = work(self);
+        if let Some(began) = began {
+            *total(&mut self.stats) += began.elapsed();
+        }
+        result
+    }
 
     /// Before Rust returns to its thunk.
     fn back(&mut self, then: Then) -> Then {
@@ -906,7 +922,6 @@ impl Inner {
         if self.optimizations.contains(Optimizations::PAGES) && self.tlb.jc_is_new(self.view, rip) {
             let mut found = std::mem::take(&mut self.found);
             self.code.page_of(id, self.tlb.space(), &mut found);
-            let source = self.source(rip);
             for (rip, host) in &found {
                 self.tlb.jc_insert(self.view, *rip, *host, source);
             }
@@ -995,8 +1010,16 @@ impl Inner {
         {
             return Ok(id);
         }
-        let space = self.tlb.space();
-        let began = self.clock.now();
+        self.timed(|stats| &mut stats.translation, |inner| inner.translate(key, va, mode, target))
+    }
+
+    fn translate(
+        &mut self,
+        key: BlockKey,
+        va: u64,
+        mode: Mode,
+        target: bool,
+    ) -> Result<BlockId, Exception> {
         let bytes = self.compose(key, va, mode)?;
         let made = Made { target, ..self.translation.finish() };
         self.stats.blocks += 1;
@@ -1007,9 +1030,7 @@ impl Inner {
             let hosts = (self.code.next_host(), self.code.next_cold());
             dump.block(mode, guest, &made, hosts, self.thunks);
         }
-        let id = self.code.push_block(&made, space, !mode.single);
-        Clock::add(&mut self.stats.translation, began);
-        Ok(id)
+        Ok(self.code.push_block(&made, self.tlb.space(), !mode.single))
     }
 
     /// A block made of one for the same code at another guest address.
@@ -1294,24 +1315,14 @@ impl Inner {
 
     /// The slow path of an access; see [`crate::translate`].
     fn slow_access(&mut self, ret: u64, ea: u64) -> Then {
-        let began = self.clock.now();
         self.sync_in();
         let number = self.area.sc;
-        let then = self.make_access(number, ret, ea, true);
-        Clock::add(&mut self.stats.slow, began);
-        then
+        self.make_access(number, ret, ea, true)
     }
 
     /// An access that faulted and has no slow path so far. Most only miss their page in the TLB and
     /// are then made where they are.
     fn first_access(&mut self, s0: u64) -> Then {
-        let began = self.clock.now();
-        let then = self.access_without_path(s0);
-        Clock::add(&mut self.stats.slow, began);
-        then
-    }
-
-    fn access_without_path(&mut self, s0: u64) -> Then {
         self.sync_in();
         let pc = self.area.fault_pc;
         let found = self.code.site_at(pc);
@@ -1597,7 +1608,7 @@ impl Inner {
         let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, page) else {
             return false;
         };
-        let Next::At(next) = self.next_page(page, &w) else { return false };
+        let Some(next) = self.next_page(page, &w) else { return false };
         let pages = (w.gpa & !(PAGE - 1), next);
         if pages.1 == pages.0 + PAGE || !self.lin.shared.ram.contains(pages.0, PAGE) {
             return false;
@@ -1761,40 +1772,35 @@ impl Inner {
     fn with_next(&mut self, page: u64, w: &Walk) -> Option<u64> {
         let gpa = w.gpa & !(PAGE - 1);
         let rw = w.writable && w.dirty;
+        let next = if self.checked { None } else { Some(self.next_page(page, w)?) };
         let ram = &self.lin.shared.ram;
-        if self.checked {
-            return Some(ram.view_addr(gpa, rw));
-        }
-        match self.next_page(page, w) {
-            Next::At(next) if next == gpa + PAGE && self.lin.shared.ram.contains(gpa, 2 * PAGE) => {
-                Some(self.lin.shared.ram.view_addr(gpa, rw))
+        match next {
+            Some(next) if next != gpa + PAGE || !ram.contains(gpa, 2 * PAGE) => {
+                ram.pair_addr((gpa, next), rw)
             }
-            Next::At(next) => self.lin.shared.ram.pair_addr((gpa, next), rw),
-            Next::Unknown => None,
+            _ => Some(ram.view_addr(gpa, rw)),
         }
     }
 
     /// The physical address of the guest page behind `page`, if it is RAM with the same rights.
-    fn next_page(&mut self, page: u64, w: &Walk) -> Next {
+    fn next_page(&mut self, page: u64, w: &Walk) -> Option<u64> {
         let next = page.wrapping_add(PAGE);
         if next & 0xffff_ffff == 0 || !paging::canonical(next) {
-            return Next::Unknown;
+            return None;
         }
         let rw = w.writable && w.dirty;
-        let Some(n) = paging::peek(&self.lin.shared.ram, &self.area.state, next) else {
-            return Next::Unknown;
-        };
+        let n = paging::peek(&self.lin.shared.ram, &self.area.state, next)?;
         let goes_on = self.lin.shared.ram.contains(n.gpa, PAGE)
             && (!rw || n.writable && n.dirty)
             && n.readable_user == w.readable_user
             && n.global == w.global;
         if !goes_on {
-            return Next::Unknown;
+            return None;
         }
         if n.page_bytes > PAGE {
             self.tlb.reaches_into(next, n.page_bytes);
         }
-        Next::At(n.gpa & !(PAGE - 1))
+        Some(n.gpa & !(PAGE - 1))
     }
 
     /// Enters neighbours that need no mapping to be made: a fault is dearer than looking.
@@ -1878,13 +1884,6 @@ impl Inner {
     // ---- instructions in Rust ----
 
     fn helper(&mut self, ret: u64) -> Then {
-        let began = self.clock.now();
-        let then = self.help(ret);
-        Clock::add(&mut self.stats.helping, began);
-        then
-    }
-
-    fn help(&mut self, ret: u64) -> Then {
         self.sync_in();
         self.stats.helpers += 1;
         // A string instruction that faulted: its pages are entered.
@@ -2040,14 +2039,6 @@ enum Step {
     Go,
     Again,
     Leave(Exit),
-}
-
-/// The guest page behind another.
-enum Next {
-    /// It is at this physical address.
-    At(u64),
-    /// It is not there, or not like the one before.
-    Unknown,
 }
 
 /// Where an access goes.

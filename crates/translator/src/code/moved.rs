@@ -134,16 +134,15 @@ impl CodeCache {
         for segment in &self.segments {
             all.extend(segment.pages.get(&page).into_iter().flatten());
         }
-        let from = |b: &Block| b.rip.wrapping_sub(b.gpa);
         let to = key.rip.wrapping_sub(key.gpa);
         // Usually none was made at the new address so far.
         let others = all.iter().any(|&other| {
-            other != id && self.block(BlockId(other)).is_some_and(|b| b.valid && from(b) == to)
+            other != id && self.block(BlockId(other)).is_some_and(|b| b.valid && b.base() == to)
         });
         let mut stayed = false;
         for &other in &all {
             // Only blocks at addresses like the first one's are linked with it.
-            let near = |b: &&Block| other != id && from(b) == from(&first);
+            let near = |b: &&Block| other != id && b.base() == first.base();
             let Some(&b) = self.block(BlockId(other)).filter(near) else { continue };
             if !b.valid {
                 // It may still be run.

@@ -16,8 +16,7 @@ use berth_x86::{OpSize, event};
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::fpu;
-use crate::translate::LONGEST;
-use crate::translate::{Unit, access_size, sreg_index, unit};
+use crate::translate::{LONGEST, Unit, access_size, sreg_index, unit};
 use crate::vcpu::Inner;
 
 /// What comes after an instruction.

@@ -55,11 +55,8 @@ impl Translation {
         let inwards = ins.code() == Code::Syscall;
         let gate = if inwards { offset_of!(Area, syscall) } else { offset_of!(Area, sysret) };
         self.asm.load(SC, &area(gate + offset_of!(Gate, closed)));
-        let open = self.asm.jrcxz();
-        let jump = self.asm.jmp();
-        let helped = self.rarely(jump, ins);
-        let ok = self.asm.bind_short(open);
-        debug_assert!(ok);
+        let closed = self.asm.jmp_unless_zero();
+        let helped = self.rarely(closed, ins);
         if inwards {
             self.enter_kernel(ins, gate)
         } else {
@@ -97,11 +94,8 @@ impl Translation {
         // Bit 47 and all above it are clear: a user address.
         self.asm.mov_imm(SC, 47);
         self.asm.sarx(SC, GUEST_RCX, SC);
-        let low = self.asm.jrcxz();
-        let high = self.asm.jmp();
+        let high = self.asm.jmp_unless_zero();
         self.near.push((high, helped));
-        let ok = self.asm.bind_short(low);
-        debug_assert!(ok);
         // The flags from before are of no use any more.
         self.asm.load(S1, &Mem::gs(gpr_disp(11)));
         self.asm.op_reg(false, &[0xf7], 0, S1); // test

@@ -180,10 +180,12 @@ pub struct Ahead {
     pub ends: Ends,
     /// How a common instruction accesses its first operand (see [`common`]).
     common: Option<OpAccess>,
+    /// It is the same for the host.
+    same: bool,
     /// The general registers that it writes, once that is known.
     written: Option<u16>,
     /// What it accesses, once that is known.
-    access: Option<Option<share::Through64>>,
+    access: Option<Option<share::Reached>>,
 }
 
 impl Ahead {
@@ -214,8 +216,12 @@ impl Ahead {
                 class => class,
             },
         };
+        let same = common.is_some()
+            && mode.bits == 64
+            && optimizations.contains(Optimizations::SAME)
+            && common::is_same(&ins);
         let written = common.map(|access| common::written(&ins, access));
-        Self { ins, bytes: own, class, ends, common, written, access: None }
+        Self { ins, bytes: own, class, ends, common, same, written, access: None }
     }
 }
 
@@ -403,16 +409,10 @@ impl Translation {
         match class {
             Class::Nothing => false,
             Class::Plain => {
-                let common = self.ahead.get(self.index).and_then(|ahead| ahead.common);
-                if self.mode.bits == 64
-                    && self.optimizations.contains(Optimizations::SAME)
-                    && common.is_some()
-                    && common::is_same(ins)
-                    && let Some(ahead) = self.ahead.get(self.index)
-                {
-                    self.asm.bytes(&ahead.bytes[..ins.len().min(LONGEST)]);
-                } else {
-                    self.plain(ins, common);
+                let ahead = self.ahead.get(self.index);
+                match ahead.filter(|ahead| ahead.same) {
+                    Some(ahead) => self.asm.bytes(&ahead.bytes[..ins.len().min(LONGEST)]),
+                    None => self.plain(ins, ahead.and_then(|ahead| ahead.common)),
                 }
                 self.track(ins);
                 false
@@ -487,8 +487,8 @@ impl Translation {
         Made {
             key: self.key,
             second_page: self.second_page,
-            // Those behind the block's end count too: look-ups are shared with regard to them.
             target: true,
+            // Those behind the block's end count too: look-ups are shared with regard to them.
             ends: {
                 let count = |ends| self.ahead.iter().filter(|i| i.ends == ends).count() as u8;
                 (count(Ends::Apart), count(Ends::Cross))

@@ -51,7 +51,7 @@ pub struct Window {
 
 /// An access that a window can serve.
 #[derive(Clone, Copy, Debug)]
-pub struct Through64 {
+pub struct Reached {
     through: Through,
     /// Displacement.
     d: i64,
@@ -288,7 +288,7 @@ impl Translation {
     }
 
     /// What instruction `n` of the block accesses, if a window can serve that.
-    fn access_of(&mut self, n: usize) -> Option<Through64> {
+    fn access_of(&mut self, n: usize) -> Option<Reached> {
         let ahead = self.ahead.get(n)?;
         if let Some(known) = ahead.access {
             return known;
@@ -300,15 +300,15 @@ impl Translation {
         access
     }
 
-    fn find_access(&self, ins: &Instruction) -> Option<Through64> {
+    fn find_access(&self, ins: &Instruction) -> Option<Reached> {
         if let Some((n, d)) = stack_access(ins) {
-            return Some(Through64 { through: Through::base(n), d, size: 8 });
+            return Some(Reached { through: Through::base(n), d, size: 8 });
         }
         if ins.mnemonic() == Mnemonic::Lea || !ins.op_kinds().any(|k| k == OpKind::Memory) {
             return None;
         }
         let (through, d) = self.plain_operand(ins)?;
-        Some(Through64 { through, d, size: access_size(ins) as i64 })
+        Some(Reached { through, d, size: access_size(ins) as i64 })
     }
 
     /// Keeps the windows right after an instruction.

@@ -268,10 +268,7 @@ impl Translation {
         // What is left, less one, if that is not more than fits in any page.
         self.asm.lea(S1, &Mem::base(GUEST_RCX, -1));
         self.asm.pext_gs(SC, S1, Self::run_mask(0));
-        let few = self.asm.jrcxz();
-        let many = self.asm.jmp();
-        let ok = self.asm.bind_short(few);
-        debug_assert!(ok);
+        let many = self.asm.jmp_unless_zero();
         self.string_min(S1);
         self.asm.bind_near(many);
         self.asm.lea(S0, &Mem::base(S0, 1));
@@ -361,10 +358,7 @@ impl Translation {
             let ok = self.asm.bind_short(forward);
             debug_assert!(ok);
             self.asm.mov(SC, GUEST_RCX);
-            let none = self.asm.jrcxz();
-            let some = self.asm.jmp();
-            let ok = self.asm.bind_short(none);
-            debug_assert!(ok);
+            let some = self.asm.jmp_unless_zero();
             self.asm.jmp_to(rest.end);
             self.asm.bind_near(some);
             self.string_runs(rest, helper);
@@ -381,10 +375,7 @@ impl Translation {
         self.string_look_up(op);
         if op.kind == Kind::Movs {
             self.string_distance();
-            let near = self.asm.jrcxz();
-            let apart = self.asm.jmp();
-            let ok = self.asm.bind_short(near);
-            debug_assert!(ok);
+            let apart = self.asm.jmp_unless_zero();
             self.string_same_addend();
             let same = self.asm.jrcxz();
             self.asm.jmp_to(helper);

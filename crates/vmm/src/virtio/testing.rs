@@ -299,6 +299,13 @@ impl Guest {
 
     /// Offers a request, as a direct or an indirect chain; returns its head.
     pub fn add(&mut self, queue: usize, parts: &[Part<'_>], indirect: bool) -> u16 {
+        let head = self.prepare(queue, parts, indirect);
+        self.offer(queue, head);
+        head
+    }
+
+    /// Writes a request's chain, which the device sees when its head is offered.
+    pub fn prepare(&mut self, queue: usize, parts: &[Part<'_>], indirect: bool) -> u16 {
         let mut buffers = Vec::new();
         for part in parts {
             let (len, flags) = match part {
@@ -339,7 +346,6 @@ impl Guest {
             let at = Self::descriptor_address(queue, head);
             self.write_descriptor(at, table, 16 * buffers.len() as u32, 4, 0);
         }
-        self.offer(queue, head);
         head
     }
 

@@ -26,8 +26,10 @@ impl Stall {
     /// # Errors
     /// The kernel refuses: without privileges it does, unless `vm.unprivileged_userfaultfd` is set.
     pub fn new(address: *mut u8, len: usize) -> Result<Self, Error> {
+        // Without O_NONBLOCK, poll answers at once that something is wrong.
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         // SAFETY: makes a descriptor; no memory is involved.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(Error::last_os_error)?;
         // SAFETY: the descriptor was made above and belongs to nobody else.
         let faults = unsafe { File::from_raw_fd(fd) };
@@ -48,7 +50,7 @@ impl Stall {
             libc::pollfd { fd: self.faults.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one live structure.
         let count = unsafe { libc::poll(&raw mut poll, 1, 20_000) };
-        assert_eq!(count, 1, "nobody touched the page");
+        assert_eq!((count, poll.revents), (1, libc::POLLIN), "nobody touched the page");
     }
 
     fn control<const N: usize>(&self, what: u64, argument: &mut [u64; N]) -> Result<(), Error> {

@@ -325,7 +325,8 @@ fn reset_with_requests_under_way() {
 fn a_vcpu_does_not_wait_for_the_disk() {
     with_both("stall", |_, guest| {
         let header = header(0, 7);
-        let head = guest.add(0, &[Part::Out(&header), Part::In(8192), Part::In(1)], false);
+        // Not offered yet: a device that has just started looks at its rings without being told.
+        let head = guest.prepare(0, &[Part::Out(&header), Part::In(8192), Part::In(1)], false);
         // Whole pages of that buffer, which begins at 0x40_0040.
         let page = guest.memory.get_slice(GuestAddress(0x40_1000), 4096).unwrap();
         let stall = match Stall::new(page.ptr_guard_mut().as_ptr(), 4096) {
@@ -342,6 +343,7 @@ fn a_vcpu_does_not_wait_for_the_disk() {
             drop(stall);
             waited
         });
+        guest.offer(0, head);
         guest.kick(0);
         stalled.recv().unwrap();
         for _ in 0..100 {

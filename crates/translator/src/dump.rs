@@ -164,6 +164,7 @@ impl Names {
             (state_disp(offset_of!(CpuState, interrupt_shadow)), "interrupt_shadow"),
             (state_disp(offset_of!(CpuState, kernel_gs_base)), "kernel_gs_base"),
             (disp(offset_of!(Area, syscall_keep)), "syscall_keep"),
+            (disp(offset_of!(Area, syscalls)), "syscalls"),
             (disp(offset_of!(Area, user_return_sp)), "user_return_sp"),
             (disp(offset_of!(Area, crossed)), "crossed"),
             (disp(offset_of!(Area, barrier)), "barrier"),

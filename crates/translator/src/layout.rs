@@ -164,6 +164,8 @@ pub struct Area {
     pub syscall: Gate,
     /// How SYSRET goes to user code.
     pub sysret: Gate,
+    /// Times that generated code executed SYSCALL.
+    pub syscalls: u64,
     /// Generated code went from user code to the kernel or back since this was cleared.
     pub crossed: u64,
     /// Number of the last return instruction.

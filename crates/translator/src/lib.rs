@@ -19,6 +19,7 @@ use berth_x86::{CpuState, Platform};
 
 mod asm;
 mod code;
+mod direct;
 mod dump;
 mod ends;
 mod exec;
@@ -73,6 +74,9 @@ pub struct Config {
     pub guarded_pages: usize,
     /// What is done for speed.
     pub optimizations: Optimizations,
+    /// For tests: user code is left to the processor wherever that is possible, whether it pays or
+    /// not.
+    pub always_direct: bool,
     /// Where each vCPU leaves what it did when it ends; times are taken only if there is one.
     pub reports: Option<Reports>,
     /// Where each translated block is listed.
@@ -86,6 +90,7 @@ impl Default for Config {
             address_spaces: 6,
             guarded_pages: 20_000,
             optimizations: Optimizations::all(),
+            always_direct: false,
             reports: None,
             dump: None,
         }
@@ -131,6 +136,14 @@ pub fn host_check() -> Result<(), SetupError> {
         return Err(SetupError::Host("FSGSBASE"));
     }
     Ok(())
+}
+
+/// Checks that user code can be left to the processor: that a process for it can be made.
+///
+/// # Errors
+/// What the system refuses.
+pub fn direct_check() -> std::io::Result<()> {
+    direct::stub::Stub::new(&[]).map(drop)
 }
 
 /// What the host's CPUID answers.

@@ -30,6 +30,8 @@ bitflags! {
         const PAIRS = 1 << 9;
         /// Helpers whose instruction went elsewhere go on in generated code past the dispatcher.
         const RESUME = 1 << 10;
+        /// User code that computes is left to the processor.
+        const DIRECT = 1 << 11;
     }
 }
 

@@ -135,6 +135,17 @@ impl Ram {
         self.slots.iter().any(|s| gpa >= s.gpa && len <= s.size && gpa - s.gpa <= s.size - len)
     }
 
+    /// The files it is in.
+    pub fn files(&self) -> Vec<i32> {
+        self.slots.iter().map(|s| s.fd.as_raw_fd()).collect()
+    }
+
+    /// The file of a page, and where in it the page is.
+    pub fn file_of(&self, gpa: u64) -> Option<(i32, u64)> {
+        let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.size)?;
+        Some((slot.fd.as_raw_fd(), slot.offset + (gpa - slot.gpa)))
+    }
+
     /// Host address of a RAM byte in the writable or the read-only view.
     #[inline]
     pub fn view_addr(&self, gpa: u64, rw: bool) -> u64 {
@@ -222,12 +233,11 @@ impl Ram {
 
     /// Maps a page of RAM at a place among the guarded ones.
     fn map_at(&self, at: u64, gpa: u64, writable: bool) -> Option<u64> {
-        let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.size)?;
+        let (fd, offset) = self.file_of(gpa)?;
         let prot = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let space = &self.guarded.space;
-        let offset = slot.offset + (gpa - slot.gpa);
         let at = (at - space.addr()) as usize;
-        space.map_file(at, PAGE as usize, prot, slot.fd.as_raw_fd(), offset).ok()
+        space.map_file(at, PAGE as usize, prot, fd, offset).ok()
     }
 
     /// Host address of the mapping of two pages one after the other, when there is one.

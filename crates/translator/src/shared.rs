@@ -22,6 +22,9 @@ pub const ALL_PAGES: u64 = u64::MAX;
 /// In an inbox: no code, but everything in the software TLB.
 pub const ALL_MAPPINGS: u64 = u64::MAX - 1;
 
+/// In an inbox, with the number of a page: processes for direct execution are to drop it.
+pub const UNMIRROR: u64 = 1 << 62;
+
 /// What others leave for a vCPU.
 pub struct Mailbox {
     /// Address of [`crate::layout::Area::run`], 0 once the vCPU is gone, and the thread that runs the
@@ -95,6 +98,8 @@ pub struct Shared {
     pub(crate) config: Config,
     /// For each page of RAM: the vCPUs that have blocks made from it.
     code: Box<[AtomicU16]>,
+    /// For each page of RAM: the vCPUs that may have processes which can write to it.
+    mirrors: Box<[AtomicU16]>,
     code_lock: Mutex<()>,
     /// Which vCPUs run.
     pub(crate) world: World,
@@ -110,11 +115,12 @@ impl Shared {
         crate::host_check()?;
         let ram = Ram::new(slots, config.guarded_pages)?;
         let pages = (ram.span() / PAGE) as usize;
-        let code = (0..pages).map(|_| AtomicU16::new(0)).collect();
+        let table = || (0..pages).map(|_| AtomicU16::new(0)).collect();
         Ok(Arc::new(Self {
             ram,
             config,
-            code,
+            code: table(),
+            mirrors: table(),
             code_lock: Mutex::new(()),
             world: World::default(),
             boxes: Mutex::new(Vec::new()),
@@ -186,6 +192,44 @@ impl Shared {
         }
         drop(guard);
         fence(Ordering::SeqCst);
+    }
+
+    /// Whether a process of vCPU `index` may map a page for writing; it is remembered.
+    pub(crate) fn may_mirror(&self, page: u64, index: usize) -> bool {
+        let bit = 1u16 << index;
+        let Some(mirrors) = self.mirrors.get(page as usize) else { return false };
+        let _guard = lock(&self.code_lock);
+        if self.has_code(page) {
+            return false;
+        }
+        mirrors.fetch_or(bit, Ordering::SeqCst);
+        true
+    }
+
+    /// The vCPUs whose processes may have a page mapped for writing.
+    pub(crate) fn mirrors(&self, page: u64) -> u16 {
+        self.mirrors.get(page as usize).map_or(0, |m| m.load(Ordering::SeqCst))
+    }
+
+    /// No process has a page of code mapped for writing, which was marked for vCPU `index`.
+    pub(crate) fn no_mirrors(&self, page: u64, index: usize) {
+        let at = page as usize;
+        let (Some(code), Some(mirrors)) = (self.code.get(at), self.mirrors.get(at)) else { return };
+        let _guard = lock(&self.code_lock);
+        // Else somebody has written to it, and others may map it again.
+        if code.load(Ordering::SeqCst) & 1 << index != 0 {
+            mirrors.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Leaves the same for several vCPUs.
+    pub(crate) fn leave_mail(&self, vcpus: u16, mail: u64) {
+        for (i, m) in lock(&self.boxes).iter().enumerate() {
+            if vcpus & 1 << i != 0 {
+                lock(&m.inbox).push(mail);
+                m.poke(&m.mail);
+            }
+        }
     }
 
     /// Host address of a guarded mapping (see [`crate::ram`]) of the page at `gpa`, made if need be;

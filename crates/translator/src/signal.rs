@@ -97,6 +97,14 @@ fn install() {
 
 thread_local! {
     static HAS_STACK: Cell<bool> = const { Cell::new(false) };
+    static INSTEAD: Cell<i32> = const { Cell::new(0) };
+}
+
+/// Whoever wants the current thread to leave generated code wants this process to stop (0: none),
+/// which executes user code for it.
+pub fn tell_instead(pid: i32) {
+    INSTEAD.set(pid);
+    std::sync::atomic::compiler_fence(Ordering::SeqCst);
 }
 
 /// Gives the current thread a stack for signals; it stays for the thread's life.
@@ -150,7 +158,12 @@ extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_vo
     let regs = &mut uc.uc_mcontext.gregs;
     let pc = regs[libc::REG_RIP as usize] as u64;
     if !ours(pc) {
-        if sig != stop_signal() {
+        if sig == stop_signal() {
+            let instead = INSTEAD.get();
+            if instead != 0 {
+                crate::direct::stub::tell(instead);
+            }
+        } else {
             // SAFETY: restores the default action; the instruction is run again and the process dies
             // as it would have without us.
             unsafe { libc::signal(sig, libc::SIG_DFL) };

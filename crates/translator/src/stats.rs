@@ -82,6 +82,18 @@ pub struct Stats {
     pub pairs: u64,
     /// Times all of them were forgotten to make room for others.
     pub pair_overflows: u64,
+    /// Times that the processor executed user code directly.
+    pub direct_runs: u64,
+    /// Time in which it did.
+    pub direct: Duration,
+    /// Time in which it did, and in which that was prepared and what came of it was looked at.
+    pub direct_all: Duration,
+    /// Of these: ended by a system call.
+    pub direct_calls: u64,
+    /// Of these: ended by an access to a page that was not mapped, or not for such an access.
+    pub direct_faults: u64,
+    /// Pages mapped for that.
+    pub direct_pages: u64,
     /// Times the limit of guarded pages was met (see `ram`).
     pub guard_overflows: u64,
 }
@@ -154,6 +166,17 @@ impl fmt::Display for Report {
             "             {} pages entered ahead; {} address space switches; {} pairs of pages \
              (forgotten {} times), {} changes of look-ups at the ends of pages",
             s.entered_ahead, s.space_switches, s.pairs, s.pair_overflows, s.crossings
+        )?;
+        writeln!(
+            f,
+            "  direct     {} runs of user code in {} of {}: {} ended by system calls, {} by accesses; {} \
+             pages mapped",
+            s.direct_runs,
+            ms(s.direct),
+            ms(s.direct_all),
+            s.direct_calls,
+            s.direct_faults,
+            s.direct_pages
         )?;
         writeln!(f, "  events     {} exceptions and interrupts", s.events)?;
         write!(f, "  helpers    {} instructions in {}", s.helpers, ms(s.helping))?;

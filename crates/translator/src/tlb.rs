@@ -34,6 +34,12 @@ use crate::SetupError;
 use crate::layout::{AREA_SIZE, Area, JC_ENTRIES, JC_SIZE};
 use crate::sys::{self, Reservation};
 
+mod dropped;
+mod sources;
+
+pub use dropped::Dropped;
+use sources::Sources;
+
 /// Bytes of half a table: 2^35 entries.
 const HALF: u64 = 1 << 38;
 /// Pages of tables that may be accessible before everything is dropped; a page covers 2 MiB of guest
@@ -170,33 +176,6 @@ struct JumpCache {
     complete: Sources,
 }
 
-/// Pages, some more than were added.
-struct Sources([u64; 64]);
-
-impl Default for Sources {
-    fn default() -> Self {
-        Self([0; 64])
-    }
-}
-
-impl Sources {
-    /// Word and bit of page `n`, or of gibibyte `n` with large pages.
-    const fn place(n: u64, large: bool) -> (usize, u64) {
-        let hash = (n ^ (large as u64) << 60).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
-        ((hash >> 6) as usize, 1 << (hash & 63))
-    }
-
-    fn add(&mut self, va: u64, large: bool) {
-        let (word, bit) = Self::place(if large { va >> 30 } else { va >> 12 }, large);
-        self.0[word] |= bit;
-    }
-
-    fn have(&self, n: u64, large: bool) -> bool {
-        let (word, bit) = Self::place(n, large);
-        self.0[word] & bit != 0
-    }
-}
-
 /// The mapping that code was fetched through.
 #[derive(Clone, Copy, Debug)]
 pub struct Source {
@@ -230,6 +209,8 @@ pub struct Tlb {
     /// 2 MiB regions and 1 GiB regions that were entered from large pages.
     large: HashSet<u64>,
     huge: HashSet<u64>,
+    /// For each slot with a process of its own: what that has to drop.
+    dropped: Vec<Option<Dropped>>,
     /// The return stack is to be forgotten.
     pub returns_stale: bool,
     /// Translations of kernel addresses that are not global are in jump caches.
@@ -319,6 +300,7 @@ impl Tlb {
             last_open: !0,
             large: HashSet::new(),
             huge: HashSet::new(),
+            dropped: Vec::new(),
             returns_stale: true,
             jc_local: false,
             overflows: 0,
@@ -527,6 +509,19 @@ impl Tlb {
         }
     }
 
+    /// From now on it is kept what is dropped from a slot.
+    pub fn watch(&mut self, slot: usize) {
+        *self.dropped(slot) = Dropped::default();
+    }
+
+    /// What was dropped from a slot since the last time.
+    pub fn dropped(&mut self, slot: usize) -> &mut Dropped {
+        if self.dropped.len() <= slot {
+            self.dropped.resize_with(slot + 1, || None);
+        }
+        self.dropped[slot].get_or_insert_default()
+    }
+
     /// Drops one page (of whatever size the guest mapped it with) from all tables.
     pub fn invalidate(&mut self, va: u64) {
         if self.huge.contains(&(va >> 30)) {
@@ -557,6 +552,9 @@ impl Tlb {
         }
         if self.is_open(View::Kernel, va) {
             self.low.forget(index);
+        }
+        for dropped in self.dropped.iter_mut().flatten() {
+            dropped.add(va & !0xfff);
         }
         for (i, s) in self.slots.iter().enumerate() {
             if s.pcid.is_some() && self.is_open(View::User(i as u8), va) {
@@ -599,6 +597,9 @@ impl Tlb {
 
     fn flush_slot(&mut self, slot: usize) {
         self.slots[slot].user.clear();
+        if let Some(Some(dropped)) = self.dropped.get_mut(slot) {
+            dropped.all = true;
+        }
         self.clear_jc(View::User(slot as u8));
     }
 

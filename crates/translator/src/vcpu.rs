@@ -30,6 +30,7 @@ use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemoni
 use crate::code::{
     Block, BlockId, BlockKey, CodeCache, GoesOn, Helped, Is, Made, Moved, Place, Site, Slow, Went,
 };
+use crate::direct::Direct;
 use crate::ends::PageEnds;
 use crate::exec::Flow;
 use crate::features::Allowed;
@@ -38,7 +39,7 @@ use crate::layout::{Area, ExitCode, FLAG_MASKS, Gate, MAX_ACCESS_SHIFT, S0, mapp
 use crate::mem::{self, Lin, Pieces, Walked};
 use crate::ram::PAGE;
 use crate::returns::Returns;
-use crate::shared::{ALL_MAPPINGS, ALL_PAGES, Mailbox, Shared, lock};
+use crate::shared::{ALL_MAPPINGS, ALL_PAGES, Mailbox, Shared, UNMIRROR, lock};
 use crate::signal::Stop;
 use crate::stats::{Report, Stats};
 use crate::thunks::{Then, Thunks};
@@ -48,6 +49,8 @@ use crate::translate::{
     Ahead, Class, Ends, LONGEST, MAX_BLOCK_BYTES, MAX_INSNS, Mode, Translation, detour, goes_on,
 };
 use crate::{Exit, Optimizations, SetupError, signal};
+
+mod direct;
 
 /// The area of a vCPU, owned by it.
 pub struct AreaPtr(*mut Area);
@@ -161,6 +164,8 @@ pub struct Inner {
     /// Times are taken.
     timing: bool,
     optimizations: Optimizations,
+    /// User code that the processor executes itself.
+    direct: Direct,
 }
 
 extern "C" fn mem_helper(owner: u64, ret: u64, ea: u64) -> Then {
@@ -270,6 +275,7 @@ impl Inner {
         let (index, mailbox) = shared.join()?;
         let timing = shared.config.reports.is_some();
         let optimizations = shared.config.optimizations;
+        let address_spaces = shared.config.address_spaces;
         let mut tlb = Tlb::new(shared.config.address_spaces)?;
         tlb.init_jcs();
         let mut code = CodeCache::new(shared.config.code_cache_bytes)?;
@@ -352,7 +358,11 @@ impl Inner {
             helper_counts: vec![0; Mnemonic::values().len()],
             timing,
             optimizations,
+            direct: Direct::default(),
         });
+        if optimizations.contains(Optimizations::DIRECT) {
+            inner.direct.spaces.resize_with(address_spaces, || None);
+        }
         let owner = &raw mut *inner as u64;
         inner.area.owner = owner;
         let run = &raw mut inner.area.run as u64;
@@ -531,6 +541,7 @@ impl Inner {
         }
         // Whoever woke us may not have poked the mailbox.
         self.area.irq = 1;
+        self.direct.armed |= self.lin.shared.config.always_direct;
         fpu::load(&mut self.area);
         self.mailbox.set_thread(signal::this_thread());
         let shared = self.lin.shared.clone();
@@ -585,6 +596,9 @@ impl Inner {
             Step::Again => return None,
             Step::Leave(e) => return Some(e),
         }
+        if self.direct.armed && self.go_direct() {
+            return None;
+        }
         self.step()
     }
 
@@ -596,6 +610,7 @@ impl Inner {
                 match p {
                     ALL_PAGES => self.drop_all_code(),
                     ALL_MAPPINGS => self.flush_everything(),
+                    _ if p & UNMIRROR != 0 => self.drop_mirrors(p & !UNMIRROR),
                     _ => self.drop_page(p),
                 }
             }
@@ -636,6 +651,7 @@ impl Inner {
                     return Step::Go;
                 }
                 if let Some(v) = self.lin.platform.acknowledge_interrupt() {
+                    self.sampled();
                     return self.deliver(Event::Interrupt(v));
                 }
                 self.area.irq = 0;
@@ -1123,7 +1139,7 @@ impl Inner {
         let page = key.gpa & !(PAGE - 1);
         let start = (key.gpa & (PAGE - 1)) as usize;
         if !mode.single {
-            self.lin.shared.mark_code(page >> 12, self.lin.index);
+            self.mark_code(page >> 12);
         }
         let mut bytes = std::mem::take(&mut self.code_bytes);
         bytes.resize(PAGE as usize + 16, 0);
@@ -1148,7 +1164,7 @@ impl Inner {
             let next = (va & !(PAGE - 1)).wrapping_add(PAGE);
             let gpa = self.fetch_page(next)?;
             if !mode.single {
-                self.lin.shared.mark_code(gpa >> 12, self.lin.index);
+                self.mark_code(gpa >> 12);
                 // The first page may have changed before its mark was seen by all.
                 self.lin.read_phys(page, &mut bytes[..PAGE as usize]);
             }
@@ -1216,12 +1232,14 @@ impl Inner {
 
     fn drop_page(&mut self, page: u64) {
         self.stats.page_drops += 1;
+        self.code_changed(page);
         if self.code.invalidate_page(page) {
             self.tlb.clear_all_jcs();
         }
     }
 
     fn drop_all_code(&mut self) {
+        self.all_code_changed();
         self.code.flush();
         self.tlb.clear_all_jcs();
         self.stats.cache_drops += 1;
@@ -1255,7 +1273,7 @@ impl Inner {
         self.tlb.switch(pcid, keep);
         self.clear_fetch();
         let view = View::User(self.tlb.current());
-        if self.view_modes.contains(&(view, self.sysret_mode)) {
+        if self.view_modes.contains(&(view, self.sysret_mode)) && !self.direct_wanted() {
             self.area.sysret.base = self.tlb.base(view);
         } else {
             self.area.sysret.closed = 1;
@@ -1276,7 +1294,11 @@ impl Inner {
                 self.area.syscall_keep = !(s.sfmask | flags::RF | flags::VM) | flags::FIXED;
                 self.area.syscall = gate;
             }
-        } else if code == Code::Sysretq && self.mode.bits == 64 && !self.mode.aligned {
+        } else if code == Code::Sysretq
+            && self.mode.bits == 64
+            && !self.mode.aligned
+            && !self.direct_wanted()
+        {
             self.sysret_mode = self.mode.pack();
             self.area.sysret = gate;
         }
@@ -1955,6 +1977,10 @@ impl Inner {
     /// Lets a thunk return to the translation of what is at RIP now, when it is in the jump cache and
     /// nothing else has to be done before; otherwise the dispatcher sees to it.
     fn resume(&mut self) -> Then {
+        if self.area.state.cpl() == 3 && self.direct_wanted() {
+            self.direct.armed = true;
+            return Then::Exit;
+        }
         let s = &self.area.state;
         if !self.optimizations.contains(Optimizations::RESUME)
             || self.pending.is_some()

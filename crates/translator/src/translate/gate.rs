@@ -73,6 +73,7 @@ impl Translation {
         self.asm.pushfq();
         self.asm.pop(S1);
         immediate(self, AND, S1, flags::ARITH | flags::DF);
+        self.asm.op_mem(true, &[0xff], 0, &area(offset_of!(Area, syscalls))); // inc
         self.asm.load(S0, &state(RFLAGS));
         immediate(self, AND, S0, !(flags::ARITH | flags::DF | flags::RF));
         self.asm.op_reg(true, &[0x0b], S1, S0); // or

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod direct;
+
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use berth_translator::{Config, Exit, RamSlot, Shared, TranslatedVcpu, host_cpuid};

@@ -1,0 +1,56 @@
+//! Guest user code executed by the host's processor itself, where that pays.
+//!
+//! A [`stub::Stub`] is a process whose memory shows a guest address space as the guest's page tables
+//! do ([`space::Space`]); the guest's kernel is translated as ever. System calls, page faults and
+//! whatever else user code may not do stop the process, and the translator goes on from there: it
+//! executes the instruction and raises what is to be raised. What is mapped follows the rules of the
+//! software TLB: pages of RAM only, for user code, with the accessed bit, writable only if dirty and
+//! without translations, dropped when the guest asks for a flush. See `docs/adr/0016`.
+
+pub mod policy;
+pub mod scan;
+pub mod space;
+pub mod stub;
+
+use crate::code::FastMap;
+use policy::{Policy, Sample};
+use scan::Places;
+use space::Space;
+
+/// What a vCPU has for it.
+#[derive(Default)]
+pub struct Direct {
+    /// For each slot of the software TLB.
+    pub spaces: Vec<Option<Box<Space>>>,
+    /// The same.
+    pub policies: Vec<Policy>,
+    /// How often the guest's kernel is entered.
+    pub sample: Sample,
+    /// The thread that the processes belong to.
+    pub thread: i32,
+    /// User code is to be executed directly from here on.
+    pub armed: bool,
+    /// Processes that could not be made or went wrong.
+    pub failures: u32,
+    /// By guest physical address, of pages with the bit of this vCPU in the map of code.
+    pub verdicts: FastMap<u64, Verdict>,
+    /// CPUID traps in the processes.
+    pub cpuid_traps: bool,
+    /// x87, SSE and AVX state as the process has it, and of which slot that is.
+    pub floating: Option<(usize, Box<[u8; XSAVE]>)>,
+}
+
+/// Whether the processor may execute a page.
+#[derive(Clone, Debug)]
+pub struct Verdict {
+    /// It may, but for these instructions.
+    pub but: Option<Places>,
+    /// If the next page has to do with it: its guest physical address, or that it is not there.
+    pub next: Option<Option<u64>>,
+}
+
+/// Bytes of an XSAVE area with AVX (SDM vol. 1, 13.4).
+pub const XSAVE: usize = 832;
+
+/// Failures until it is not tried any more.
+pub const MAX_FAILURES: u32 = 3;

@@ -1,0 +1,218 @@
+//! Which pages of code the host's processor may execute in place of the guest's.
+
+use arrayvec::ArrayVec;
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+
+use crate::ram::PAGE;
+
+/// What [`look`] finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// No more than what is in the list.
+    Nothing,
+    /// More than there are places for, or one that may begin in the page before.
+    TooMuch,
+    /// One that could begin at the end and go on in the next page.
+    AtEnd,
+}
+
+/// How far before suspicious bytes decoding begins, and at how many addresses in turn. From most of
+/// them it comes upon the right beginnings of instructions within a few.
+const BEFORE: usize = 40;
+const STARTS: usize = 8;
+/// The processor's breakpoints, one for each instruction that is not to be executed.
+pub const BREAKPOINTS: usize = 4;
+
+/// Offsets in a page.
+pub type Places = ArrayVec<u16, BREAKPOINTS>;
+
+/// Finds in a page of code, which `code` begins with, the instructions that give another answer on the
+/// host than in the guest, and do not trap, or whose trap tells too little: XGETBV, RDTSCP, RDPID,
+/// XSAVE, XSAVEC, XSAVEOPT, XRSTOR, LAR and LSL of registers, SYSENTER, RDPKRU and WRPKRU, INT with 4 or
+/// 80h; CPUID unless it traps (SDM vol. 2). Their offsets go to `places`.
+///
+/// The bytes of most of these count wherever they stand: nobody knows where instructions begin. Of the
+/// others, which programs hardly ever contain and tables in their code more often (LAR, LSL, SYSENTER,
+/// INT), those count to which decoding comes from almost all addresses a bit before.
+pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
+    places.clear();
+    let mut at = 0;
+    let marks = |b: &u8| matches!(b, 0x0f | 0xcd);
+    while let Some(next) = code.get(at..).and_then(|rest| rest.iter().position(marks)) {
+        at += next;
+        if at >= PAGE as usize {
+            break;
+        }
+        let rest = code.get(at..).unwrap_or_default();
+        if let [0x0f | 0xcd] | [0x0f, 0x01 | 0xae | 0xc7] = rest {
+            return Found::AtEnd;
+        }
+        let before = code.get(..at).unwrap_or_default();
+        let prefixes = before.iter().rev().take_while(|&&b| is_prefix(b)).count();
+        let prefixes = before.get(at - prefixes..).unwrap_or_default();
+        let certain = match rest {
+            [0x0f, 0x01, modrm, ..] => matches!(modrm, 0xd0 | 0xf9 | 0xee | 0xef),
+            [0x0f, 0xa2, ..] => !cpuid_traps,
+            [0x0f, 0xae, modrm, ..] => *modrm < 0xc0 && matches!(modrm >> 3 & 7, 4..=6),
+            [0x0f, 0xc7, modrm, ..] if *modrm >= 0xf8 => prefixes.contains(&0xf3),
+            [0x0f, 0xc7, modrm, ..] => *modrm < 0xc0 && modrm >> 3 & 7 == 4,
+            _ => false,
+        };
+        let possible = match rest {
+            [0x0f, 0x02 | 0x03, modrm, ..] => *modrm >= 0xc0,
+            [0x0f, 0x34, ..] | [0xcd, 0x04 | 0x80, ..] => true,
+            _ => false,
+        };
+        if certain || possible && is_there(code, at) {
+            // Where prefixes may be its own, it may begin in several places.
+            let first = at - prefixes.len();
+            if first == 0 {
+                return Found::TooMuch;
+            }
+            if (first..=at).any(|place| places.try_push(place as u16).is_err()) {
+                return Found::TooMuch;
+            }
+        }
+        at += 1;
+    }
+    Found::Nothing
+}
+
+/// Whether a byte can be a prefix in 64-bit code.
+const fn is_prefix(byte: u8) -> bool {
+    matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+}
+
+/// Whether decoding from before comes to such an instruction at the bytes at `at`.
+fn is_there(code: &[u8], at: usize) -> bool {
+    let first = at.saturating_sub(BEFORE);
+    let starts = first..(first + STARTS).min(at + 1);
+    let all = starts.len();
+    let hits = starts.filter(|&start| reaches(code, start, at)).count();
+    // At the beginning of a page there is too little to tell from.
+    all >= STARTS / 2 && hits + 1 >= all
+}
+
+fn reaches(code: &[u8], start: usize, at: usize) -> bool {
+    let bytes = code.get(start..).unwrap_or_default();
+    let mut decoder = Decoder::new(64, bytes, DecoderOptions::NONE);
+    let mut ins = Instruction::default();
+    while decoder.can_decode() && start + decoder.position() <= at {
+        let begins = decoder.position();
+        decoder.decode_out(&mut ins);
+        if ins.is_invalid() {
+            // On with the next byte: data, perhaps.
+            if decoder.set_position(begins + 1).is_err() {
+                return false;
+            }
+        } else if start + decoder.position() > at {
+            return answers_differ(&ins);
+        }
+    }
+    false
+}
+
+fn answers_differ(ins: &Instruction) -> bool {
+    use Mnemonic as M;
+    match ins.mnemonic() {
+        M::Lar | M::Lsl | M::Sysenter => true,
+        M::Int => ins.code() == Code::Int_imm8 && matches!(ins.immediate8(), 0x04 | 0x80),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Found, Places, is_prefix};
+
+    fn look(code: &[u8], cpuid_traps: bool) -> (Found, Places) {
+        let mut places = Places::new();
+        (super::look(code, cpuid_traps, &mut places), places)
+    }
+
+    fn nothing() -> (Found, Places) {
+        (Found::Nothing, Places::new())
+    }
+
+    fn something(at: u16) -> (Found, Places) {
+        (Found::Nothing, Places::from_iter([at]))
+    }
+
+    /// Code in the middle of usual code.
+    fn found(at: usize, code: &[u8]) -> (Found, Places) {
+        // mov rax, [rsp + 16]; add rax, rcx; test eax, eax
+        const USUAL: [u8; 10] = [0x48, 0x8b, 0x44, 0x24, 0x10, 0x48, 0x01, 0xc8, 0x85, 0xc0];
+        let mut page: Vec<u8> = USUAL.into_iter().cycle().take(at / 10 * 10).collect();
+        page.resize(at, 0x90);
+        page.extend(code);
+        page.extend(USUAL.into_iter().cycle().take(4096));
+        page.truncate(4096);
+        look(&page, true)
+    }
+
+    #[test]
+    fn instructions_are_found() {
+        for code in [
+            &[0x0f, 0x01, 0xd0][..],               // xgetbv
+            &[0x0f, 0x01, 0xf9],                   // rdtscp
+            &[0x0f, 0x01, 0xef],                   // wrpkru
+            &[0x0f, 0x03, 0xc1],                   // lsl eax, ecx
+            &[0x0f, 0x34],                         // sysenter
+            &[0x0f, 0xae, 0x20],                   // xsave [rax]
+            &[0x0f, 0xae, 0x2f],                   // xrstor [rdi]
+            &[0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec64 [rsp + 64]
+            &[0xf3, 0x0f, 0xc7, 0xf8],             // rdpid rax
+            &[0xcd, 0x04],                         // int 4
+            &[0xcd, 0x80],                         // int 80h
+        ] {
+            // The second one begins with its prefix, or does not.
+            let places = if is_prefix(code[0]) { [0, 1].as_slice() } else { &[0] };
+            for at in [16, 2000, 2003, 4096 - code.len()] {
+                let (all, found) = found(at, code);
+                let offsets: Vec<usize> = found.iter().map(|&p| usize::from(p) - at).collect();
+                assert_eq!((all, &offsets[..]), (Found::Nothing, places), "{code:x?} at {at}");
+            }
+        }
+        assert_eq!(found(0, &[0x0f, 0x01, 0xd0]).0, Found::TooMuch);
+        let many: Vec<u8> = [0x0f, 0x01, 0xd0].repeat(5);
+        assert_eq!(found(100, &many[..12]).1[..], [100, 103, 106, 109]);
+        assert_eq!(found(100, &many).0, Found::TooMuch);
+    }
+
+    #[test]
+    fn other_instructions_are_not() {
+        for code in [
+            &[0x0f, 0xae, 0xf0][..],                     // mfence
+            &[0x0f, 0xae, 0xe8],                         // lfence
+            &[0x0f, 0xc7, 0xf0],                         // rdrand eax
+            &[0x49, 0x0f, 0xc7, 0xfa],                   // rdseed r10
+            &[0x0f, 0x01, 0x07],                         // sgdt [rdi]
+            &[0xf0, 0x0f, 0xc7, 0x0f],                   // lock cmpxchg8b [rdi]
+            &[0x83, 0xe0, 0x0f, 0x01, 0xc8],             // and eax, 15; add eax, ecx
+            &[0xb8, 0x0f, 0x00, 0x00, 0x00],             // mov eax, 15
+            &[0xe8, 0x0f, 0x34, 0xe6, 0xff],             // call, to somewhere
+            &[0x48, 0x8d, 0x3d, 0x0f, 0xc7, 0x1e, 0x00], // lea rdi, [rip + 1ec70fh]
+            &[0x0f, 0xa2],                               // cpuid, which traps
+            &[0x0f, 0x05],                               // syscall
+            &[0x0f, 0x31],                               // rdtsc
+        ] {
+            assert_eq!(found(2000, code), nothing(), "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_page_is_looked_at_with_the_next_one() {
+        assert_eq!(found(4095, &[0x0f]).0, Found::AtEnd);
+        assert_eq!(found(4094, &[0x0f, 0xc7]).0, Found::AtEnd);
+        assert_eq!(found(4094, &[0x0f, 0x05]), nothing());
+        let mut both = vec![0x90; 4096 + 16];
+        both[4095..4098].copy_from_slice(&[0x0f, 0x01, 0xf9]);
+        assert_eq!(look(&both, true), something(4095));
+        both[4097] = 0xc8;
+        assert_eq!(look(&both, true), nothing());
+        // What begins in the next page is its own matter.
+        both[4095] = 0x90;
+        both[4096..4099].copy_from_slice(&[0x0f, 0x01, 0xf9]);
+        assert_eq!(look(&both, true), nothing());
+    }
+}

@@ -1,0 +1,172 @@
+//! What the process of an address space has mapped.
+
+use std::io;
+
+use arrayvec::ArrayVec;
+
+use super::scan::{BREAKPOINTS, Places};
+use super::stub::{Change, END, Stub};
+use crate::code::FastMap;
+use crate::ram::PAGE;
+use crate::tlb::Dropped;
+
+/// Lowest address that any system lets be mapped.
+const LOWEST: u64 = 0x1_0000;
+/// Mappings that a process may have; a quarter of the usual limit of the system.
+const MAX_PAGES: usize = 16_000;
+
+/// A page that is mapped.
+#[derive(Clone, Copy)]
+pub struct Mapped {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Rights (PROT_*).
+    pub prot: i32,
+}
+
+/// A page to be mapped.
+#[derive(Clone)]
+pub struct Wanted {
+    /// Guest linear address.
+    pub va: u64,
+    /// What is there.
+    pub page: Mapped,
+    /// The file.
+    pub fd: i32,
+    /// Where in the file.
+    pub offset: u64,
+    /// Offsets of instructions that are not to be executed.
+    pub stops: Places,
+}
+
+impl Wanted {
+    /// Whether one mapping can show both pages.
+    pub fn goes_on(&self, next: &Self) -> bool {
+        next.va == self.va + PAGE
+            && next.offset == self.offset + PAGE
+            && (next.page.prot, next.fd) == (self.page.prot, self.fd)
+    }
+}
+
+/// An address space and its process.
+pub struct Space {
+    /// The process.
+    pub stub: Stub,
+    /// By guest linear address.
+    pages: FastMap<u64, Mapped>,
+    /// Where the process stops.
+    stops: ArrayVec<u64, BREAKPOINTS>,
+    /// Changes that are to be made.
+    changes: Vec<Change>,
+}
+
+impl Space {
+    /// An empty one, that can map pieces of `files`.
+    ///
+    /// # Errors
+    /// The system refuses to make the process.
+    pub fn new(files: &[i32]) -> io::Result<Self> {
+        let stops = ArrayVec::new();
+        Ok(Self { stub: Stub::new(files)?, pages: FastMap::default(), stops, changes: Vec::new() })
+    }
+
+    /// Whether a page can be mapped at all.
+    pub fn can_map(&self, va: u64) -> bool {
+        (LOWEST..END).contains(&va) && !self.stub.is_ours(va)
+    }
+
+    /// What is mapped at a page.
+    pub fn get(&self, va: u64) -> Option<Mapped> {
+        self.pages.get(&va).copied()
+    }
+
+    /// The guest linear addresses at which a page of RAM is mapped.
+    pub fn of_page(&self, gpa: u64) -> impl Iterator<Item = u64> + '_ {
+        self.pages.iter().filter(move |(_, m)| m.gpa == gpa).map(|(va, _)| *va)
+    }
+
+    /// Does what was asked for since the last time.
+    ///
+    /// # Errors
+    /// The system refuses; the process is of no use any more.
+    pub fn drop_pages(&mut self, dropped: &mut Dropped) -> io::Result<()> {
+        if std::mem::take(&mut dropped.all) {
+            dropped.pages.clear();
+            return self.clear();
+        }
+        for va in dropped.pages.drain(..) {
+            if self.pages.remove(&va).is_some() {
+                self.changes.push(Change::Unmap { at: va, len: PAGE });
+            }
+        }
+        self.commit()
+    }
+
+    fn clear(&mut self) -> io::Result<()> {
+        if self.pages.is_empty() {
+            return Ok(());
+        }
+        self.pages.clear();
+        self.changes.clear();
+        if !self.stops.is_empty() {
+            self.stops.clear();
+            self.stub.stop_at(&[])?;
+        }
+        self.stub.clear()
+    }
+
+    /// Maps pages, which are in ascending order.
+    ///
+    /// # Errors
+    /// As for [`Space::drop_pages`].
+    pub fn map(&mut self, wanted: &[Wanted]) -> io::Result<()> {
+        if self.pages.len() + wanted.len() > MAX_PAGES {
+            self.clear()?;
+        }
+        for w in wanted {
+            let mut w = w.clone();
+            if !self.stop_at(&w)? {
+                w.page.prot &= !libc::PROT_EXEC;
+            }
+            self.pages.insert(w.va, w.page);
+            let last = self.changes.last_mut();
+            if let Some(Change::Map { at, len, prot, fd, offset }) = last
+                && *at + *len == w.va
+                && *offset + *len == w.offset
+                && (*prot, *fd) == (w.page.prot, w.fd)
+            {
+                *len += PAGE;
+                continue;
+            }
+            let Wanted { va: at, page: Mapped { prot, .. }, fd, offset, .. } = w;
+            self.changes.push(Change::Map { at, len: PAGE, prot, fd, offset });
+        }
+        self.commit()
+    }
+
+    /// Sees to it that the process stops where it must not go on; `false` if there are too many such
+    /// places.
+    fn stop_at(&mut self, w: &Wanted) -> io::Result<bool> {
+        if w.page.prot & libc::PROT_EXEC == 0 {
+            return Ok(true);
+        }
+        let new = w.stops.iter().map(|&offset| w.va + u64::from(offset));
+        let new: ArrayVec<u64, BREAKPOINTS> = new.filter(|at| !self.stops.contains(at)).collect();
+        if self.stops.try_extend_from_slice(&new).is_err() {
+            return Ok(false);
+        }
+        if !new.is_empty() {
+            self.stub.stop_at(&self.stops)?;
+        }
+        Ok(true)
+    }
+
+    fn commit(&mut self) -> io::Result<()> {
+        if self.changes.is_empty() {
+            return Ok(());
+        }
+        let done = self.stub.change(&self.changes);
+        self.changes.clear();
+        done
+    }
+}

@@ -1,0 +1,640 @@
+//! User code left to the processor: on the way there and back.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use berth_x86::paging::{self, Kind, Rights, Walk};
+use berth_x86::state::{CodeSize, XsaveArea, cr0, cr4, efer, flags, reg, sreg};
+use berth_x86::{Exception, OpSize, far};
+
+use super::{AreaPtr, Inner};
+use crate::direct::scan::{Found, Places, look};
+use crate::direct::space::{Mapped, Space, Wanted};
+use crate::direct::stub::{END, Regs, Stopped};
+use crate::direct::{MAX_FAILURES, Verdict, XSAVE};
+use crate::ram::PAGE;
+use crate::shared::UNMIRROR;
+use crate::{Optimizations, fpu, signal};
+
+/// Pages that are looked at for being mapped at once.
+const AROUND: u64 = 16;
+/// Pages from the one that is needed to those that are mapped with it although they lie elsewhere in
+/// RAM, which takes a mapping of its own.
+const NEAR: u64 = 3;
+/// Flags that user code may change, as far as it matters here.
+const OF_USER: u64 = flags::ARITH | flags::DF | flags::TF | flags::NT | flags::AC | flags::ID;
+/// Long enough for any instruction.
+const LONGEST: u64 = 15;
+/// Time in user code after which it may be executed on any processor.
+const LONG: Duration = Duration::from_micros(500);
+
+/// What is to be done after user code stopped.
+enum Next {
+    /// The dispatcher looks what there is to do.
+    Dispatch,
+    /// The translator executes one instruction, then it may go on.
+    Once,
+    /// The translator goes on until the next return to user code.
+    Leave,
+}
+
+impl Inner {
+    /// An interrupt is delivered.
+    pub(super) fn sampled(&mut self) {
+        if self.area.state.cpl() == 3 && self.direct_possible() {
+            let entries = self.area.syscalls + self.stats.events;
+            let few = self.direct.sample.few(Instant::now(), entries);
+            self.policy().sampled(few);
+        }
+    }
+
+    /// User code of this address space is left to the processor.
+    pub(super) fn direct_wanted(&mut self) -> bool {
+        self.optimizations.contains(Optimizations::DIRECT)
+            && self.direct.failures < MAX_FAILURES
+            && (self.lin.shared.config.always_direct || self.policy().active())
+    }
+
+    fn policy(&mut self) -> &mut crate::direct::policy::Policy {
+        let (slot, space) = (usize::from(self.tlb.current()), self.tlb.space());
+        let policies = &mut self.direct.policies;
+        if policies.len() <= slot {
+            policies.resize_with(slot + 1, Default::default);
+        }
+        policies[slot].of(space)
+    }
+
+    /// Whether the processor would do the same as the guest's in the present state of the guest.
+    fn direct_possible(&self) -> bool {
+        const CR0: u64 = cr0::PE | cr0::PG | cr0::WP;
+        const CR4: u64 = cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE;
+        const EFER: u64 = efer::LMA | efer::NXE | efer::SCE;
+        let s = &self.area.state;
+        let must_not = flags::TF | flags::IOPL | flags::VM | flags::VIF | flags::VIP | flags::AC;
+        self.optimizations.contains(Optimizations::DIRECT)
+            && self.direct.failures < MAX_FAILURES
+            && self.stop_after == 0
+            && s.cpl() == 3
+            && s.code_size() == CodeSize::Bits64
+            && s.rflags & must_not == 0
+            && s.rflags & flags::IF != 0
+            && s.interrupt_shadow == 0
+            && s.cr0 & CR0 == CR0
+            && s.cr0 & (cr0::EM | cr0::TS) == 0
+            && s.cr4 & CR4 == CR4
+            && s.cr4 & cr4::TSD == 0
+            && s.efer & EFER == EFER
+            && s.xcr0 == 7
+            && s.dr7 & 0xff == 0
+            && s.tsc_offset == 0
+            && !self.direct.spaces.is_empty()
+            // The system takes no others.
+            && [sreg::FS, sreg::GS].iter().all(|&i| s.seg[i].base < END)
+            && [sreg::DS, sreg::ES, sreg::FS, sreg::GS].iter().all(|&i| s.seg[i].selector == 0)
+    }
+
+    /// Leaves user code to the processor, if that is possible; tells whether it did so and the
+    /// dispatcher has to look again.
+    pub(super) fn go_direct(&mut self) -> bool {
+        if !self.direct_possible() {
+            self.direct.armed = false;
+            if self.area.state.cpl() == 3 {
+                self.policy().give_up();
+            }
+            return false;
+        }
+        let slot = usize::from(self.tlb.current());
+        let began = Instant::now();
+        let mut inside = (Duration::ZERO, 0);
+        // Not in its place as long as it is used.
+        let space = self.space(slot);
+        let Some(mut space) = space else {
+            self.direct.armed = false;
+            return false;
+        };
+        let edge = space.stub.edge;
+        let initial = space.stub.initial();
+        let s = &self.area.state;
+        let same = u64::from(s.seg[sreg::CS].selector) == initial.cs
+            && u64::from(s.seg[sreg::SS].selector) == initial.ss;
+        let next =
+            if same { self.user_code(&mut space, slot, &mut inside) } else { Ok(Next::Leave) };
+        self.stats.direct += inside.0;
+        self.stats.direct_runs += u64::from(inside.1);
+        let next = match next {
+            Ok(next) => {
+                self.direct.spaces[slot] = Some(space);
+                next
+            }
+            Err(error) => {
+                // With the process goes what it had mapped; there may be another one later.
+                self.direct_failed(1, &error);
+                fpu::load(&mut self.area);
+                Next::Leave
+            }
+        };
+        let all = began.elapsed();
+        self.stats.direct_all += all;
+        self.policy().spent(all, inside.0.saturating_sub(edge * inside.1));
+        self.tlb.returns_stale = true;
+        self.area.sysret.closed = 1;
+        match next {
+            Next::Dispatch => true,
+            Next::Once => {
+                self.once = true;
+                false
+            }
+            Next::Leave => {
+                self.direct.armed = false;
+                false
+            }
+        }
+    }
+
+    /// The process of a slot, taken from its place.
+    fn space(&mut self, slot: usize) -> Option<Box<Space>> {
+        let thread = signal::this_thread();
+        if self.direct.thread != thread {
+            // Processes belong to the thread that made them.
+            self.direct.spaces.iter_mut().for_each(|s| *s = None);
+            self.direct.floating = None;
+            self.direct.thread = thread;
+        }
+        if let Some(space) = self.direct.spaces.get_mut(slot)?.take() {
+            return Some(space);
+        }
+        match Space::new(&self.lin.shared.ram.files()) {
+            Ok(space) => {
+                self.tlb.watch(slot);
+                self.direct.floating = None;
+                self.direct.cpuid_traps = space.stub.cpuid_traps;
+                Some(Box::new(space))
+            }
+            Err(error) => {
+                self.direct_failed(MAX_FAILURES, &error);
+                None
+            }
+        }
+    }
+
+    fn direct_failed(&mut self, failures: u32, error: &std::io::Error) {
+        self.direct.failures += failures;
+        self.direct.floating = None;
+        if self.timing {
+            eprintln!("berth: direct execution failed: {error}");
+        }
+    }
+
+    /// Makes the process ready to go on where the guest is; `None` if the guest has something where the
+    /// process has pages of ours.
+    fn hand_over(&mut self, space: &mut Space, slot: usize) -> std::io::Result<Option<Regs>> {
+        fpu::save(&mut self.area);
+        for page in [space.stub.base(), space.stub.base() + PAGE] {
+            if paging::peek(&self.lin.shared.ram, &self.area.state, page).is_some() {
+                // The guest has something there, too.
+                return Ok(None);
+            }
+        }
+        space.drop_pages(self.tlb.dropped(slot))?;
+        self.hand_over_vectors(space, slot)?;
+        if self.area.state.rip == self.page_fault.0 {
+            // The guest has just seen to it.
+            self.page_fault.0 = !0;
+            let address = self.page_fault.1;
+            let mapped = space.get(address & !(PAGE - 1)).is_some();
+            if let Some(pages) = self.pages_for(space, slot, address, mapped, false) {
+                self.stats.direct_pages += pages.len() as u64;
+                space.drop_pages(self.tlb.dropped(slot))?;
+                space.map(&pages)?;
+            }
+        }
+        space.stub.set_stubborn(self.area.state.rflags)?;
+        let regs = self.registers(space);
+        space.stub.set_registers(&regs)?;
+        Ok(Some(regs))
+    }
+
+    /// Executes user code until there is something that it cannot do. After an error the state is as
+    /// user code left it, and the process is of no use.
+    fn user_code(
+        &mut self,
+        space: &mut Space,
+        slot: usize,
+        inside: &mut (Duration, u32),
+    ) -> std::io::Result<Next> {
+        let Some(mut regs) = self.hand_over(space, slot)? else {
+            fpu::load(&mut self.area);
+            return Ok(Next::Leave);
+        };
+        let mut last = (0, 0);
+        let mut failure = None;
+        let next = loop {
+            signal::tell_instead(space.stub.pid());
+            std::sync::atomic::fence(Ordering::SeqCst);
+            if self.area.run() == 0 {
+                signal::tell_instead(0);
+                break Next::Dispatch;
+            }
+            let began = Instant::now();
+            let stopped = space.stub.run();
+            let time = began.elapsed();
+            space.stub.stay_near(time < LONG);
+            inside.0 += time;
+            inside.1 += 1;
+            signal::tell_instead(0);
+            let after = stopped.and_then(|stopped| Ok((stopped, space.stub.registers()?)));
+            let stopped = match after {
+                Ok((stopped, after)) => {
+                    regs = after;
+                    // Faults set it, and it would hold off the next breakpoint.
+                    regs.eflags &= !flags::RF;
+                    stopped
+                }
+                Err(error) => lost(&error),
+            };
+            match stopped {
+                Stopped::Told if self.area.run() == 0 || self.mailbox.any() => {
+                    break Next::Dispatch;
+                }
+                Stopped::Told => {}
+                Stopped::Syscall => {
+                    self.stats.direct_calls += 1;
+                    // The number is there; RAX has an error for tracers that do nothing.
+                    regs.rax = regs.orig_rax;
+                    regs.rip = regs.rip.wrapping_sub(2);
+                    break Next::Leave;
+                }
+                // Such bases cannot be set again.
+                Stopped::Access { .. } if regs.fs_base >= END || regs.gs_base >= END => {
+                    break Next::Leave;
+                }
+                Stopped::Vsyscall { at } => {
+                    // RAX is lost; it gets the result.
+                    regs.rip = at;
+                    regs.rsp = regs.rsp.wrapping_sub(8);
+                    break Next::Leave;
+                }
+                Stopped::Access { address, mapped } => {
+                    self.stats.direct_faults += 1;
+                    let again = (regs.rip, address);
+                    let fetch = address.wrapping_sub(regs.rip) < LONGEST;
+                    if again == last {
+                        break if fetch { Next::Leave } else { Next::Once };
+                    }
+                    last = again;
+                    match self.pages_for(space, slot, address, mapped, fetch) {
+                        Some(pages) => {
+                            self.stats.direct_pages += pages.len() as u64;
+                            let done = space
+                                .drop_pages(self.tlb.dropped(slot))
+                                .and_then(|()| space.map(&pages))
+                                .and_then(|()| space.stub.set_registers(&regs));
+                            if let Err(error) = done {
+                                failure = Some(error);
+                                break Next::Leave;
+                            }
+                        }
+                        None if fetch => break Next::Leave,
+                        None => break Next::Once,
+                    }
+                }
+                Stopped::Step => {
+                    self.raise(Exception::db(1 << 14));
+                    break Next::Dispatch;
+                }
+                Stopped::Trap => {
+                    let before = regs.rip.wrapping_sub(1);
+                    let two = [before.wrapping_sub(1), before].map(|at| self.user_byte(at));
+                    let long = two == [Some(0xcd), Some(3)];
+                    regs.rip = if long { before.wrapping_sub(1) } else { before };
+                    break Next::Once;
+                }
+                Stopped::Other => break Next::Once,
+            }
+        };
+        if let Err(error) = self.take_back(space, slot, &regs) {
+            lost(&error)
+        }
+        failure.map_or(Ok(next), Err)
+    }
+
+    /// A byte of user memory.
+    fn user_byte(&self, va: u64) -> Option<u8> {
+        let w = paging::peek(&self.lin.shared.ram, &self.area.state, va)?;
+        let mut byte = [0];
+        self.lin
+            .shared
+            .ram
+            .contains(w.gpa, 1)
+            .then(|| self.lin.shared.ram.read(w.gpa, &mut byte))?;
+        Some(byte[0])
+    }
+
+    /// x87, SSE and AVX state for the process, which has been saved.
+    fn hand_over_vectors(&mut self, space: &mut Space, slot: usize) -> std::io::Result<()> {
+        let now = image(&self.area.state.xsave);
+        if self.direct.floating.as_ref().is_some_and(|(of, f)| *of == slot && **f == *now) {
+            return Ok(());
+        }
+        self.direct.floating = Some((slot, now));
+        space.stub.set_xsave(&self.area.state.xsave.0[..XSAVE])
+    }
+
+    /// General registers for the process.
+    fn registers(&self, space: &Space) -> Regs {
+        let s = &self.area.state;
+        let g = |i: usize| s.gpr[i];
+        Regs {
+            rax: g(reg::RAX),
+            rcx: g(reg::RCX),
+            rdx: g(reg::RDX),
+            rbx: g(reg::RBX),
+            rsp: g(reg::RSP),
+            rbp: g(reg::RBP),
+            rsi: g(reg::RSI),
+            rdi: g(reg::RDI),
+            r8: g(8),
+            r9: g(9),
+            r10: g(10),
+            r11: g(11),
+            r12: g(12),
+            r13: g(13),
+            r14: g(14),
+            r15: g(15),
+            rip: s.rip,
+            eflags: s.rflags & OF_USER | flags::FIXED | flags::IF,
+            fs_base: s.seg[sreg::FS].base,
+            gs_base: s.seg[sreg::GS].base,
+            orig_rax: u64::MAX,
+            ..*space.stub.initial()
+        }
+    }
+
+    /// Takes the state from the process.
+    fn take_back(&mut self, space: &mut Space, slot: usize, regs: &Regs) -> std::io::Result<()> {
+        let r = regs;
+        let initial = *space.stub.initial();
+        let s = &mut self.area.state;
+        s.gpr = [
+            r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11,
+            r.r12, r.r13, r.r14, r.r15,
+        ];
+        s.rip = r.rip;
+        s.rflags = s.rflags & !(OF_USER | flags::RF) | r.eflags & OF_USER;
+        s.seg[sreg::FS].base = r.fs_base;
+        s.seg[sreg::GS].base = r.gs_base;
+        space.stub.xsave(&mut s.xsave.0[..XSAVE])?;
+        fpu::load(&mut self.area);
+        // As it comes out when it is saved next.
+        fpu::save(&mut self.area);
+        self.direct.floating = Some((slot, image(&self.area.state.xsave)));
+        fpu::load(&mut self.area);
+        self.take_selectors(r, &initial);
+        Ok(())
+    }
+
+    /// Loads what user code has loaded into segment registers, where the host has the same descriptors
+    /// as Linux in the guest. What the guest does not have is left as it was.
+    fn take_selectors(&mut self, r: &Regs, initial: &Regs) {
+        let (state, lin) = (&mut self.area.state, &mut self.lin);
+        if r.cs != initial.cs {
+            let _ = far::far_jump(state, lin, r.cs as u16, r.rip, OpSize::Bits64);
+        }
+        let others = [
+            (sreg::SS, r.ss, initial.ss),
+            (sreg::DS, r.ds, initial.ds),
+            (sreg::ES, r.es, initial.es),
+            (sreg::FS, r.fs, initial.fs),
+            (sreg::GS, r.gs, initial.gs),
+        ];
+        for (register, now, before) in others {
+            if now != before {
+                let base = state.seg[register].base;
+                let loaded = far::load_segment(state, lin, register, now as u16).is_ok();
+                // A base that was loaded afterwards by WRFSBASE or WRGSBASE.
+                if loaded && matches!(register, sreg::FS | sreg::GS) {
+                    state.seg[register].base = base;
+                }
+            }
+        }
+    }
+
+    /// What to map for an access that was refused, with neighbours; `None` when the translator has to
+    /// make it.
+    fn pages_for(
+        &mut self,
+        space: &Space,
+        slot: usize,
+        address: u64,
+        mapped: bool,
+        fetch: bool,
+    ) -> Option<Vec<Wanted>> {
+        let page = address & !(PAGE - 1);
+        let have = space.get(page);
+        if !space.can_map(page) || mapped != have.is_some() {
+            return None;
+        }
+        let kind = match have {
+            _ if fetch => Kind::Fetch,
+            Some(m) if m.prot & libc::PROT_WRITE == 0 => Kind::Write,
+            Some(_) => return None,
+            None => Kind::Read,
+        };
+        let rights = Rights::explicit(&self.area.state, kind);
+        let w = self.lin.walk(&self.area.state, address, rights).ok()?;
+        let wanted = self.wanted((space, slot), page, &w, fetch)?;
+        let needs = match kind {
+            Kind::Fetch => libc::PROT_EXEC,
+            Kind::Write => libc::PROT_WRITE,
+            Kind::Read => libc::PROT_READ,
+        };
+        if wanted.page.prot & needs == 0 {
+            return None;
+        }
+        let first = page & !(AROUND * PAGE - 1);
+        let mut pages = Vec::with_capacity(AROUND as usize);
+        for va in (first..).step_by(PAGE as usize).take(AROUND as usize) {
+            if va == page {
+                pages.push(wanted.clone());
+                continue;
+            }
+            if !space.can_map(va) {
+                continue;
+            }
+            let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, va) else {
+                continue;
+            };
+            let Some(around) = self.wanted((space, slot), va, &w, fetch) else { continue };
+            let known = space.get(va).filter(|m| m.gpa == around.page.gpa);
+            if known.is_none_or(|m| m.prot | around.page.prot != m.prot) {
+                pages.push(around);
+            }
+        }
+        let mut kept = Vec::with_capacity(pages.len());
+        for run in pages.chunk_by(Wanted::goes_on) {
+            let ends = run.first().zip(run.last());
+            let near = |w: &Wanted| w.va.abs_diff(page) <= NEAR * PAGE;
+            if ends.is_some_and(|(a, b)| near(a) || near(b) || (a.va..b.va).contains(&page)) {
+                kept.extend_from_slice(run);
+            }
+        }
+        // What is executable at one address was perhaps still to be writable at another.
+        for w in kept.iter_mut().filter(|w| w.page.prot & libc::PROT_WRITE != 0) {
+            if !self.lin.shared.may_mirror(w.page.gpa / PAGE, self.lin.index) {
+                w.page.prot &= !libc::PROT_WRITE;
+            }
+        }
+        Some(kept)
+    }
+
+    /// How a page is to be mapped, if it may be.
+    fn wanted(&mut self, at: (&Space, usize), va: u64, w: &Walk, fetch: bool) -> Option<Wanted> {
+        let gpa = w.gpa & !(PAGE - 1);
+        if !w.readable_user || w.global {
+            return None;
+        }
+        let (fd, offset) = self.lin.shared.ram.file_of(gpa)?;
+        let mut prot = libc::PROT_READ;
+        let mut stops = Places::new();
+        let but = if w.nx { None } else { self.executable(at, va, gpa, fetch) };
+        if let Some(but) = but {
+            prot |= libc::PROT_EXEC;
+            stops = but;
+        } else if w.writable && w.dirty && self.lin.shared.may_mirror(gpa / PAGE, self.lin.index) {
+            prot |= libc::PROT_WRITE;
+        }
+        if w.page_bytes > PAGE {
+            self.tlb.reaches_into(va, w.page_bytes);
+        }
+        Some(Wanted { va, page: Mapped { gpa, prot }, fd, offset, stops })
+    }
+
+    /// Whether the processor may execute a page, but for some instructions; it is watched for changes
+    /// then.
+    fn executable(&mut self, at: (&Space, usize), va: u64, gpa: u64, new: bool) -> Option<Places> {
+        if let Some(Verdict { but, next }) = self.direct.verdicts.get(&gpa)
+            && next.is_none_or(|next| next == self.page_behind(va))
+        {
+            return but.clone();
+        }
+        if !new {
+            return None;
+        }
+        let mut bytes = [0; PAGE as usize + 16];
+        self.read_code(at, gpa, &mut bytes[..PAGE as usize]);
+        let traps = self.direct.cpuid_traps;
+        let mut places = Places::new();
+        let mut found = look(&bytes[..PAGE as usize], traps, &mut places);
+        let mut next = None;
+        if found == Found::AtEnd {
+            let behind = self.page_behind(va);
+            next = Some(behind);
+            if let Some(behind) = behind {
+                self.read_code(at, behind, &mut bytes[PAGE as usize..]);
+                found = look(&bytes, traps, &mut places);
+            }
+        }
+        let but = (found == Found::Nothing).then_some(places);
+        let verdict = Verdict { but: but.clone(), next };
+        if self.direct.verdicts.insert(gpa, verdict).is_some() {
+            // It was executed with another page behind it.
+            self.drop_mirrors(gpa / PAGE);
+            let (space, slot) = at;
+            self.tlb.dropped(slot).pages.extend(space.of_page(gpa));
+        }
+        but
+    }
+
+    /// The physical address of the page of code behind a page.
+    fn page_behind(&self, va: u64) -> Option<u64> {
+        let w = paging::peek(&self.lin.shared.ram, &self.area.state, va.wrapping_add(PAGE))?;
+        let gpa = w.gpa & !(PAGE - 1);
+        self.lin.shared.ram.contains(gpa, PAGE).then_some(gpa)
+    }
+
+    /// Reads the beginning of a page of code, whose changes are noticed from here on.
+    fn read_code(&mut self, (space, slot): (&Space, usize), gpa: u64, bytes: &mut [u8]) {
+        if self.mark_code(gpa / PAGE) {
+            // This one is not in its place.
+            self.tlb.dropped(slot).pages.extend(space.of_page(gpa));
+        }
+        self.lin.shared.ram.read(gpa, bytes);
+    }
+
+    /// Before a page is read to be translated, or executed by the processor: nobody writes to it
+    /// without our noticing from here on. Tells whether a process may have mapped it for writing.
+    pub(super) fn mark_code(&mut self, page: u64) -> bool {
+        self.lin.shared.mark_code(page, self.lin.index);
+        let mirrors = self.lin.shared.mirrors(page);
+        if mirrors == 0 {
+            return false;
+        }
+        self.drop_mirrors(page);
+        let others = mirrors & !(1 << self.lin.index);
+        if others != 0 {
+            self.lin.shared.stop_others(self.lin.index);
+            self.lin.shared.leave_mail(others, page | UNMIRROR);
+            self.lin.shared.world.resume();
+        }
+        self.lin.shared.no_mirrors(page, self.lin.index);
+        true
+    }
+
+    /// A page of RAM is not to be mapped in processes any more.
+    pub(super) fn drop_mirrors(&mut self, page: u64) {
+        for (slot, space) in self.direct.spaces.iter().enumerate() {
+            if let Some(space) = space {
+                let dropped = self.tlb.dropped(slot);
+                dropped.pages.extend(space.of_page(page * PAGE));
+            }
+        }
+    }
+
+    /// The bytes of a page of code have changed, or are about to.
+    pub(super) fn code_changed(&mut self, page: u64) {
+        let gpa = page * PAGE;
+        if self.direct.verdicts.is_empty() {
+            return;
+        }
+        self.drop_mirrors(page);
+        self.direct.verdicts.remove(&gpa);
+        // Those whose last instruction goes on in this one.
+        let verdicts = self.direct.verdicts.iter();
+        let before = verdicts.filter(|(_, v)| v.next == Some(Some(gpa))).map(|(before, _)| *before);
+        for before in before.collect::<Vec<_>>() {
+            self.direct.verdicts.remove(&before);
+            self.drop_mirrors(before / PAGE);
+        }
+    }
+
+    /// The same for all pages.
+    pub(super) fn all_code_changed(&mut self) {
+        if !std::mem::take(&mut self.direct.verdicts).is_empty() {
+            for slot in 0..self.direct.spaces.len() {
+                self.tlb.dropped(slot).all = true;
+            }
+        }
+    }
+}
+
+/// The process was killed, and with it the state of user code.
+fn lost(error: &std::io::Error) -> ! {
+    eprintln!("berth: the process that executed the guest's user code was lost: {error}");
+    std::process::abort()
+}
+
+/// What matters of an XSAVE area.
+fn image(area: &XsaveArea) -> Box<[u8; XSAVE]> {
+    let mut image = Box::new([0; XSAVE]);
+    image.copy_from_slice(&area.0[..XSAVE]);
+    image
+}
+
+impl AreaPtr {
+    /// [`crate::layout::Area::run`] as others may have changed it.
+    fn run(&self) -> u64 {
+        // SAFETY: an aligned word of the area, which is mapped as long as the vCPU lives; others
+        // swap it atomically.
+        unsafe { std::ptr::addr_of!((*self.0).run).read_volatile() }
+    }
+}

@@ -1,0 +1,224 @@
+//! User code that is left to the processor does what the translator does.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use berth_translator::{Config, Exit, RamSlot, Shared, TranslatedVcpu, host_cpuid};
+use berth_x86::CpuState;
+use berth_x86::cpuid::{CpuidTable, Topology};
+use berth_x86::state::{Segment, cr0, cr4, efer, reg, sreg};
+
+use crate::{Counter, RAM, get, memfd, put};
+
+/// Handlers of all vectors, 16 bytes apart: HLT.
+const HANDLERS: u64 = 0x8000;
+const TEXT_VA: u64 = 0x40_2000;
+const TEXT: u64 = 0x20_2000;
+const STACK_VA: u64 = 0x40_4000;
+const STACK: u64 = 0x20_4000;
+const NX: u64 = 1 << 63;
+/// Present, for user code, accessed; and writable, dirty.
+const READ: u64 = 0x25;
+const WRITE: u64 = 0x67;
+const ENTRY: u64 = 0xf_ffff_ffff_f000;
+
+/// Linear and physical address, and flags.
+type Page = (u64, u64, u64);
+
+struct Ran {
+    vcpu: TranslatedVcpu,
+    ram: OwnedFd,
+    vector: u64,
+}
+
+fn word(ram: &OwnedFd, at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&get(ram, at, 8));
+    u64::from_le_bytes(bytes)
+}
+
+/// Page tables at 0x1000 on: the first 2 MiB for the kernel, and `pages`.
+fn page_tables(ram: &OwnedFd, pages: &[Page]) {
+    let mut free = 0x1_0000;
+    for &(va, pa, flags) in pages {
+        let mut table = 0x1000;
+        for level in [39, 30, 21] {
+            let at = table + (va >> level & 511) * 8;
+            if word(ram, at) == 0 {
+                put(ram, at, &(free | WRITE).to_le_bytes());
+                free += 0x1000;
+            }
+            table = word(ram, at) & ENTRY;
+        }
+        put(ram, table + (va >> 12 & 511) * 8, &(pa | flags).to_le_bytes());
+    }
+    let directory = word(ram, word(ram, 0x1000) & ENTRY) & ENTRY;
+    put(ram, directory, &0xe3u64.to_le_bytes());
+}
+
+/// Runs user code until it is interrupted by something.
+fn user(
+    direct: bool,
+    pages: &[Page],
+    bytes: &[(u64, &[u8])],
+    set: impl FnOnce(&mut CpuState),
+) -> Ran {
+    let ram = memfd();
+    for vector in 0..256u64 {
+        let handler = HANDLERS + vector * 16;
+        put(&ram, handler, &[0xf4]);
+        let kind = if matches!(vector, 3 | 4) { 0xee00u64 } else { 0x8e00 };
+        let gate = handler & 0xffff | 8 << 16 | kind << 32 | (handler >> 16 & 0xffff) << 48;
+        put(&ram, 0x3000 + vector * 16, &gate.to_le_bytes());
+    }
+    let descriptors = [
+        (1, 0x00af_9b00_0000_ffff_u64),
+        (2, 0x00cf_9300_0000_ffff),
+        (5, 0x00cf_f300_0000_ffff),
+        (6, 0x00af_fb00_0000_ffff),
+    ];
+    for (i, descriptor) in descriptors {
+        put(&ram, 0x4000 + i * 8, &descriptor.to_le_bytes());
+    }
+    put(&ram, 0x5004, &0x7f00u64.to_le_bytes());
+    let usual = [(STACK_VA, STACK, WRITE | NX), (TEXT_VA, TEXT, READ)];
+    page_tables(&ram, &[&usual, pages].concat());
+    for (at, bytes) in bytes {
+        put(&ram, *at, bytes);
+    }
+    let mut s = CpuState::reset(true);
+    s.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::ET | cr0::WP | cr0::MP;
+    s.cr3 = 0x1000;
+    s.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::PGE | cr4::FSGSBASE;
+    s.xcr0 = 7;
+    s.efer = efer::LME | efer::LMA | efer::SCE | efer::NXE;
+    s.seg = [Segment::default(); 6];
+    s.seg[sreg::CS] = Segment { base: 0, limit: !0, selector: 0x33, attr: 0xa0fb };
+    s.seg[sreg::SS] = Segment { base: 0, limit: !0, selector: 0x2b, attr: 0xc0f3 };
+    s.tr = Segment { base: 0x5000, limit: 0x67, selector: 0x40, attr: 0x8b };
+    (s.idtr.base, s.idtr.limit) = (0x3000, 0xfff);
+    (s.gdtr.base, s.gdtr.limit) = (0x4000, 0x3f);
+    s.rip = TEXT_VA;
+    s.gpr[reg::RSP] = STACK_VA + 0x800;
+    s.rflags = 0x202;
+    set(&mut s);
+    let slots = [RamSlot { gpa: 0, size: RAM, fd: ram.as_fd(), offset: 0 }];
+    let shared =
+        Shared::new(&slots, Config { always_direct: direct, ..Config::default() }).unwrap();
+    let cpuid = CpuidTable::new(&host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
+    let mut vcpu = TranslatedVcpu::new(shared, s, cpuid, Box::<Counter>::default()).unwrap();
+    assert_eq!(vcpu.run(), Exit::Halted);
+    let vector = (vcpu.state().rip - HANDLERS) / 16;
+    Ran { vcpu, ram, vector }
+}
+
+/// The same by the translator and by the processor, which did execute something if `runs`.
+fn both(
+    runs: bool,
+    pages: &[Page],
+    bytes: &[(u64, &[u8])],
+    set: impl Fn(&mut CpuState),
+    check: impl Fn(&Ran),
+) {
+    if let Err(error) = berth_translator::direct_check() {
+        return println!("skipped: no process can be traced here: {error}");
+    }
+    for direct in [false, true] {
+        let ran = user(direct, pages, bytes, &set);
+        assert_eq!(ran.vcpu.stats().direct_runs > 0, direct && runs, "{:?}", ran.vcpu.stats());
+        check(&ran);
+    }
+}
+
+#[test]
+fn privileged_instructions_and_traps_are_the_guests() {
+    let cases: [(&[u8], u64, u64); 6] = [
+        (&[0xf4], 13, 0),             // hlt
+        (&[0xcc], 3, 1),              // int3
+        (&[0xcd, 3], 3, 2),           // int 3
+        (&[0xcd, 4], 4, 2),           // int 4
+        (&[0x0f, 0x0b], 6, 0),        // ud2
+        (&[0x48, 0x8b, 0x07], 14, 0), // mov rax, [rdi]
+    ];
+    for (code, vector, offset) in cases {
+        // Not at the beginning of the page, where too little is known to look for INT.
+        let set = |s: &mut CpuState| {
+            s.gpr[reg::RDI] = 0x1234_5678_9000;
+            s.rip = TEXT_VA + 0x80;
+        };
+        both(true, &[], &[(TEXT, &[0x90; 0x80]), (TEXT + 0x80, code)], set, |ran| {
+            assert_eq!(ran.vector, vector, "{code:02x?}");
+            // RIP is below the error code and above, below SS and RSP.
+            let sp = ran.vcpu.state().gpr[reg::RSP];
+            let rip = word(&ran.ram, sp + if matches!(vector, 13 | 14) { 8 } else { 0 });
+            assert_eq!(rip, TEXT_VA + 0x80 + offset, "{code:02x?}");
+        });
+    }
+}
+
+#[test]
+fn what_is_executable_is_not_written_unnoticed() {
+    // The same page, writable at 0x400000 and executable at 0x401000. call it; write RDTSCP; RET there
+    // through the other address; call it again; hlt
+    let code = [0xe8, 0xfb, 0xef, 0xff, 0xff, 0x89, 0x37, 0xe8, 0xf4, 0xef, 0xff, 0xff, 0xf4];
+    let pages = [(0x40_0000, 0x20_1000, WRITE | NX), (0x40_1000, 0x20_1000, READ)];
+    let bytes: [(u64, &[u8]); 2] = [(TEXT, &code), (0x20_1000, &[0x90, 0x90, 0x90, 0xc3])];
+    let set = |s: &mut CpuState| {
+        s.gpr[reg::RDI] = 0x40_0000;
+        s.gpr[reg::RSI] = 0xc3f9_010f;
+        s.tsc_aux = 0x1234;
+    };
+    both(true, &pages, &bytes, set, |ran| {
+        assert_eq!((ran.vector, ran.vcpu.state().gpr[reg::RCX]), (13, 0x1234));
+    });
+}
+
+#[test]
+fn bases_that_the_host_refuses_are_translated() {
+    // fnstcw [rsp]; movzx eax, word [rsp]; hlt
+    let code = [0xd9, 0x3c, 0x24, 0x0f, 0xb7, 0x04, 0x24, 0xf4];
+    for (base, runs) in [(0xffff_8000_0000_0000, false), (0x7fff_ffff_e000, true)] {
+        let set = |s: &mut CpuState| {
+            s.seg[sreg::GS].base = base;
+            s.xsave.0[..2].copy_from_slice(&[0x7f, 2]);
+            s.xsave.0[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+            s.xsave.0[512] = 7;
+        };
+        both(runs, &[], &[(TEXT, &code)], set, |ran| {
+            assert_eq!(ran.vcpu.state().gpr[reg::RAX], 0x27f);
+            assert_eq!(ran.vcpu.state().seg[sreg::GS].base, base);
+        });
+    }
+}
+
+#[test]
+fn the_whole_of_user_memory_is_the_guests() {
+    // mov rax, [rdi]; mov [rsi], rax; hlt
+    let code = [0x48, 0x8b, 0x07, 0x48, 0x89, 0x06, 0xf4];
+    for at in [0x20_0000, 0x2000_0000_0000, 0x7fff_ffff_b000, 0x7fff_ffff_e000, 0x7fff_ffff_f000] {
+        let pages = [(at, 0x20_6000, WRITE | NX), (0x5000_0000, 0x20_7000, WRITE | NX)];
+        let bytes: [(u64, &[u8]); 2] = [(TEXT, &code), (0x20_6000, &[0x11; 8])];
+        let set = |s: &mut CpuState| {
+            s.gpr[reg::RDI] = at;
+            s.gpr[reg::RSI] = 0x5000_0000;
+        };
+        both(true, &pages, &bytes, set, |ran| {
+            assert_eq!(ran.vector, 13);
+            assert_eq!(word(&ran.ram, 0x20_7000), 0x1111_1111_1111_1111, "{at:#x}");
+        });
+    }
+}
+
+#[test]
+fn what_is_not_dirty_becomes_so() {
+    // mov [rdi], rax; hlt
+    let code = [0x48, 0x89, 0x07, 0xf4];
+    let pages = [(0x5000_0000, 0x20_7000, (WRITE | NX) & !0x60)];
+    let set = |s: &mut CpuState| s.gpr[reg::RDI] = 0x5000_0000;
+    both(true, &pages, &[(TEXT, &code)], set, |ran| {
+        let mut table = 0x1000;
+        for level in [39, 30, 21] {
+            table = word(&ran.ram, table + (0x5000_0000u64 >> level & 511) * 8) & ENTRY;
+        }
+        assert_eq!(word(&ran.ram, table) & 0x60, 0x60);
+    });
+}

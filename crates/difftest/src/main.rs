@@ -28,6 +28,7 @@ difftest --traps                        run the table of cases with known answer
                     stopped          the same, stopped again and again on the way
                     looking          the same with accesses that look whether they cross pages
                     looking-stopped  both
+                    direct           the translator, with the processor executing user code itself
                     translated:none,shared
                                      with the optimizations of this list (as of
                                      berth vm run --translator-opt); so for the others

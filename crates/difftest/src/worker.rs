@@ -22,9 +22,10 @@ use crate::Arguments;
 fn backend(name: &str) -> anyhow::Result<Box<dyn Backend>> {
     let (name, optimizations) = name.split_once(':').unwrap_or((name, "all"));
     Ok(match name {
-        "translated" | "stopped" | "looking" | "looking-stopped" => {
+        "translated" | "stopped" | "looking" | "looking-stopped" | "direct" => {
             let (looking, stopped) = (name.contains("looking"), name.contains("stopped"));
-            let way = Way { looking, stopped, optimizations: optimizations.parse()? };
+            let direct = name == "direct";
+            let way = Way { looking, stopped, direct, optimizations: optimizations.parse()? };
             Box::new(GuardedBackend::new(way).context("setting up the translator")?)
         }
         "native" => Box::new(NativeBackend::new()?),

@@ -190,7 +190,7 @@ pub fn initial_state(case: &Case) -> CpuState {
     state.cr3 = PML4;
     state.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE | cr4::UMIP;
     state.xcr0 = 7;
-    state.efer = efer::LME | efer::LMA | efer::NXE;
+    state.efer = efer::LME | efer::LMA | efer::NXE | efer::SCE;
     state.xsave = case.xsave.clone();
     state
 }

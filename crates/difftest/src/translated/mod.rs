@@ -129,6 +129,8 @@ pub struct Way {
     pub optimizations: Optimizations,
     /// It is stopped again and again, as by interrupts.
     pub stopped: bool,
+    /// The processor executes what it can by itself.
+    pub direct: bool,
 }
 
 /// The translator.
@@ -149,6 +151,7 @@ impl TranslatedBackend {
     /// [`TranslatedError`] when RAM or the translator cannot be made.
     pub fn new(way: Way) -> Result<Self, TranslatedError> {
         let mut config = Config { optimizations: way.optimizations, ..Config::default() };
+        config.always_direct = way.direct;
         if way.looking {
             config.guarded_pages = 0;
         }

@@ -42,6 +42,12 @@ fn the_translator_agrees_when_it_is_stopped() {
     agrees("looking-stopped", "20000");
 }
 
+/// Processes of their own execute what can be left to the processor.
+#[test]
+fn direct_execution_agrees_with_the_processor() {
+    agrees("direct", "10000");
+}
+
 #[test]
 fn the_translator_agrees_with_each_optimization_alone() {
     agrees("translated:none", "3000");

@@ -113,6 +113,9 @@ pub struct RunArgs {
     /// `no-` before those to be left out; after `none` only those named. A wrong name lists all
     #[arg(long, value_name = "LIST")]
     pub translator_opt: Option<Optimizations>,
+    /// Leave user code to the processor wherever that is possible, whether it pays or not: for tests
+    #[arg(long, hide = true)]
+    pub always_direct: bool,
     /// Says at the end what the translator did: blocks, exits, misses of the software TLB, times
     #[arg(long)]
     pub stats: bool,

@@ -41,6 +41,7 @@ pub fn run(root: &Path, json: bool) -> Result<ExitCode, CliError> {
     let findings = vec![
         processor(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
         translator(),
+        direct(),
         kvm(),
         program("passt", "passt", "network for guests without privileges"),
         program("mmdebstrap", "mmdebstrap", "making images"),
@@ -113,6 +114,25 @@ fn translator() -> Finding {
             grade: Grade::Notice,
             found: error.to_string(),
             advice: Some("machines need KVM here".to_owned()),
+        },
+    }
+}
+
+/// Whether programs in translated guests can be executed by the processor itself.
+fn direct() -> Finding {
+    let about = "direct execution";
+    match berth_vmm::vcpu::translated::direct_check() {
+        Ok(()) => {
+            let found = "programs that compute run on the processor itself".to_owned();
+            Finding { about, grade: Grade::Good, found, advice: None }
+        }
+        Err(error) => Finding {
+            about,
+            grade: Grade::Notice,
+            found: format!("a process cannot be traced here: {error}"),
+            advice: Some(
+                "all code is translated; allow ptrace for programs to be faster".to_owned(),
+            ),
         },
     }
 }

@@ -170,6 +170,7 @@ fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
     c.translator.dump = told.dump.as_ref().map(|(_, dump)| dump.clone());
     c.cpus = u32::from(plan.cpus);
     c.memory_bytes = plan.memory_bytes;
+    c.translator.always_direct = plan.always_direct;
     if let Some(bytes) = plan.code_cache_bytes {
         c.translator.code_cache_bytes = bytes;
     }

@@ -39,6 +39,8 @@ pub struct RunPlan {
     pub memory_bytes: u64,
     /// Bytes of translated code kept for each processor, unless it is the default.
     pub code_cache_bytes: Option<usize>,
+    /// Leave user code to the processor wherever that is possible.
+    pub always_direct: bool,
     /// What the translator does for speed.
     pub optimizations: Optimizations,
     /// Whether what the translator did is to be shown at the end.
@@ -217,6 +219,7 @@ impl RunPlan {
             cpus: args.cpus,
             memory_bytes: args.memory.bytes(),
             code_cache_bytes: args.code_cache.map(check_code_cache).transpose()?,
+            always_direct: args.always_direct,
             optimizations: args.translator_opt.unwrap_or_default(),
             stats: args.stats,
             dump_blocks: args.dump_blocks.clone(),

@@ -26,6 +26,65 @@ fn boots_with_one_to_sixteen_processors() {
     }
 }
 
+/// Programs that compute, share pages after a fork, are interrupted by signals and die of them.
+const PROGRAMS: &str = r#"perl -e '
+my @children;
+for my $k (1 .. 3) {
+    pipe(my $read, my $write);
+    my $pid = fork;
+    if (!$pid) {
+        my ($x, $s, %h) = ($k, 0);
+        for my $i (1 .. 100000) {
+            $x = ($x * 1103515245 + 12345) & 0x7fffffff;
+            $h{$x % 1000} += $i;
+            $s ^= $x;
+        }
+        my $t = 0;
+        $t += $_ * $h{$_} for keys %h;
+        print $write "$s $t ", join(" ", map { sprintf "%.6f", sqrt($_ * $k) / 3 } 1 .. 5), "\n";
+        exit;
+    }
+    close $write;
+    push @children, [$pid, $read];
+}
+for (@children) { my $line = readline $_->[1]; waitpid $_->[0], 0; print $line }
+my ($hits, $me) = (0, $$);
+$SIG{USR1} = sub { $hits++ };
+if (!fork) { for (1 .. 20) { kill USR1 => $me; select undef, undef, undef, 0.01 } exit }
+1 while $hits < 10;
+print "interrupted\n";
+wait;
+for my $signal ("SEGV", "TERM", "KILL") {
+    if (!fork) { kill $signal => $$; 1 while 1 }
+    wait;
+    print "died of ", $? & 127, "\n";
+}
+my $text = "";
+$text .= chr(97 + $_ % 26) for 1 .. 300000;
+my $copy = reverse $text;
+$copy =~ tr/a-m/A-M/;
+print length($copy), " ", substr($copy, 1000, 40), " ", unpack("%32C*", $copy), "\n";
+'; seq 1 50000 | sha256sum; dd if=/dev/zero bs=1M count=8 2>/dev/null | md5sum; gzip -c /bin/bash | gzip -d | cmp - /bin/bash"#;
+
+#[test]
+fn programs_do_the_same_on_the_processor_itself() {
+    let Some(debian) = Debian::take() else { return };
+    if let Err(error) = berth_vmm::vcpu::translated::direct_check() {
+        return println!("skipped: no process can be traced here: {error}");
+    }
+    let translated = debian.shell(&["--translator-opt", "no-direct"], PROGRAMS);
+    let expected = translated.check(0).text();
+    assert!(expected.contains("died of 11\ndied of 15\ndied of 9\n"), "{expected}");
+    for cpus in ["1", "2"] {
+        let flags = ["--always-direct", "--stats", "--accel", "translate", "--cpus", cpus];
+        let ran = debian.shell(&flags, PROGRAMS);
+        assert_eq!(ran.check(0).text(), expected);
+        let line = ran.stderr.lines().find(|line| line.trim_start().starts_with("direct "));
+        let runs = line.and_then(|line| line.split_whitespace().nth(1)).unwrap_or("none");
+        assert!(runs.parse::<u64>().is_ok_and(|runs| runs > 100), "{}", ran.stderr);
+    }
+}
+
 #[test]
 fn time_in_the_guest_is_the_hosts() {
     let Some(debian) = Debian::take() else { return };

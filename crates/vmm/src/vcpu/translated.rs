@@ -43,6 +43,14 @@ pub fn host_check() -> Result<(), SetupError> {
     berth_translator::host_check()
 }
 
+/// Whether the processor can execute user code of translated guests itself.
+///
+/// # Errors
+/// What the system refuses.
+pub fn direct_check() -> std::io::Result<()> {
+    berth_translator::direct_check()
+}
+
 /// A vCPU whose code is translated.
 pub struct Translated {
     vcpu: TranslatedVcpu,

@@ -1,7 +1,7 @@
 //! Which pages of code the host's processor may execute in place of the guest's.
 
 use arrayvec::ArrayVec;
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic};
 
 use crate::ram::PAGE;
 
@@ -29,22 +29,22 @@ pub type Places = ArrayVec<u16, BREAKPOINTS>;
 /// Finds in a page of code, which `code` begins with, the instructions that give another answer on the
 /// host than in the guest, and do not trap, or whose trap tells too little: XGETBV, RDTSCP, RDPID,
 /// XSAVE, XSAVEC, XSAVEOPT, XRSTOR, LAR and LSL of registers, SYSENTER, RDPKRU and WRPKRU, INT with 4 or
-/// 80h; CPUID unless it traps (SDM vol. 2). Their offsets go to `places`.
+/// 80h; CPUID unless it traps; AVX-512, which no guest has (SDM vol. 2). Their offsets go to `places`.
 ///
 /// The bytes of most of these count wherever they stand: nobody knows where instructions begin. Of the
 /// others, which programs hardly ever contain and tables in their code more often (LAR, LSL, SYSENTER,
-/// INT), those count to which decoding comes from almost all addresses a bit before.
+/// INT, EVEX), those count to which decoding comes from almost all addresses a bit before.
 pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
     places.clear();
     let mut at = 0;
-    let marks = |b: &u8| matches!(b, 0x0f | 0xcd);
+    let marks = |b: &u8| matches!(b, 0x0f | 0xcd | 0x62);
     while let Some(next) = code.get(at..).and_then(|rest| rest.iter().position(marks)) {
         at += next;
         if at >= PAGE as usize {
             break;
         }
         let rest = code.get(at..).unwrap_or_default();
-        if let [0x0f | 0xcd] | [0x0f, 0x01 | 0xae | 0xc7] = rest {
+        if let [0x0f | 0xcd | 0x62] | [0x0f, 0x01 | 0xae | 0xc7] | [0x62, _] = rest {
             return Found::AtEnd;
         }
         let before = code.get(..at).unwrap_or_default();
@@ -61,6 +61,8 @@ pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
         let possible = match rest {
             [0x0f, 0x02 | 0x03, modrm, ..] => *modrm >= 0xc0,
             [0x0f, 0x34, ..] | [0xcd, 0x04 | 0x80, ..] => true,
+            // EVEX: bits that are always so (SDM vol. 2, 2.7.1).
+            [0x62, p0, p1, ..] => p0 & 8 == 0 && p0 & 7 != 0 && p1 & 4 != 0,
             _ => false,
         };
         if certain || possible && is_there(code, at) {
@@ -115,6 +117,7 @@ fn reaches(code: &[u8], start: usize, at: usize) -> bool {
 fn answers_differ(ins: &Instruction) -> bool {
     use Mnemonic as M;
     match ins.mnemonic() {
+        _ if ins.code().encoding() == EncodingKind::EVEX => true,
         M::Lar | M::Lsl | M::Sysenter => true,
         M::Int => ins.code() == Code::Int_imm8 && matches!(ins.immediate8(), 0x04 | 0x80),
         _ => false,
@@ -162,6 +165,7 @@ mod tests {
             &[0x0f, 0xae, 0x2f],                   // xrstor [rdi]
             &[0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec64 [rsp + 64]
             &[0xf3, 0x0f, 0xc7, 0xf8],             // rdpid rax
+            &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1], // vaddps zmm0, zmm0, zmm1
             &[0xcd, 0x04],                         // int 4
             &[0xcd, 0x80],                         // int 80h
         ] {

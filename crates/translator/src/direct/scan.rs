@@ -29,7 +29,7 @@ pub type Places = ArrayVec<u16, BREAKPOINTS>;
 /// Finds in a page of code, which `code` begins with, the instructions that give another answer on the
 /// host than in the guest, and do not trap, or whose trap tells too little: XGETBV, RDTSCP, RDPID,
 /// XSAVE, XSAVEC, XSAVEOPT, XRSTOR, LAR and LSL of registers, SYSENTER, RDPKRU and WRPKRU, INT with 4 or
-/// 80h; CPUID unless it traps; AVX-512, which no guest has (SDM vol. 2). Their offsets go to `places`.
+/// 80h; CPUID unless it traps; AVX-512, VAES, VPCLMULQDQ and GFNI, which no guest has (SDM vol. 2). Their offsets go to `places`.
 ///
 /// The bytes of most of these count wherever they stand: nobody knows where instructions begin. Of the
 /// others, which programs hardly ever contain and tables in their code more often (LAR, LSL, SYSENTER,
@@ -37,14 +37,18 @@ pub type Places = ArrayVec<u16, BREAKPOINTS>;
 pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
     places.clear();
     let mut at = 0;
-    let marks = |b: &u8| matches!(b, 0x0f | 0xcd | 0x62);
+    let marks = |b: &u8| matches!(b, 0x0f | 0xcd | 0x62 | 0xc4);
     while let Some(next) = code.get(at..).and_then(|rest| rest.iter().position(marks)) {
         at += next;
         if at >= PAGE as usize {
             break;
         }
         let rest = code.get(at..).unwrap_or_default();
-        if let [0x0f | 0xcd | 0x62] | [0x0f, 0x01 | 0xae | 0xc7] | [0x62, _] = rest {
+        if let [0x0f | 0xcd | 0x62 | 0xc4]
+        | [0x0f, 0x01 | 0xae | 0xc7 | 0x38 | 0x3a]
+        | [0x62 | 0xc4, _]
+        | [0xc4, _, _] = rest
+        {
             return Found::AtEnd;
         }
         let before = code.get(..at).unwrap_or_default();
@@ -53,6 +57,8 @@ pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
         let certain = match rest {
             [0x0f, 0x01, modrm, ..] => matches!(modrm, 0xd0 | 0xf9 | 0xee | 0xef),
             [0x0f, 0xa2, ..] => !cpuid_traps,
+            [0x0f, 0x38, 0xcf, ..] | [0x0f, 0x3a, 0xce | 0xcf, ..] => true,
+            [0xc4, map, form, opcode, ..] => vex_unknown(*map, *form, *opcode),
             [0x0f, 0xae, modrm, ..] => *modrm < 0xc0 && matches!(modrm >> 3 & 7, 4..=6),
             [0x0f, 0xc7, modrm, ..] if *modrm >= 0xf8 => prefixes.contains(&0xf3),
             [0x0f, 0xc7, modrm, ..] => *modrm < 0xc0 && modrm >> 3 & 7 == 4,
@@ -78,6 +84,17 @@ pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
         at += 1;
     }
     Found::Nothing
+}
+
+/// Whether what follows a three-byte VEX prefix is of VAES, VPCLMULQDQ or GFNI (SDM vol. 2, 2.3.5).
+const fn vex_unknown(map: u8, form: u8, opcode: u8) -> bool {
+    let (prefix_66, long) = (form & 3 == 1, form & 4 != 0);
+    prefix_66
+        && match map & 0x1f {
+            2 => opcode == 0xcf || long && matches!(opcode, 0xdc..=0xdf),
+            3 => matches!(opcode, 0xce | 0xcf) || long && opcode == 0x44,
+            _ => false,
+        }
 }
 
 /// Whether a byte can be a prefix in 64-bit code.
@@ -166,6 +183,9 @@ mod tests {
             &[0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec64 [rsp + 64]
             &[0xf3, 0x0f, 0xc7, 0xf8],             // rdpid rax
             &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1], // vaddps zmm0, zmm0, zmm1
+            &[0x66, 0x0f, 0x38, 0xcf, 0xc1],       // gf2p8mulb xmm0, xmm1
+            &[0xc4, 0xe2, 0x75, 0xdc, 0xc2],       // vaesenc ymm0, ymm1, ymm2
+            &[0xc4, 0xe3, 0x75, 0x44, 0xc2, 0x11], // vpclmulqdq ymm0, ymm1, ymm2, 17
             &[0xcd, 0x04],                         // int 4
             &[0xcd, 0x80],                         // int 80h
         ] {
@@ -199,6 +219,7 @@ mod tests {
             &[0x0f, 0xa2],                               // cpuid, which traps
             &[0x0f, 0x05],                               // syscall
             &[0x0f, 0x31],                               // rdtsc
+            &[0xc4, 0xe2, 0x71, 0xdc, 0xc2],             // vaesenc xmm0, xmm1, xmm2
         ] {
             assert_eq!(found(2000, code), nothing(), "{code:x?}");
         }

@@ -29,24 +29,25 @@ pub type Places = ArrayVec<u16, BREAKPOINTS>;
 /// Finds in a page of code, which `code` begins with, the instructions that give another answer on the
 /// host than in the guest, and do not trap, or whose trap tells too little: XGETBV, RDTSCP, RDPID,
 /// XSAVE, XSAVEC, XSAVEOPT, XRSTOR, LAR and LSL of registers, SYSENTER, RDPKRU and WRPKRU, INT with 4 or
-/// 80h; CPUID unless it traps; AVX-512, VAES, VPCLMULQDQ and GFNI, which no guest has (SDM vol. 2). Their offsets go to `places`.
+/// 80h; CPUID unless it traps; AVX-512, VAES, VPCLMULQDQ and GFNI, which no guest has (SDM vol. 2).
+/// Their offsets go to `places`.
 ///
 /// The bytes of most of these count wherever they stand: nobody knows where instructions begin. Of the
 /// others, which programs hardly ever contain and tables in their code more often (LAR, LSL, SYSENTER,
-/// INT, EVEX), those count to which decoding comes from almost all addresses a bit before.
+/// INT, AVX-512), those count to which decoding comes from almost all addresses a bit before.
 pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
     places.clear();
     let mut at = 0;
-    let marks = |b: &u8| matches!(b, 0x0f | 0xcd | 0x62 | 0xc4);
+    let marks = |b: &u8| matches!(b, 0x0f | 0xcd | 0x62 | 0xc4 | 0xc5);
     while let Some(next) = code.get(at..).and_then(|rest| rest.iter().position(marks)) {
         at += next;
         if at >= PAGE as usize {
             break;
         }
         let rest = code.get(at..).unwrap_or_default();
-        if let [0x0f | 0xcd | 0x62 | 0xc4]
+        if let [0x0f | 0xcd | 0x62 | 0xc4 | 0xc5]
         | [0x0f, 0x01 | 0xae | 0xc7 | 0x38 | 0x3a]
-        | [0x62 | 0xc4, _]
+        | [0x62 | 0xc4 | 0xc5, _]
         | [0xc4, _, _] = rest
         {
             return Found::AtEnd;
@@ -69,6 +70,8 @@ pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
             [0x0f, 0x34, ..] | [0xcd, 0x04 | 0x80, ..] => true,
             // EVEX: bits that are always so (SDM vol. 2, 2.7.1).
             [0x62, p0, p1, ..] => p0 & 8 == 0 && p0 & 7 != 0 && p1 & 4 != 0,
+            [0xc5, _, opcode, ..] => of_masks(1, *opcode),
+            [0xc4, map, _, opcode, ..] => of_masks(map & 0x1f, *opcode),
             _ => false,
         };
         if certain || possible && is_there(code, at) {
@@ -97,6 +100,15 @@ const fn vex_unknown(map: u8, form: u8, opcode: u8) -> bool {
         }
 }
 
+/// Whether an opcode with a VEX prefix is of opmask registers.
+const fn of_masks(map: u8, opcode: u8) -> bool {
+    match map {
+        1 => matches!(opcode, 0x41..=0x4b | 0x90..=0x93 | 0x98 | 0x99),
+        3 => matches!(opcode, 0x30..=0x33),
+        _ => false,
+    }
+}
+
 /// Whether a byte can be a prefix in 64-bit code.
 const fn is_prefix(byte: u8) -> bool {
     matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
@@ -108,8 +120,7 @@ fn is_there(code: &[u8], at: usize) -> bool {
     let starts = first..(first + STARTS).min(at + 1);
     let all = starts.len();
     let hits = starts.filter(|&start| reaches(code, start, at)).count();
-    // At the beginning of a page there is too little to tell from.
-    all >= STARTS / 2 && hits + 1 >= all
+    hits > 0 && hits + 1 >= all
 }
 
 fn reaches(code: &[u8], start: usize, at: usize) -> bool {
@@ -135,6 +146,7 @@ fn answers_differ(ins: &Instruction) -> bool {
     use Mnemonic as M;
     match ins.mnemonic() {
         _ if ins.code().encoding() == EncodingKind::EVEX => true,
+        _ if (0..ins.op_count()).any(|i| ins.op_register(i).is_k()) => true,
         M::Lar | M::Lsl | M::Sysenter => true,
         M::Int => ins.code() == Code::Int_imm8 && matches!(ins.immediate8(), 0x04 | 0x80),
         _ => false,
@@ -183,6 +195,9 @@ mod tests {
             &[0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec64 [rsp + 64]
             &[0xf3, 0x0f, 0xc7, 0xf8],             // rdpid rax
             &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1], // vaddps zmm0, zmm0, zmm1
+            &[0xc5, 0xf8, 0x92, 0xc8],             // kmovw k1, eax
+            &[0xc4, 0xe1, 0xfb, 0x92, 0xc8],       // kmovq k1, rax
+            &[0xc4, 0xe3, 0xf9, 0x32, 0xc9, 0x02], // kshiftlw k1, k1, 2
             &[0x66, 0x0f, 0x38, 0xcf, 0xc1],       // gf2p8mulb xmm0, xmm1
             &[0xc4, 0xe2, 0x75, 0xdc, 0xc2],       // vaesenc ymm0, ymm1, ymm2
             &[0xc4, 0xe3, 0x75, 0x44, 0xc2, 0x11], // vpclmulqdq ymm0, ymm1, ymm2, 17
@@ -198,6 +213,8 @@ mod tests {
             }
         }
         assert_eq!(found(0, &[0x0f, 0x01, 0xd0]).0, Found::TooMuch);
+        assert_eq!(found(0, &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1]).0, Found::TooMuch);
+        assert_eq!(found(1, &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1]), something(1));
         let many: Vec<u8> = [0x0f, 0x01, 0xd0].repeat(5);
         assert_eq!(found(100, &many[..12]).1[..], [100, 103, 106, 109]);
         assert_eq!(found(100, &many).0, Found::TooMuch);
@@ -220,6 +237,8 @@ mod tests {
             &[0x0f, 0x05],                               // syscall
             &[0x0f, 0x31],                               // rdtsc
             &[0xc4, 0xe2, 0x71, 0xdc, 0xc2],             // vaesenc xmm0, xmm1, xmm2
+            &[0xc5, 0xf5, 0x58, 0xc2],                   // vaddpd ymm0, ymm1, ymm2
+            &[0x48, 0x89, 0xc5, 0x48, 0x98],             // mov rbp, rax; cdqe
         ] {
             assert_eq!(found(2000, code), nothing(), "{code:x?}");
         }

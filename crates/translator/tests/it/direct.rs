@@ -155,6 +155,27 @@ fn privileged_instructions_and_traps_are_the_guests() {
     }
 }
 
+/// Whether the host has them or not.
+#[test]
+fn instructions_that_are_not_advertised_are_undefined() {
+    let cases: [&[u8]; 6] = [
+        &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1], // vaddps zmm0, zmm0, zmm1
+        &[0x62, 0xf1, 0xfe, 0x28, 0x6f, 0x06], // vmovdqu64 ymm0, [rsi]
+        &[0xc5, 0xf8, 0x92, 0xc8],             // kmovw k1, eax
+        &[0xc4, 0xe2, 0x75, 0xdc, 0xc2],       // vaesenc ymm0, ymm1, ymm2
+        &[0x66, 0x0f, 0x38, 0xcf, 0xc1],       // gf2p8mulb xmm0, xmm1
+        &[0x0f, 0x01, 0xee],                   // rdpkru
+    ];
+    for code in cases {
+        let set = |s: &mut CpuState| s.gpr[reg::RSI] = STACK_VA;
+        // Behind other code: add rax, rcx.
+        let code = [[0x48, 0x01, 0xc8].repeat(30), code.to_vec()].concat();
+        both(true, &[], &[(TEXT, &code)], set, |ran| {
+            assert_eq!(ran.vector, 6, "{code:02x?}");
+        });
+    }
+}
+
 #[test]
 fn what_is_executable_is_not_written_unnoticed() {
     // The same page, writable at 0x400000 and executable at 0x401000. call it; write RDTSCP; RET there

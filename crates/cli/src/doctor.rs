@@ -103,37 +103,26 @@ fn kvm() -> Finding {
 
 /// Whether the translator's generated code can run here.
 fn translator() -> Finding {
-    let about = "translator";
-    match berth_vmm::vcpu::translated::host_check() {
-        Ok(()) => {
-            let found = "the processor has BMI2, AVX and FSGSBASE".to_owned();
-            Finding { about, grade: Grade::Good, found, advice: None }
-        }
-        Err(error) => Finding {
-            about,
-            grade: Grade::Notice,
-            found: error.to_string(),
-            advice: Some("machines need KVM here".to_owned()),
-        },
-    }
+    let found = berth_vmm::vcpu::translated::host_check().map_err(|error| error.to_string());
+    let good = "the processor has BMI2, AVX and FSGSBASE";
+    usable("translator", found, good, "machines need KVM here")
 }
 
 /// Whether programs in translated guests can be executed by the processor itself.
 fn direct() -> Finding {
-    let about = "direct execution";
-    match berth_vmm::vcpu::translated::direct_check() {
-        Ok(()) => {
-            let found = "programs that compute run on the processor itself".to_owned();
-            Finding { about, grade: Grade::Good, found, advice: None }
+    let found = berth_vmm::vcpu::translated::direct_check()
+        .map_err(|error| format!("a process cannot be traced here: {error}"));
+    let advice = "all code is translated; allow ptrace for programs to be faster";
+    usable("direct execution", found, "programs that compute run on the processor itself", advice)
+}
+
+/// What Berth uses if it is there.
+fn usable(about: &'static str, found: Result<(), String>, good: &str, advice: &str) -> Finding {
+    match found {
+        Ok(()) => Finding { about, grade: Grade::Good, found: good.to_owned(), advice: None },
+        Err(found) => {
+            Finding { about, grade: Grade::Notice, found, advice: Some(advice.to_owned()) }
         }
-        Err(error) => Finding {
-            about,
-            grade: Grade::Notice,
-            found: format!("a process cannot be traced here: {error}"),
-            advice: Some(
-                "all code is translated; allow ptrace for programs to be faster".to_owned(),
-            ),
-        },
     }
 }
 

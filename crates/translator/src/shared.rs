@@ -287,10 +287,7 @@ impl Shared {
         for c in &self.code {
             c.store(0, Ordering::SeqCst);
         }
-        for m in lock(&self.boxes).iter() {
-            lock(&m.inbox).push(ALL_PAGES);
-            m.poke(&m.mail);
-        }
+        self.leave_mail(!0, ALL_PAGES);
         self.ram.unprotect_all();
     }
 
@@ -303,12 +300,7 @@ impl Shared {
         if mask == 0 {
             return;
         }
-        for (i, m) in lock(&self.boxes).iter().enumerate() {
-            if mask & (1 << i) != 0 && Some(i) != except {
-                lock(&m.inbox).push(page);
-                m.poke(&m.mail);
-            }
-        }
+        self.leave_mail(mask & !except.map_or(0, |i| 1 << i), page);
         if self.ram.protect(page * PAGE, true).is_err() {
             self.drop_all();
         }

@@ -163,6 +163,8 @@ struct Slot {
     user_view: u64,
     kernel_view: u64,
     jc_user: JumpCache,
+    /// What a process with a copy of it has to drop, if there is one.
+    dropped: Option<Dropped>,
 }
 
 /// What is in the jump cache of a view.
@@ -209,8 +211,6 @@ pub struct Tlb {
     /// 2 MiB regions and 1 GiB regions that were entered from large pages.
     large: HashSet<u64>,
     huge: HashSet<u64>,
-    /// For each slot with a process of its own: what that has to drop.
-    dropped: Vec<Option<Dropped>>,
     /// The return stack is to be forgotten.
     pub returns_stale: bool,
     /// Translations of kernel addresses that are not global are in jump caches.
@@ -280,6 +280,7 @@ impl Tlb {
                 user_view,
                 kernel_view: kernel_user,
                 jc_user: JumpCache::default(),
+                dropped: None,
             });
         }
         Ok(Self {
@@ -300,7 +301,6 @@ impl Tlb {
             last_open: !0,
             large: HashSet::new(),
             huge: HashSet::new(),
-            dropped: Vec::new(),
             returns_stale: true,
             jc_local: false,
             overflows: 0,
@@ -516,10 +516,7 @@ impl Tlb {
 
     /// What was dropped from a slot since the last time.
     pub fn dropped(&mut self, slot: usize) -> &mut Dropped {
-        if self.dropped.len() <= slot {
-            self.dropped.resize_with(slot + 1, || None);
-        }
-        self.dropped[slot].get_or_insert_default()
+        self.slots[slot].dropped.get_or_insert_default()
     }
 
     /// Drops one page (of whatever size the guest mapped it with) from all tables.
@@ -553,12 +550,12 @@ impl Tlb {
         if self.is_open(View::Kernel, va) {
             self.low.forget(index);
         }
-        for dropped in self.dropped.iter_mut().flatten() {
-            dropped.add(va & !0xfff);
-        }
-        for (i, s) in self.slots.iter().enumerate() {
-            if s.pcid.is_some() && self.is_open(View::User(i as u8), va) {
-                s.user.forget(index);
+        for i in 0..self.slots.len() {
+            if let Some(dropped) = &mut self.slots[i].dropped {
+                dropped.add(va & !0xfff);
+            }
+            if self.slots[i].pcid.is_some() && self.is_open(View::User(i as u8), va) {
+                self.slots[i].user.forget(index);
             }
         }
     }
@@ -597,7 +594,7 @@ impl Tlb {
 
     fn flush_slot(&mut self, slot: usize) {
         self.slots[slot].user.clear();
-        if let Some(Some(dropped)) = self.dropped.get_mut(slot) {
+        if let Some(dropped) = &mut self.slots[slot].dropped {
             dropped.all = true;
         }
         self.clear_jc(View::User(slot as u8));

@@ -92,6 +92,13 @@ impl FetchEntry {
 }
 
 const FETCH_ENTRIES: usize = 512;
+/// Pages that are looked at when one of them is needed.
+const AROUND: usize = 16;
+
+/// These pages.
+fn around(page: u64) -> impl Iterator<Item = u64> {
+    (page & !(AROUND as u64 * PAGE - 1)..).step_by(PAGE as usize).take(AROUND)
+}
 
 /// Everything of a translated vCPU; at a fixed address, because generated code knows it.
 pub struct Inner {
@@ -363,6 +370,7 @@ impl Inner {
         if optimizations.contains(Optimizations::DIRECT) {
             inner.direct.spaces.resize_with(address_spaces, || None);
         }
+        inner.direct.policies.resize_with(address_spaces, Default::default);
         let owner = &raw mut *inner as u64;
         inner.area.owner = owner;
         let run = &raw mut inner.area.run as u64;
@@ -1827,9 +1835,7 @@ impl Inner {
 
     /// Enters neighbours that need no mapping to be made: a fault is dearer than looking.
     fn fill_around(&mut self, page: u64) {
-        const AROUND: u64 = 16;
-        let first = page & !(AROUND * PAGE - 1);
-        for va in (first..).step_by(PAGE as usize).take(AROUND as usize) {
+        for va in around(page) {
             if va == page {
                 continue;
             }

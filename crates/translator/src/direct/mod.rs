@@ -12,6 +12,8 @@ pub mod scan;
 pub mod space;
 pub mod stub;
 
+use berth_x86::state::XsaveArea;
+
 use crate::code::FastMap;
 use policy::{Policy, Sample};
 use scan::Places;
@@ -37,7 +39,7 @@ pub struct Direct {
     /// CPUID traps in the processes.
     pub cpuid_traps: bool,
     /// x87, SSE and AVX state as the process has it, and of which slot that is.
-    pub floating: Option<(usize, Box<[u8; XSAVE]>)>,
+    pub floating: Option<(usize, Box<XsaveArea>)>,
 }
 
 /// Whether the processor may execute a page.
@@ -48,9 +50,6 @@ pub struct Verdict {
     /// If the next page has to do with it: its guest physical address, or that it is not there.
     pub next: Option<Option<u64>>,
 }
-
-/// Bytes of an XSAVE area with AVX (SDM vol. 1, 13.4).
-pub const XSAVE: usize = 832;
 
 /// Failures until it is not tried any more.
 pub const MAX_FAILURES: u32 = 3;

@@ -119,27 +119,20 @@ impl Space {
     ///
     /// # Errors
     /// As for [`Space::drop_pages`].
-    pub fn map(&mut self, wanted: &[Wanted]) -> io::Result<()> {
+    pub fn map(&mut self, mut wanted: Vec<Wanted>) -> io::Result<()> {
         if self.pages.len() + wanted.len() > MAX_PAGES {
             self.clear()?;
         }
-        for w in wanted {
-            let mut w = w.clone();
-            if !self.stop_at(&w)? {
+        for w in &mut wanted {
+            if !self.stop_at(w)? {
                 w.page.prot &= !libc::PROT_EXEC;
             }
             self.pages.insert(w.va, w.page);
-            let last = self.changes.last_mut();
-            if let Some(Change::Map { at, len, prot, fd, offset }) = last
-                && *at + *len == w.va
-                && *offset + *len == w.offset
-                && (*prot, *fd) == (w.page.prot, w.fd)
-            {
-                *len += PAGE;
-                continue;
-            }
-            let Wanted { va: at, page: Mapped { prot, .. }, fd, offset, .. } = w;
-            self.changes.push(Change::Map { at, len: PAGE, prot, fd, offset });
+        }
+        for run in wanted.chunk_by(Wanted::goes_on) {
+            let Wanted { va: at, page: Mapped { prot, .. }, fd, offset, .. } = run[0];
+            let len = run.len() as u64 * PAGE;
+            self.changes.push(Change::Map { at, len, prot, fd, offset });
         }
         self.commit()
     }

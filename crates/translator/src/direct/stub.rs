@@ -15,6 +15,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use crate::fpu::YMM_HIGH;
+use crate::ram::PAGE;
 use crate::sys::{self, Reservation};
 
 /// Where the process begins: the lowest page that any system lets be mapped.
@@ -24,7 +25,6 @@ pub const END: u64 = 0x7fff_ffff_f000;
 /// Between these are the two pages that are ours while guest code runs: far from where Linux puts
 /// programs, their heaps, libraries and stacks.
 const PLACES: std::ops::Range<u64> = 0x2000_0000_0000..0x5000_0000_0000;
-const PAGE: u64 = 4096;
 /// Of the code below in its page.
 const CALL_AT: u64 = 0x100;
 const BATCH_AT: u64 = 0x110;
@@ -128,6 +128,8 @@ pub struct Stub {
     pid: i32,
     /// It has ended, and its number may be another's.
     gone: Cell<bool>,
+    /// Its flags when they were last looked at.
+    flags: Cell<u64>,
     /// Address of the two pages.
     base: u64,
     /// Registers as the process began.
@@ -249,6 +251,7 @@ impl Stub {
         let mut stub = Self {
             pid,
             gone: Cell::new(false),
+            flags: Cell::new(0),
             base: place()?,
             initial,
             xstate,
@@ -272,7 +275,7 @@ impl Stub {
         self.ptrace(libc::PTRACE_SETOPTIONS as _, 0, options as u64)?;
         self.initial = self.registers()?;
         (self.initial.rip, self.initial.orig_rax) = (START + CALL_AT, u64::MAX);
-        let len = self.get_xstate()?;
+        let len = self.xstate_by(libc::PTRACE_GETREGSET)?;
         self.xstate.truncate(len);
         // To its place, and nothing else stays.
         let list = self._list_file.as_raw_fd();
@@ -418,6 +421,7 @@ impl Stub {
         // SAFETY: registers are plain numbers.
         let mut regs: Regs = unsafe { std::mem::zeroed() };
         self.ptrace(libc::PTRACE_GETREGS as _, 0, &raw mut regs as u64)?;
+        self.flags.set(regs.eflags);
         Ok(regs)
     }
 
@@ -434,10 +438,11 @@ impl Stub {
         &self.initial
     }
 
-    fn get_xstate(&mut self) -> io::Result<usize> {
-        let mut io =
-            libc::iovec { iov_base: self.xstate.as_mut_ptr().cast(), iov_len: self.xstate.len() };
-        self.ptrace(libc::PTRACE_GETREGSET as _, NT_X86_XSTATE as u64, &raw mut io as u64)?;
+    /// Reads or writes the XSAVE area; gives its length.
+    fn xstate_by(&mut self, request: libc::c_uint) -> io::Result<usize> {
+        let (iov_base, iov_len) = (self.xstate.as_mut_ptr().cast(), self.xstate.len());
+        let mut io = libc::iovec { iov_base, iov_len };
+        self.ptrace(request as _, NT_X86_XSTATE as u64, &raw mut io as u64)?;
         Ok(io.iov_len)
     }
 
@@ -446,7 +451,7 @@ impl Stub {
     /// # Errors
     /// The process is gone.
     pub fn xsave(&mut self, out: &mut [u8]) -> io::Result<()> {
-        self.get_xstate()?;
+        self.xstate_by(libc::PTRACE_GETREGSET)?;
         let len = out.len().min(self.xstate.len());
         out[..len].copy_from_slice(&self.xstate[..len]);
         Ok(())
@@ -464,9 +469,7 @@ impl Stub {
         let upper = area.get(YMM_HIGH..).is_some_and(|upper| upper.iter().any(|&b| b != 0));
         self.xstate[512..576].fill(0);
         self.xstate[512] = if upper { 7 } else { 3 };
-        let mut io =
-            libc::iovec { iov_base: self.xstate.as_mut_ptr().cast(), iov_len: self.xstate.len() };
-        self.ptrace(libc::PTRACE_SETREGSET as _, NT_X86_XSTATE as u64, &raw mut io as u64)
+        self.xstate_by(libc::PTRACE_SETREGSET).map(drop)
     }
 
     /// Executes one system call in the process; only before the filter is there.
@@ -486,7 +489,7 @@ impl Stub {
     /// # Errors
     /// The process is gone.
     pub fn set_stubborn(&mut self, flags: u64) -> io::Result<()> {
-        let now = self.registers()?.eflags;
+        let now = self.flags.get();
         if (now ^ flags) & STUBBORN == 0 {
             return Ok(());
         }

@@ -4,27 +4,24 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use berth_x86::paging::{self, Kind, Rights, Walk};
-use berth_x86::state::{CodeSize, XsaveArea, cr0, cr4, efer, flags, reg, sreg};
+use berth_x86::state::{CodeSize, cr0, cr4, efer, flags, reg, sreg};
 use berth_x86::{Exception, OpSize, far};
 
-use super::{AreaPtr, Inner};
+use super::{AROUND, AreaPtr, Inner, around};
 use crate::direct::scan::{Found, Places, look};
 use crate::direct::space::{Mapped, Space, Wanted};
 use crate::direct::stub::{END, Regs, Stopped};
-use crate::direct::{MAX_FAILURES, Verdict, XSAVE};
+use crate::direct::{MAX_FAILURES, Verdict};
 use crate::ram::PAGE;
 use crate::shared::UNMIRROR;
+use crate::translate::LONGEST;
 use crate::{Optimizations, fpu, signal};
 
-/// Pages that are looked at for being mapped at once.
-const AROUND: u64 = 16;
 /// Pages from the one that is needed to those that are mapped with it although they lie elsewhere in
 /// RAM, which takes a mapping of its own.
 const NEAR: u64 = 3;
 /// Flags that user code may change, as far as it matters here.
 const OF_USER: u64 = flags::ARITH | flags::DF | flags::TF | flags::NT | flags::AC | flags::ID;
-/// Long enough for any instruction.
-const LONGEST: u64 = 15;
 /// Time in user code after which it may be executed on any processor.
 const LONG: Duration = Duration::from_micros(500);
 
@@ -57,11 +54,7 @@ impl Inner {
 
     fn policy(&mut self) -> &mut crate::direct::policy::Policy {
         let (slot, space) = (usize::from(self.tlb.current()), self.tlb.space());
-        let policies = &mut self.direct.policies;
-        if policies.len() <= slot {
-            policies.resize_with(slot + 1, Default::default);
-        }
-        policies[slot].of(space)
+        self.direct.policies[slot].of(space)
     }
 
     /// Whether the processor would do the same as the guest's in the present state of the guest.
@@ -113,12 +106,7 @@ impl Inner {
             return false;
         };
         let edge = space.stub.edge;
-        let initial = space.stub.initial();
-        let s = &self.area.state;
-        let same = u64::from(s.seg[sreg::CS].selector) == initial.cs
-            && u64::from(s.seg[sreg::SS].selector) == initial.ss;
-        let next =
-            if same { self.user_code(&mut space, slot, &mut inside) } else { Ok(Next::Leave) };
+        let next = self.user_code(&mut space, slot, &mut inside);
         self.stats.direct += inside.0;
         self.stats.direct_runs += u64::from(inside.1);
         let next = match next {
@@ -186,9 +174,15 @@ impl Inner {
     }
 
     /// Makes the process ready to go on where the guest is; `None` if the guest has something where the
-    /// process has pages of ours.
+    /// process has pages of ours, or other selectors.
     fn hand_over(&mut self, space: &mut Space, slot: usize) -> std::io::Result<Option<Regs>> {
         fpu::save(&mut self.area);
+        let (s, initial) = (&self.area.state, space.stub.initial());
+        if u64::from(s.seg[sreg::CS].selector) != initial.cs
+            || u64::from(s.seg[sreg::SS].selector) != initial.ss
+        {
+            return Ok(None);
+        }
         for page in [space.stub.base(), space.stub.base() + PAGE] {
             if paging::peek(&self.lin.shared.ram, &self.area.state, page).is_some() {
                 // The guest has something there, too.
@@ -202,11 +196,7 @@ impl Inner {
             self.page_fault.0 = !0;
             let address = self.page_fault.1;
             let mapped = space.get(address & !(PAGE - 1)).is_some();
-            if let Some(pages) = self.pages_for(space, slot, address, mapped, false) {
-                self.stats.direct_pages += pages.len() as u64;
-                space.drop_pages(self.tlb.dropped(slot))?;
-                space.map(&pages)?;
-            }
+            self.map_for(space, slot, address, mapped, false)?;
         }
         space.stub.set_stubborn(self.area.state.rflags)?;
         let regs = self.registers(space);
@@ -277,25 +267,20 @@ impl Inner {
                 Stopped::Access { address, mapped } => {
                     self.stats.direct_faults += 1;
                     let again = (regs.rip, address);
-                    let fetch = address.wrapping_sub(regs.rip) < LONGEST;
+                    let fetch = address.wrapping_sub(regs.rip) < LONGEST as u64;
                     if again == last {
                         break if fetch { Next::Leave } else { Next::Once };
                     }
                     last = again;
-                    match self.pages_for(space, slot, address, mapped, fetch) {
-                        Some(pages) => {
-                            self.stats.direct_pages += pages.len() as u64;
-                            let done = space
-                                .drop_pages(self.tlb.dropped(slot))
-                                .and_then(|()| space.map(&pages))
-                                .and_then(|()| space.stub.set_registers(&regs));
-                            if let Err(error) = done {
-                                failure = Some(error);
-                                break Next::Leave;
-                            }
+                    let done = self.map_for(space, slot, address, mapped, fetch);
+                    match done.and_then(|done| space.stub.set_registers(&regs).map(|()| done)) {
+                        Ok(true) => {}
+                        Ok(false) if fetch => break Next::Leave,
+                        Ok(false) => break Next::Once,
+                        Err(error) => {
+                            failure = Some(error);
+                            break Next::Leave;
                         }
-                        None if fetch => break Next::Leave,
-                        None => break Next::Once,
                     }
                 }
                 Stopped::Step => {
@@ -320,24 +305,26 @@ impl Inner {
 
     /// A byte of user memory.
     fn user_byte(&self, va: u64) -> Option<u8> {
-        let w = paging::peek(&self.lin.shared.ram, &self.area.state, va)?;
+        let gpa = self.ram_at(va)?.gpa;
         let mut byte = [0];
-        self.lin
-            .shared
-            .ram
-            .contains(w.gpa, 1)
-            .then(|| self.lin.shared.ram.read(w.gpa, &mut byte))?;
+        self.lin.shared.ram.read(gpa, &mut byte);
         Some(byte[0])
+    }
+
+    /// What the guest has at an address, if it is RAM.
+    fn ram_at(&self, va: u64) -> Option<Walk> {
+        let w = paging::peek(&self.lin.shared.ram, &self.area.state, va)?;
+        self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE).then_some(w)
     }
 
     /// x87, SSE and AVX state for the process, which has been saved.
     fn hand_over_vectors(&mut self, space: &mut Space, slot: usize) -> std::io::Result<()> {
-        let now = image(&self.area.state.xsave);
+        let now = &self.area.state.xsave;
         if self.direct.floating.as_ref().is_some_and(|(of, f)| *of == slot && **f == *now) {
             return Ok(());
         }
-        self.direct.floating = Some((slot, now));
-        space.stub.set_xsave(&self.area.state.xsave.0[..XSAVE])
+        self.direct.floating = Some((slot, Box::new(now.clone())));
+        space.stub.set_xsave(&now.0)
     }
 
     /// General registers for the process.
@@ -383,11 +370,11 @@ impl Inner {
         s.rflags = s.rflags & !(OF_USER | flags::RF) | r.eflags & OF_USER;
         s.seg[sreg::FS].base = r.fs_base;
         s.seg[sreg::GS].base = r.gs_base;
-        space.stub.xsave(&mut s.xsave.0[..XSAVE])?;
+        space.stub.xsave(&mut s.xsave.0)?;
         fpu::load(&mut self.area);
         // As it comes out when it is saved next.
         fpu::save(&mut self.area);
-        self.direct.floating = Some((slot, image(&self.area.state.xsave)));
+        self.direct.floating = Some((slot, Box::new(self.area.state.xsave.clone())));
         fpu::load(&mut self.area);
         self.take_selectors(r, &initial);
         Ok(())
@@ -419,8 +406,26 @@ impl Inner {
         }
     }
 
-    /// What to map for an access that was refused, with neighbours; `None` when the translator has to
-    /// make it.
+    /// Maps what is needed for an access that was refused, with neighbours; `false` when the translator
+    /// has to make it.
+    fn map_for(
+        &mut self,
+        space: &mut Space,
+        slot: usize,
+        address: u64,
+        mapped: bool,
+        fetch: bool,
+    ) -> std::io::Result<bool> {
+        let Some(pages) = self.pages_for(space, slot, address, mapped, fetch) else {
+            return Ok(false);
+        };
+        self.stats.direct_pages += pages.len() as u64;
+        space.drop_pages(self.tlb.dropped(slot))?;
+        space.map(pages)?;
+        Ok(true)
+    }
+
+    /// What to map for that.
     fn pages_for(
         &mut self,
         space: &Space,
@@ -451,9 +456,8 @@ impl Inner {
         if wanted.page.prot & needs == 0 {
             return None;
         }
-        let first = page & !(AROUND * PAGE - 1);
-        let mut pages = Vec::with_capacity(AROUND as usize);
-        for va in (first..).step_by(PAGE as usize).take(AROUND as usize) {
+        let mut pages = Vec::with_capacity(AROUND);
+        for va in around(page) {
             if va == page {
                 pages.push(wanted.clone());
                 continue;
@@ -500,7 +504,7 @@ impl Inner {
         if let Some(but) = but {
             prot |= libc::PROT_EXEC;
             stops = but;
-        } else if w.writable && w.dirty && self.lin.shared.may_mirror(gpa / PAGE, self.lin.index) {
+        } else if w.writable && w.dirty && !self.lin.shared.has_code(gpa / PAGE) {
             prot |= libc::PROT_WRITE;
         }
         if w.page_bytes > PAGE {
@@ -539,24 +543,21 @@ impl Inner {
         if self.direct.verdicts.insert(gpa, verdict).is_some() {
             // It was executed with another page behind it.
             self.drop_mirrors(gpa / PAGE);
-            let (space, slot) = at;
-            self.tlb.dropped(slot).pages.extend(space.of_page(gpa));
+            self.drop_from(at, gpa);
         }
         but
     }
 
     /// The physical address of the page of code behind a page.
     fn page_behind(&self, va: u64) -> Option<u64> {
-        let w = paging::peek(&self.lin.shared.ram, &self.area.state, va.wrapping_add(PAGE))?;
-        let gpa = w.gpa & !(PAGE - 1);
-        self.lin.shared.ram.contains(gpa, PAGE).then_some(gpa)
+        self.ram_at(va.wrapping_add(PAGE)).map(|w| w.gpa & !(PAGE - 1))
     }
 
     /// Reads the beginning of a page of code, whose changes are noticed from here on.
-    fn read_code(&mut self, (space, slot): (&Space, usize), gpa: u64, bytes: &mut [u8]) {
+    fn read_code(&mut self, at: (&Space, usize), gpa: u64, bytes: &mut [u8]) {
         if self.mark_code(gpa / PAGE) {
             // This one is not in its place.
-            self.tlb.dropped(slot).pages.extend(space.of_page(gpa));
+            self.drop_from(at, gpa);
         }
         self.lin.shared.ram.read(gpa, bytes);
     }
@@ -582,12 +583,18 @@ impl Inner {
 
     /// A page of RAM is not to be mapped in processes any more.
     pub(super) fn drop_mirrors(&mut self, page: u64) {
-        for (slot, space) in self.direct.spaces.iter().enumerate() {
+        let spaces = std::mem::take(&mut self.direct.spaces);
+        for (slot, space) in spaces.iter().enumerate() {
             if let Some(space) = space {
-                let dropped = self.tlb.dropped(slot);
-                dropped.pages.extend(space.of_page(page * PAGE));
+                self.drop_from((space, slot), page * PAGE);
             }
         }
+        self.direct.spaces = spaces;
+    }
+
+    fn drop_from(&mut self, (space, slot): (&Space, usize), gpa: u64) {
+        let dropped = self.tlb.dropped(slot);
+        space.of_page(gpa).for_each(|va| dropped.add(va));
     }
 
     /// The bytes of a page of code have changed, or are about to.
@@ -621,13 +628,6 @@ impl Inner {
 fn lost(error: &std::io::Error) -> ! {
     eprintln!("berth: the process that executed the guest's user code was lost: {error}");
     std::process::abort()
-}
-
-/// What matters of an XSAVE area.
-fn image(area: &XsaveArea) -> Box<[u8; XSAVE]> {
-    let mut image = Box::new([0; XSAVE]);
-    image.copy_from_slice(&area.0[..XSAVE]);
-    image
 }
 
 impl AreaPtr {

@@ -1,13 +1,12 @@
 //! User code that is left to the processor does what the translator does.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use berth_translator::{Config, Exit, RamSlot, Shared, TranslatedVcpu, host_cpuid};
+use berth_translator::{Config, TranslatedVcpu};
 use berth_x86::CpuState;
-use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::{Segment, cr0, cr4, efer, reg, sreg};
 
-use crate::{Counter, RAM, get, memfd, put};
+use crate::{get, memfd, put, until_halted};
 
 /// Handlers of all vectors, 16 bytes apart: HLT.
 const HANDLERS: u64 = 0x8000;
@@ -101,12 +100,7 @@ fn user(
     s.gpr[reg::RSP] = STACK_VA + 0x800;
     s.rflags = 0x202;
     set(&mut s);
-    let slots = [RamSlot { gpa: 0, size: RAM, fd: ram.as_fd(), offset: 0 }];
-    let shared =
-        Shared::new(&slots, Config { always_direct: direct, ..Config::default() }).unwrap();
-    let cpuid = CpuidTable::new(&host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
-    let mut vcpu = TranslatedVcpu::new(shared, s, cpuid, Box::<Counter>::default()).unwrap();
-    assert_eq!(vcpu.run(), Exit::Halted);
+    let vcpu = until_halted(&ram, s, Config { always_direct: direct, ..Config::default() });
     let vector = (vcpu.state().rip - HANDLERS) / 16;
     Ran { vcpu, ram, vector }
 }

@@ -110,12 +110,17 @@ fn run_with(code: &[u8], config: Config) -> (TranslatedVcpu, OwnedFd) {
     s.rip = CODE;
     s.gpr[4] = 0x20_0000;
     s.rflags = 2;
-    let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
+    (until_halted(&fd, s, config), fd)
+}
+
+/// A vCPU that began with `s` and has halted.
+fn until_halted(ram: &OwnedFd, s: CpuState, config: Config) -> TranslatedVcpu {
+    let slots = [RamSlot { gpa: 0, size: RAM, fd: ram.as_fd(), offset: 0 }];
     let shared = Shared::new(&slots, config).unwrap();
     let cpuid = CpuidTable::new(&host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
     let mut v = TranslatedVcpu::new(shared, s, cpuid, Box::<Counter>::default()).unwrap();
     assert_eq!(v.run(), Exit::Halted);
-    (v, fd)
+    v
 }
 
 #[test]

@@ -103,27 +103,34 @@ fn kvm() -> Finding {
 
 /// Whether the translator's generated code can run here.
 fn translator() -> Finding {
-    let found = berth_vmm::vcpu::translated::host_check().map_err(|error| error.to_string());
-    let good = "the processor has BMI2, AVX and FSGSBASE";
-    usable("translator", found, good, "machines need KVM here")
+    let found = berth_vmm::vcpu::translated::host_check()
+        .map(|()| "the processor has BMI2, AVX and FSGSBASE")
+        .map_err(|error| error.to_string());
+    usable("translator", found, "machines need KVM here")
 }
 
 /// Whether programs in translated guests can be executed by the processor itself.
 fn direct() -> Finding {
     let found = berth_vmm::vcpu::translated::direct_check()
+        .map(|direct| match direct.execute_only {
+            true => "programs that compute run on the processor itself",
+            false => {
+                "programs that compute run on the processor itself, but for pages with much code for \
+                 processors that guests do not have: this one has no protection keys"
+            }
+        })
         .map_err(|error| format!("a process cannot be traced here: {error}"));
     let advice = "all code is translated; allow ptrace for programs to be faster";
-    usable("direct execution", found, "programs that compute run on the processor itself", advice)
+    usable("direct execution", found, advice)
 }
 
 /// What Berth uses if it is there.
-fn usable(about: &'static str, found: Result<(), String>, good: &str, advice: &str) -> Finding {
-    match found {
-        Ok(()) => Finding { about, grade: Grade::Good, found: good.to_owned(), advice: None },
-        Err(found) => {
-            Finding { about, grade: Grade::Notice, found, advice: Some(advice.to_owned()) }
-        }
-    }
+fn usable(about: &'static str, found: Result<&str, String>, advice: &str) -> Finding {
+    let (grade, found, advice) = match found {
+        Ok(found) => (Grade::Good, found.to_owned(), None),
+        Err(found) => (Grade::Notice, found, Some(advice.to_owned())),
+    };
+    Finding { about, grade, found, advice }
 }
 
 fn program(name: &'static str, package: &str, purpose: &str) -> Finding {

@@ -138,12 +138,21 @@ pub fn host_check() -> Result<(), SetupError> {
     Ok(())
 }
 
+/// How well user code can be left to the processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectExecution {
+    /// There are pages that can be executed only (protection keys); else pages with much that must not
+    /// be executed are translated.
+    pub execute_only: bool,
+}
+
 /// Checks that user code can be left to the processor: that a process for it can be made.
 ///
 /// # Errors
 /// What the system refuses.
-pub fn direct_check() -> std::io::Result<()> {
-    direct::stub::Stub::new(&[]).map(drop)
+pub fn direct_check() -> std::io::Result<DirectExecution> {
+    let stub = direct::stub::Stub::new(&[])?;
+    Ok(DirectExecution { execute_only: stub.execute_only })
 }
 
 /// What the host's CPUID answers.

@@ -94,6 +94,8 @@ pub struct Stats {
     pub direct_faults: u64,
     /// Pages mapped for that.
     pub direct_pages: u64,
+    /// Places from which on code in copies of pages was shown to processes.
+    pub direct_shown: u64,
     /// Times the limit of guarded pages was met (see `ram`).
     pub guard_overflows: u64,
 }
@@ -170,13 +172,14 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "  direct     {} runs of user code in {} of {}: {} ended by system calls, {} by accesses; {} \
-             pages mapped",
+             pages mapped; {} times code in copies was shown",
             s.direct_runs,
             ms(s.direct),
             ms(s.direct_all),
             s.direct_calls,
             s.direct_faults,
-            s.direct_pages
+            s.direct_pages,
+            s.direct_shown
         )?;
         writeln!(f, "  events     {} exceptions and interrupts", s.events)?;
         write!(f, "  helpers    {} instructions in {}", s.helpers, ms(s.helping))?;

@@ -51,6 +51,7 @@ use crate::translate::{
 use crate::{Exit, Optimizations, SetupError, signal};
 
 mod direct;
+mod mirror;
 
 /// The area of a vCPU, owned by it.
 pub struct AreaPtr(*mut Area);

@@ -7,6 +7,7 @@
 //! software TLB: pages of RAM only, for user code, with the accessed bit, writable only if dirty and
 //! without translations, dropped when the guest asks for a flush. See `docs/adr/0016`.
 
+pub mod copy;
 pub mod policy;
 pub mod scan;
 pub mod space;
@@ -15,9 +16,9 @@ pub mod stub;
 use berth_x86::state::XsaveArea;
 
 use crate::code::FastMap;
+use copy::{Copies, Copy};
 use policy::{Policy, Sample};
-use scan::Places;
-use space::Space;
+use space::{Places, Space};
 
 /// What a vCPU has for it.
 #[derive(Default)]
@@ -38,18 +39,36 @@ pub struct Direct {
     pub verdicts: FastMap<u64, Verdict>,
     /// CPUID traps in the processes.
     pub cpuid_traps: bool,
+    /// The processes can have pages that can be executed only.
+    pub execute_only: bool,
+    /// Where copies of pages are.
+    pub copies: Option<Copies>,
     /// x87, SSE and AVX state as the process has it, and of which slot that is.
     pub floating: Option<(usize, Box<XsaveArea>)>,
 }
 
 /// Whether the processor may execute a page.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Verdict {
-    /// It may, but for these instructions.
-    pub but: Option<Places>,
+    /// What it may execute.
+    pub may: May,
     /// If the next page has to do with it: its guest physical address, or that it is not there.
     pub next: Option<Option<u64>>,
 }
+
+/// What the processor may execute of a page.
+#[derive(Debug)]
+pub enum May {
+    /// Nothing.
+    Nothing,
+    /// All but the instructions at these offsets.
+    But(Places),
+    /// What this shows.
+    Copy(Copy),
+}
+
+/// Accesses as data until a page of which there is a copy is translated instead.
+pub const MOST_ACCESSES: u32 = 16;
 
 /// Failures until it is not tried any more.
 pub const MAX_FAILURES: u32 = 3;

@@ -1,42 +1,41 @@
 //! Which pages of code the host's processor may execute in place of the guest's.
 
-use arrayvec::ArrayVec;
 use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic};
 
 use crate::ram::PAGE;
 
-/// What [`look`] finds.
+/// An instruction that the host's processor must not execute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
-    /// No more than what is in the list.
-    Nothing,
-    /// More than there are places for, or one that may begin in the page before.
-    TooMuch,
-    /// One that could begin at the end and go on in the next page.
-    AtEnd,
+pub struct Place {
+    /// Offset in the page of the first of the bytes before its opcode that may be prefixes of it.
+    pub first: u16,
+    /// Offset of its opcode.
+    pub opcode: u16,
+}
+
+/// What [`look`] finds.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Instructions, in ascending order.
+    pub places: Vec<Place>,
+    /// There is one that could begin at the end and go on in the next page.
+    pub at_end: bool,
 }
 
 /// How far before suspicious bytes decoding begins, and at how many addresses in turn. From most of
 /// them it comes upon the right beginnings of instructions within a few.
 const BEFORE: usize = 40;
 const STARTS: usize = 8;
-/// The processor's breakpoints, one for each instruction that is not to be executed.
-pub const BREAKPOINTS: usize = 4;
-
-/// Offsets in a page.
-pub type Places = ArrayVec<u16, BREAKPOINTS>;
-
 /// Finds in a page of code, which `code` begins with, the instructions that give another answer on the
 /// host than in the guest, and do not trap, or whose trap tells too little: XGETBV, RDTSCP, RDPID,
 /// XSAVE, XSAVEC, XSAVEOPT, XRSTOR, LAR and LSL of registers, SYSENTER, RDPKRU and WRPKRU, INT with 4 or
 /// 80h; CPUID unless it traps; AVX-512, VAES, VPCLMULQDQ and GFNI, which no guest has (SDM vol. 2).
-/// Their offsets go to `places`.
 ///
 /// The bytes of most of these count wherever they stand: nobody knows where instructions begin. Of the
 /// others, which programs hardly ever contain and tables in their code more often (LAR, LSL, SYSENTER,
 /// INT, AVX-512), those count to which decoding comes from almost all addresses a bit before.
-pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
-    places.clear();
+pub fn look(code: &[u8], cpuid_traps: bool) -> Found {
+    let mut found = Found::default();
     let mut at = 0;
     let marks = |b: &u8| matches!(b, 0x0f | 0xcd | 0x62 | 0xc4 | 0xc5);
     while let Some(next) = code.get(at..).and_then(|rest| rest.iter().position(marks)) {
@@ -50,7 +49,8 @@ pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
         | [0x62 | 0xc4 | 0xc5, _]
         | [0xc4, _, _] = rest
         {
-            return Found::AtEnd;
+            found.at_end = true;
+            break;
         }
         let before = code.get(..at).unwrap_or_default();
         let prefixes = before.iter().rev().take_while(|&&b| is_prefix(b)).count();
@@ -75,18 +75,12 @@ pub fn look(code: &[u8], cpuid_traps: bool, places: &mut Places) -> Found {
             _ => false,
         };
         if certain || possible && is_there(code, at) {
-            // Where prefixes may be its own, it may begin in several places.
-            let first = at - prefixes.len();
-            if first == 0 {
-                return Found::TooMuch;
-            }
-            if (first..=at).any(|place| places.try_push(place as u16).is_err()) {
-                return Found::TooMuch;
-            }
+            let first = (at - prefixes.len()) as u16;
+            found.places.push(Place { first, opcode: at as u16 });
         }
         at += 1;
     }
-    Found::Nothing
+    found
 }
 
 /// Whether what follows a three-byte VEX prefix is of VAES, VPCLMULQDQ or GFNI (SDM vol. 2, 2.3.5).
@@ -110,7 +104,8 @@ const fn of_masks(map: u8, opcode: u8) -> bool {
 }
 
 /// Whether a byte can be a prefix in 64-bit code.
-const fn is_prefix(byte: u8) -> bool {
+#[must_use]
+pub const fn is_prefix(byte: u8) -> bool {
     matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
 }
 
@@ -142,7 +137,8 @@ fn reaches(code: &[u8], start: usize, at: usize) -> bool {
     false
 }
 
-fn answers_differ(ins: &Instruction) -> bool {
+/// Whether an instruction is one of those that bytes alone do not tell.
+pub fn answers_differ(ins: &Instruction) -> bool {
     use Mnemonic as M;
     match ins.mnemonic() {
         _ if ins.code().encoding() == EncodingKind::EVEX => true,
@@ -155,23 +151,18 @@ fn answers_differ(ins: &Instruction) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Found, Places, is_prefix};
+    use super::{Found, Place, is_prefix, look};
 
-    fn look(code: &[u8], cpuid_traps: bool) -> (Found, Places) {
-        let mut places = Places::new();
-        (super::look(code, cpuid_traps, &mut places), places)
+    fn nothing() -> Found {
+        Found::default()
     }
 
-    fn nothing() -> (Found, Places) {
-        (Found::Nothing, Places::new())
-    }
-
-    fn something(at: u16) -> (Found, Places) {
-        (Found::Nothing, Places::from_iter([at]))
+    fn something(at: u16) -> Found {
+        Found { places: vec![Place { first: at, opcode: at }], at_end: false }
     }
 
     /// Code in the middle of usual code.
-    fn found(at: usize, code: &[u8]) -> (Found, Places) {
+    fn found(at: usize, code: &[u8]) -> Found {
         // mov rax, [rsp + 16]; add rax, rcx; test eax, eax
         const USUAL: [u8; 10] = [0x48, 0x8b, 0x44, 0x24, 0x10, 0x48, 0x01, 0xc8, 0x85, 0xc0];
         let mut page: Vec<u8> = USUAL.into_iter().cycle().take(at / 10 * 10).collect();
@@ -205,19 +196,15 @@ mod tests {
             &[0xcd, 0x80],                         // int 80h
         ] {
             // The second one begins with its prefix, or does not.
-            let places = if is_prefix(code[0]) { [0, 1].as_slice() } else { &[0] };
-            for at in [16, 2000, 2003, 4096 - code.len()] {
-                let (all, found) = found(at, code);
-                let offsets: Vec<usize> = found.iter().map(|&p| usize::from(p) - at).collect();
-                assert_eq!((all, &offsets[..]), (Found::Nothing, places), "{code:x?} at {at}");
+            let prefixes = u16::from(is_prefix(code[0]));
+            for at in [0, 1, 16, 2000, 2003, 4096 - code.len()] {
+                let place = Place { first: at as u16, opcode: at as u16 + prefixes };
+                let expected = Found { places: vec![place], at_end: false };
+                assert_eq!(found(at, code), expected, "{code:x?} at {at}");
             }
         }
-        assert_eq!(found(0, &[0x0f, 0x01, 0xd0]).0, Found::TooMuch);
-        assert_eq!(found(0, &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1]).0, Found::TooMuch);
-        assert_eq!(found(1, &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1]), something(1));
-        let many: Vec<u8> = [0x0f, 0x01, 0xd0].repeat(5);
-        assert_eq!(found(100, &many[..12]).1[..], [100, 103, 106, 109]);
-        assert_eq!(found(100, &many).0, Found::TooMuch);
+        let many = found(100, &[0x0f, 0x01, 0xd0].repeat(5)).places;
+        assert!(many.iter().map(|p| p.opcode).eq((100..115).step_by(3)));
     }
 
     #[test]
@@ -246,8 +233,9 @@ mod tests {
 
     #[test]
     fn the_end_of_a_page_is_looked_at_with_the_next_one() {
-        assert_eq!(found(4095, &[0x0f]).0, Found::AtEnd);
-        assert_eq!(found(4094, &[0x0f, 0xc7]).0, Found::AtEnd);
+        let at_end = Found { at_end: true, ..Found::default() };
+        assert_eq!(found(4095, &[0x0f]), at_end);
+        assert_eq!(found(4094, &[0x0f, 0xc7]), at_end);
         assert_eq!(found(4094, &[0x0f, 0x05]), nothing());
         let mut both = vec![0x90; 4096 + 16];
         both[4095..4098].copy_from_slice(&[0x0f, 0x01, 0xf9]);

@@ -4,8 +4,7 @@ use std::io;
 
 use arrayvec::ArrayVec;
 
-use super::scan::{BREAKPOINTS, Places};
-use super::stub::{Change, END, Stub};
+use super::stub::{BREAKPOINTS, Change, END, Stub};
 use crate::code::FastMap;
 use crate::ram::PAGE;
 use crate::tlb::Dropped;
@@ -15,13 +14,23 @@ const LOWEST: u64 = 0x1_0000;
 /// Mappings that a process may have; a quarter of the usual limit of the system.
 const MAX_PAGES: usize = 16_000;
 
+/// Offsets in a page.
+pub type Places = ArrayVec<u16, BREAKPOINTS>;
+
 /// A page that is mapped.
 #[derive(Clone, Copy)]
 pub struct Mapped {
     /// Guest physical address.
     pub gpa: u64,
-    /// Rights (PROT_*).
+    /// Rights (PROT_*); only to be executed if it is a copy.
     pub prot: i32,
+}
+
+impl Mapped {
+    /// It is a copy that shows what is executed only.
+    pub fn is_copy(self) -> bool {
+        self.prot == libc::PROT_EXEC
+    }
 }
 
 /// A page to be mapped.

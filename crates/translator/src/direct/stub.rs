@@ -29,6 +29,8 @@ const PLACES: std::ops::Range<u64> = 0x2000_0000_0000..0x5000_0000_0000;
 const CALL_AT: u64 = 0x100;
 const BATCH_AT: u64 = 0x110;
 const FLAGS_AT: u64 = 0x180;
+/// The processor's breakpoints, one for each instruction that is not to be executed.
+pub const BREAKPOINTS: usize = 4;
 /// System calls in one batch.
 pub const BATCH: usize = 64;
 /// `long`s of an entry of the list: number and arguments of a system call.
@@ -40,6 +42,8 @@ const PTRACE_SYSEMU: libc::c_uint = 31;
 const TRAP_TRACE: i32 = 2;
 /// The same: a breakpoint of the processor's.
 const TRAP_HWBKPT: i32 = 4;
+/// Where it is tried once whether there are pages that can be executed only.
+const EXECUTE_ONLY_AT: u64 = 0x10_0000;
 const ARCH_SET_CPUID: u64 = 0x1012;
 
 /// SYSCALL; INT3.
@@ -144,6 +148,8 @@ pub struct Stub {
     pinned: Option<usize>,
     /// CPUID traps.
     pub cpuid_traps: bool,
+    /// What is mapped for being executed only cannot be read.
+    pub execute_only: bool,
 }
 
 struct Start<'a> {
@@ -260,6 +266,7 @@ impl Stub {
             edge: Duration::MAX,
             pinned: None,
             cpuid_traps: false,
+            execute_only: false,
         };
         stub.begin(program.as_raw_fd())?;
         stub.measure()?;
@@ -275,8 +282,6 @@ impl Stub {
         self.ptrace(libc::PTRACE_SETOPTIONS as _, 0, options as u64)?;
         self.initial = self.registers()?;
         (self.initial.rip, self.initial.orig_rax) = (START + CALL_AT, u64::MAX);
-        let len = self.xstate_by(libc::PTRACE_GETREGSET)?;
-        self.xstate.truncate(len);
         // To its place, and nothing else stays.
         let list = self._list_file.as_raw_fd();
         let maps = [
@@ -287,11 +292,23 @@ impl Stub {
             self.map_one(at, prot, fd)?;
         }
         self.initial.rip = self.base + CALL_AT;
+        // The system gives such pages a protection key, whose rights are in PKRU from now on.
+        self.map_one(EXECUTE_ONLY_AT, libc::PROT_EXEC, program)?;
+        let len = self.xstate_by(libc::PTRACE_GETREGSET)?;
+        self.xstate.truncate(len);
+        self.execute_only = !self.can_read(EXECUTE_ONLY_AT);
         for (at, len) in self.others() {
             self.call(libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
         }
         self.cpuid_traps = self.call(libc::SYS_arch_prctl, [ARCH_SET_CPUID, 0, 0, 0, 0, 0]).is_ok();
         self.filter()
+    }
+
+    /// Whether the process can read a page of its program.
+    fn can_read(&mut self, rbx: u64) -> bool {
+        // What is there is no number of a system call.
+        let regs = Regs { rip: self.base + BATCH_AT, rbx, rbp: 1, ..self.initial };
+        self.until_trap(&regs).is_ok()
     }
 
     /// Finds out how long it takes to execute nothing.
@@ -469,6 +486,8 @@ impl Stub {
         let upper = area.get(YMM_HIGH..).is_some_and(|upper| upper.iter().any(|&b| b != 0));
         self.xstate[512..576].fill(0);
         self.xstate[512] = if upper { 7 } else { 3 };
+        // PKRU stays (SDM vol. 1, 13.4.2).
+        self.xstate[513] = if self.execute_only { 2 } else { 0 };
         self.xstate_by(libc::PTRACE_SETREGSET).map(drop)
     }
 
@@ -576,9 +595,9 @@ impl Stub {
                 // SAFETY: the kernel filled it in for SIGSEGV.
                 let address = unsafe { info.si_addr() } as u64;
                 match info.si_code {
-                    // SEGV_MAPERR, SEGV_ACCERR; others are no page faults.
+                    // SEGV_MAPERR, SEGV_ACCERR, SEGV_PKUERR; others are no page faults.
                     1 => Stopped::Access { address, mapped: false },
-                    2 => Stopped::Access { address, mapped: true },
+                    2 | 4 => Stopped::Access { address, mapped: true },
                     _ => Stopped::Other,
                 }
             }

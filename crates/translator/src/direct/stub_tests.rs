@@ -153,3 +153,29 @@ fn all_flags_can_be_set() {
         assert_eq!((now.rip, now.eflags & STUBBORN), (CODE, flags));
     }
 }
+
+#[test]
+fn what_is_executed_only_cannot_be_read() {
+    // mov rax, [rdi]; syscall
+    let (mut stub, ram) = stub(&[0x48, 0x8b, 0x07, 0x0f, 5]);
+    if !stub.execute_only {
+        return println!("skipped: the processor here has no pages that can be executed only");
+    }
+    let fd = ram.as_raw_fd();
+    let prot = libc::PROT_EXEC;
+    stub.change(&[Change::Map { at: CODE, len: 4096, prot, fd, offset: 0 }]).unwrap();
+    let mut area = vec![0; 832];
+    area[512] = 7;
+    for set in [false, true] {
+        if set {
+            stub.set_xsave(&area).unwrap();
+        }
+        for (rdi, stopped) in
+            [(CODE, Stopped::Access { address: CODE, mapped: true }), (DATA, Stopped::Syscall)]
+        {
+            let regs = Regs { rip: CODE, rdi, orig_rax: u64::MAX, ..*stub.initial() };
+            stub.set_registers(&regs).unwrap();
+            assert_eq!(stub.run().unwrap(), stopped);
+        }
+    }
+}

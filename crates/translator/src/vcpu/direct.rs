@@ -3,23 +3,19 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use berth_x86::paging::{self, Kind, Rights, Walk};
+use berth_x86::paging::{self, Walk};
 use berth_x86::state::{CodeSize, cr0, cr4, efer, flags, reg, sreg};
 use berth_x86::{Exception, OpSize, far};
 
-use super::{AROUND, AreaPtr, Inner, around};
-use crate::direct::scan::{Found, Places, look};
-use crate::direct::space::{Mapped, Space, Wanted};
+use super::{AreaPtr, Inner};
+use crate::direct::MAX_FAILURES;
+use crate::direct::copy::Copies;
+use crate::direct::space::{Mapped, Space};
 use crate::direct::stub::{END, Regs, Stopped};
-use crate::direct::{MAX_FAILURES, Verdict};
 use crate::ram::PAGE;
-use crate::shared::UNMIRROR;
 use crate::translate::LONGEST;
 use crate::{Optimizations, fpu, signal};
 
-/// Pages from the one that is needed to those that are mapped with it although they lie elsewhere in
-/// RAM, which takes a mapping of its own.
-const NEAR: u64 = 3;
 /// Flags that user code may change, as far as it matters here.
 const OF_USER: u64 = flags::ARITH | flags::DF | flags::TF | flags::NT | flags::AC | flags::ID;
 /// Time in user code after which it may be executed on any processor.
@@ -151,11 +147,12 @@ impl Inner {
         if let Some(space) = self.direct.spaces.get_mut(slot)?.take() {
             return Some(space);
         }
-        match Space::new(&self.lin.shared.ram.files()) {
+        match self.new_space() {
             Ok(space) => {
                 self.tlb.watch(slot);
                 self.direct.floating = None;
                 self.direct.cpuid_traps = space.stub.cpuid_traps;
+                self.direct.execute_only = space.stub.execute_only;
                 Some(Box::new(space))
             }
             Err(error) => {
@@ -163,6 +160,15 @@ impl Inner {
                 None
             }
         }
+    }
+
+    fn new_space(&mut self) -> std::io::Result<Space> {
+        let mut files = self.lin.shared.ram.files();
+        if self.direct.copies.is_none() {
+            self.direct.copies = Some(Copies::new()?);
+        }
+        files.extend(self.direct.copies.as_ref().map(Copies::fd));
+        Space::new(&files)
     }
 
     fn direct_failed(&mut self, failures: u32, error: &std::io::Error) {
@@ -265,18 +271,9 @@ impl Inner {
                     break Next::Leave;
                 }
                 Stopped::Access { address, mapped } => {
-                    self.stats.direct_faults += 1;
-                    let again = (regs.rip, address);
-                    let fetch = address.wrapping_sub(regs.rip) < LONGEST as u64;
-                    if again == last {
-                        break if fetch { Next::Leave } else { Next::Once };
-                    }
-                    last = again;
-                    let done = self.map_for(space, slot, address, mapped, fetch);
-                    match done.and_then(|done| space.stub.set_registers(&regs).map(|()| done)) {
-                        Ok(true) => {}
-                        Ok(false) if fetch => break Next::Leave,
-                        Ok(false) => break Next::Once,
+                    match self.refused(space, slot, &regs, (address, mapped), &mut last) {
+                        Ok(None) => {}
+                        Ok(Some(next)) => break next,
                         Err(error) => {
                             failure = Some(error);
                             break Next::Leave;
@@ -294,13 +291,46 @@ impl Inner {
                     regs.rip = if long { before.wrapping_sub(1) } else { before };
                     break Next::Once;
                 }
-                Stopped::Other => break Next::Once,
+                Stopped::Other => match self.reach(space, slot, &regs) {
+                    Ok(true) => {}
+                    Ok(false) => break Next::Once,
+                    Err(error) => {
+                        failure = Some(error);
+                        break Next::Leave;
+                    }
+                },
             }
         };
         if let Err(error) = self.take_back(space, slot, &regs) {
             lost(&error)
         }
         failure.map_or(Ok(next), Err)
+    }
+
+    /// An access was refused: what is to be done, if user code does not go on at once.
+    ///
+    /// # Errors
+    /// The process is of no use any more.
+    fn refused(
+        &mut self,
+        space: &mut Space,
+        slot: usize,
+        regs: &Regs,
+        (address, mapped): (u64, bool),
+        last: &mut (u64, u64),
+    ) -> std::io::Result<Option<Next>> {
+        self.stats.direct_faults += 1;
+        let copy = space.get(address & !(PAGE - 1)).is_some_and(Mapped::is_copy);
+        let fetch = address.wrapping_sub(regs.rip) < LONGEST as u64 && !copy;
+        let again = *last == (regs.rip, address);
+        *last = (regs.rip, address);
+        if again || !self.map_for(space, slot, address, mapped, fetch)? {
+            return Ok(Some(if fetch { Next::Leave } else { Next::Once }));
+        }
+        if !(fetch && self.reach(space, slot, regs)?) {
+            space.stub.set_registers(regs)?;
+        }
+        Ok(None)
     }
 
     /// A byte of user memory.
@@ -312,7 +342,7 @@ impl Inner {
     }
 
     /// What the guest has at an address, if it is RAM.
-    fn ram_at(&self, va: u64) -> Option<Walk> {
+    pub(super) fn ram_at(&self, va: u64) -> Option<Walk> {
         let w = paging::peek(&self.lin.shared.ram, &self.area.state, va)?;
         self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE).then_some(w)
     }
@@ -402,223 +432,6 @@ impl Inner {
                 if loaded && matches!(register, sreg::FS | sreg::GS) {
                     state.seg[register].base = base;
                 }
-            }
-        }
-    }
-
-    /// Maps what is needed for an access that was refused, with neighbours; `false` when the translator
-    /// has to make it.
-    fn map_for(
-        &mut self,
-        space: &mut Space,
-        slot: usize,
-        address: u64,
-        mapped: bool,
-        fetch: bool,
-    ) -> std::io::Result<bool> {
-        let Some(pages) = self.pages_for(space, slot, address, mapped, fetch) else {
-            return Ok(false);
-        };
-        self.stats.direct_pages += pages.len() as u64;
-        space.drop_pages(self.tlb.dropped(slot))?;
-        space.map(pages)?;
-        Ok(true)
-    }
-
-    /// What to map for that.
-    fn pages_for(
-        &mut self,
-        space: &Space,
-        slot: usize,
-        address: u64,
-        mapped: bool,
-        fetch: bool,
-    ) -> Option<Vec<Wanted>> {
-        let page = address & !(PAGE - 1);
-        let have = space.get(page);
-        if !space.can_map(page) || mapped != have.is_some() {
-            return None;
-        }
-        let kind = match have {
-            _ if fetch => Kind::Fetch,
-            Some(m) if m.prot & libc::PROT_WRITE == 0 => Kind::Write,
-            Some(_) => return None,
-            None => Kind::Read,
-        };
-        let rights = Rights::explicit(&self.area.state, kind);
-        let w = self.lin.walk(&self.area.state, address, rights).ok()?;
-        let wanted = self.wanted((space, slot), page, &w, fetch)?;
-        let needs = match kind {
-            Kind::Fetch => libc::PROT_EXEC,
-            Kind::Write => libc::PROT_WRITE,
-            Kind::Read => libc::PROT_READ,
-        };
-        if wanted.page.prot & needs == 0 {
-            return None;
-        }
-        let mut pages = Vec::with_capacity(AROUND);
-        for va in around(page) {
-            if va == page {
-                pages.push(wanted.clone());
-                continue;
-            }
-            if !space.can_map(va) {
-                continue;
-            }
-            let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, va) else {
-                continue;
-            };
-            let Some(around) = self.wanted((space, slot), va, &w, fetch) else { continue };
-            let known = space.get(va).filter(|m| m.gpa == around.page.gpa);
-            if known.is_none_or(|m| m.prot | around.page.prot != m.prot) {
-                pages.push(around);
-            }
-        }
-        let mut kept = Vec::with_capacity(pages.len());
-        for run in pages.chunk_by(Wanted::goes_on) {
-            let ends = run.first().zip(run.last());
-            let near = |w: &Wanted| w.va.abs_diff(page) <= NEAR * PAGE;
-            if ends.is_some_and(|(a, b)| near(a) || near(b) || (a.va..b.va).contains(&page)) {
-                kept.extend_from_slice(run);
-            }
-        }
-        // What is executable at one address was perhaps still to be writable at another.
-        for w in kept.iter_mut().filter(|w| w.page.prot & libc::PROT_WRITE != 0) {
-            if !self.lin.shared.may_mirror(w.page.gpa / PAGE, self.lin.index) {
-                w.page.prot &= !libc::PROT_WRITE;
-            }
-        }
-        Some(kept)
-    }
-
-    /// How a page is to be mapped, if it may be.
-    fn wanted(&mut self, at: (&Space, usize), va: u64, w: &Walk, fetch: bool) -> Option<Wanted> {
-        let gpa = w.gpa & !(PAGE - 1);
-        if !w.readable_user || w.global {
-            return None;
-        }
-        let (fd, offset) = self.lin.shared.ram.file_of(gpa)?;
-        let mut prot = libc::PROT_READ;
-        let mut stops = Places::new();
-        let but = if w.nx { None } else { self.executable(at, va, gpa, fetch) };
-        if let Some(but) = but {
-            prot |= libc::PROT_EXEC;
-            stops = but;
-        } else if w.writable && w.dirty && !self.lin.shared.has_code(gpa / PAGE) {
-            prot |= libc::PROT_WRITE;
-        }
-        if w.page_bytes > PAGE {
-            self.tlb.reaches_into(va, w.page_bytes);
-        }
-        Some(Wanted { va, page: Mapped { gpa, prot }, fd, offset, stops })
-    }
-
-    /// Whether the processor may execute a page, but for some instructions; it is watched for changes
-    /// then.
-    fn executable(&mut self, at: (&Space, usize), va: u64, gpa: u64, new: bool) -> Option<Places> {
-        if let Some(Verdict { but, next }) = self.direct.verdicts.get(&gpa)
-            && next.is_none_or(|next| next == self.page_behind(va))
-        {
-            return but.clone();
-        }
-        if !new {
-            return None;
-        }
-        let mut bytes = [0; PAGE as usize + 16];
-        self.read_code(at, gpa, &mut bytes[..PAGE as usize]);
-        let traps = self.direct.cpuid_traps;
-        let mut places = Places::new();
-        let mut found = look(&bytes[..PAGE as usize], traps, &mut places);
-        let mut next = None;
-        if found == Found::AtEnd {
-            let behind = self.page_behind(va);
-            next = Some(behind);
-            if let Some(behind) = behind {
-                self.read_code(at, behind, &mut bytes[PAGE as usize..]);
-                found = look(&bytes, traps, &mut places);
-            }
-        }
-        let but = (found == Found::Nothing).then_some(places);
-        let verdict = Verdict { but: but.clone(), next };
-        if self.direct.verdicts.insert(gpa, verdict).is_some() {
-            // It was executed with another page behind it.
-            self.drop_mirrors(gpa / PAGE);
-            self.drop_from(at, gpa);
-        }
-        but
-    }
-
-    /// The physical address of the page of code behind a page.
-    fn page_behind(&self, va: u64) -> Option<u64> {
-        self.ram_at(va.wrapping_add(PAGE)).map(|w| w.gpa & !(PAGE - 1))
-    }
-
-    /// Reads the beginning of a page of code, whose changes are noticed from here on.
-    fn read_code(&mut self, at: (&Space, usize), gpa: u64, bytes: &mut [u8]) {
-        if self.mark_code(gpa / PAGE) {
-            // This one is not in its place.
-            self.drop_from(at, gpa);
-        }
-        self.lin.shared.ram.read(gpa, bytes);
-    }
-
-    /// Before a page is read to be translated, or executed by the processor: nobody writes to it
-    /// without our noticing from here on. Tells whether a process may have mapped it for writing.
-    pub(super) fn mark_code(&mut self, page: u64) -> bool {
-        self.lin.shared.mark_code(page, self.lin.index);
-        let mirrors = self.lin.shared.mirrors(page);
-        if mirrors == 0 {
-            return false;
-        }
-        self.drop_mirrors(page);
-        let others = mirrors & !(1 << self.lin.index);
-        if others != 0 {
-            self.lin.shared.stop_others(self.lin.index);
-            self.lin.shared.leave_mail(others, page | UNMIRROR);
-            self.lin.shared.world.resume();
-        }
-        self.lin.shared.no_mirrors(page, self.lin.index);
-        true
-    }
-
-    /// A page of RAM is not to be mapped in processes any more.
-    pub(super) fn drop_mirrors(&mut self, page: u64) {
-        let spaces = std::mem::take(&mut self.direct.spaces);
-        for (slot, space) in spaces.iter().enumerate() {
-            if let Some(space) = space {
-                self.drop_from((space, slot), page * PAGE);
-            }
-        }
-        self.direct.spaces = spaces;
-    }
-
-    fn drop_from(&mut self, (space, slot): (&Space, usize), gpa: u64) {
-        let dropped = self.tlb.dropped(slot);
-        space.of_page(gpa).for_each(|va| dropped.add(va));
-    }
-
-    /// The bytes of a page of code have changed, or are about to.
-    pub(super) fn code_changed(&mut self, page: u64) {
-        let gpa = page * PAGE;
-        if self.direct.verdicts.is_empty() {
-            return;
-        }
-        self.drop_mirrors(page);
-        self.direct.verdicts.remove(&gpa);
-        // Those whose last instruction goes on in this one.
-        let verdicts = self.direct.verdicts.iter();
-        let before = verdicts.filter(|(_, v)| v.next == Some(Some(gpa))).map(|(before, _)| *before);
-        for before in before.collect::<Vec<_>>() {
-            self.direct.verdicts.remove(&before);
-            self.drop_mirrors(before / PAGE);
-        }
-    }
-
-    /// The same for all pages.
-    pub(super) fn all_code_changed(&mut self) {
-        if !std::mem::take(&mut self.direct.verdicts).is_empty() {
-            for slot in 0..self.direct.spaces.len() {
-                self.tlb.dropped(slot).all = true;
             }
         }
     }

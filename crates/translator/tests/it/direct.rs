@@ -237,3 +237,115 @@ fn what_is_not_dirty_becomes_so() {
         assert_eq!(word(&ran.ram, table) & 0x60, 0x60);
     });
 }
+
+/// vaddps zmm0, zmm0, zmm1
+const ZMM: [u8; 6] = [0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1];
+
+/// More of these than the processor has breakpoints, behind other code.
+fn many_zmm() -> Vec<u8> {
+    [vec![0x90; 40], ZMM.repeat(6)].concat()
+}
+
+/// The same as [`both`], and code in a copy of a page was shown.
+fn both_by_copy(
+    pages: &[Page],
+    bytes: &[(u64, &[u8])],
+    set: impl Fn(&mut CpuState),
+    check: impl Fn(&Ran),
+) {
+    let copies = berth_translator::direct_check().is_ok_and(|direct| direct.execute_only);
+    if !copies {
+        println!("skipped: the processor here has no pages that can be executed only");
+    }
+    both(true, pages, bytes, set, |ran| {
+        let stats = ran.vcpu.stats();
+        assert_eq!(stats.direct_shown > 0, stats.direct_runs > 0 && copies, "{stats:?}");
+        check(ran);
+    });
+}
+
+#[test]
+fn pages_with_much_that_must_not_be_executed_are_shown_in_pieces() {
+    // mov ecx, 5; L: call F; loop L; hlt, or what must not be executed; F: inc rax; lock, or not: add
+    // [rsp], 0; ret
+    let code = |end: &[u8]| {
+        let mut code = vec![0xb9, 5, 0, 0, 0, 0xe8, 0xf6, 0, 0, 0, 0xe2, 0xf9];
+        code.extend(end);
+        code.resize(0x100, 0x90);
+        code.extend([0x48, 0xff, 0xc0, 0xeb, 1, 0xf0, 0x83, 4, 0x24, 0, 0xc3]);
+        [code, many_zmm()].concat()
+    };
+    for (end, vector) in [(&[0xf4][..], 13), (&ZMM, 6)] {
+        both_by_copy(
+            &[],
+            &[(TEXT, &code(end))],
+            |_| {},
+            |ran| {
+                let state = ran.vcpu.state();
+                assert_eq!((ran.vector, state.gpr[reg::RAX], state.gpr[reg::RCX]), (vector, 5, 0));
+            },
+        );
+    }
+}
+
+#[test]
+fn data_in_such_pages_is_the_guests() {
+    // mov ecx, 40; L: add rax, [rip + 0x1000 - ...]; loop L; hlt; it reads what must not be executed.
+    let mut code = vec![0xb9, 40, 0, 0, 0, 0x48, 0x03, 0x05, 0xf4, 0, 0, 0, 0xe2, 0xf7, 0xf4];
+    code.resize(0x100, 0x90);
+    code.extend(ZMM.repeat(6));
+    let word = u64::from_le_bytes([0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1, 0x62, 0xf1]);
+    both_by_copy(
+        &[],
+        &[(TEXT, &code)],
+        |_| {},
+        |ran| {
+            let state = ran.vcpu.state();
+            assert_eq!((ran.vector, state.gpr[reg::RAX]), (13, word.wrapping_mul(40)));
+        },
+    );
+}
+
+#[test]
+fn instructions_cross_into_copies_of_pages() {
+    // mov eax, 12345678h and hlt, on both sides of the end of the first page; one or both of them have
+    // much that must not be executed.
+    let next = TEXT + 0x1000;
+    let zmm = many_zmm();
+    for first in [false, true] {
+        for mapped in [false, true] {
+            // jmp to the next page and back first, so that it is mapped, or not.
+            let jump = [0xe9, 0xfb, 0x0f, 0, 0];
+            let back = [0xe9, 0xf9, 0xfe, 0xff, 0xff];
+            let mut bytes: Vec<(u64, &[u8])> =
+                vec![(next - 2, &[0xb8, 0x78, 0x56, 0x34, 0x12, 0xf4]), (next + 0x200, &zmm)];
+            if first {
+                bytes.push((TEXT + 0x200, &zmm));
+            }
+            bytes.extend([(TEXT + 0x100, &jump[..]), (next + 0x100, &back)]);
+            let set = |s: &mut CpuState| {
+                s.rip = if mapped { TEXT_VA + 0x100 } else { TEXT_VA + 0xffe };
+            };
+            both_by_copy(&[(TEXT_VA + 0x1000, next, READ)], &bytes, set, |ran| {
+                assert_eq!((ran.vector, ran.vcpu.state().gpr[reg::RAX]), (13, 0x1234_5678));
+            });
+        }
+    }
+}
+
+#[test]
+fn copies_of_pages_that_change_are_forgotten() {
+    // call 0x401000; write MOV AL, 7 there through 0x400000; call it again; hlt
+    let code = [0xe8, 0xfb, 0xef, 0xff, 0xff, 0x66, 0x89, 0x37, 0xe8, 0xf3, 0xef, 0xff, 0xff, 0xf4];
+    let pages = [(0x40_0000, 0x20_1000, WRITE | NX), (0x40_1000, 0x20_1000, READ)];
+    let zmm = many_zmm();
+    let bytes: [(u64, &[u8]); 3] =
+        [(TEXT, &code), (0x20_1000, &[0xb0, 3, 0xc3]), (0x20_1100, &zmm)];
+    let set = |s: &mut CpuState| {
+        s.gpr[reg::RDI] = 0x40_0000;
+        s.gpr[reg::RSI] = 0x07b0;
+    };
+    both_by_copy(&pages, &bytes, set, |ran| {
+        assert_eq!((ran.vector, ran.vcpu.state().gpr[reg::RAX]), (13, 7));
+    });
+}

@@ -47,7 +47,7 @@ pub fn host_check() -> Result<(), SetupError> {
 ///
 /// # Errors
 /// What the system refuses.
-pub fn direct_check() -> std::io::Result<()> {
+pub fn direct_check() -> std::io::Result<berth_translator::DirectExecution> {
     berth_translator::direct_check()
 }
 

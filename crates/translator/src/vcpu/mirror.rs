@@ -1,0 +1,440 @@
+//! User code left to the processor: what its processes have mapped.
+
+use std::io;
+
+use berth_x86::paging::{self, Kind, Rights, Walk};
+
+use super::{AROUND, Inner, around};
+use crate::direct::copy::{Copy, tail};
+use crate::direct::scan::look;
+use crate::direct::space::{Mapped, Places, Space, Wanted};
+use crate::direct::stub::Regs;
+use crate::direct::{MOST_ACCESSES, May, Verdict};
+use crate::ram::PAGE;
+use crate::shared::UNMIRROR;
+use crate::translate::LONGEST;
+
+/// Pages from the one that is needed to those that are mapped with it although they lie elsewhere in
+/// RAM, which takes a mapping of its own.
+const NEAR: u64 = 3;
+
+/// How a page may be mapped for being executed.
+enum How {
+    /// As it is, with breakpoints.
+    Stops(Places),
+    /// This page of the copies instead, or a new one.
+    Copy(Option<u16>),
+}
+
+/// A process that is not in its place, and whose slot that is.
+type At<'a> = (&'a Space, usize);
+
+impl Inner {
+    /// Maps what is needed for an access that was refused, with neighbours; `false` when the translator
+    /// has to make it.
+    ///
+    /// # Errors
+    /// The process is of no use any more.
+    pub(super) fn map_for(
+        &mut self,
+        space: &mut Space,
+        slot: usize,
+        address: u64,
+        mapped: bool,
+        fetch: bool,
+    ) -> io::Result<bool> {
+        let Some(pages) = self.pages_for(space, slot, address, mapped, fetch)? else {
+            return Ok(false);
+        };
+        self.stats.direct_pages += pages.len() as u64;
+        space.drop_pages(self.tlb.dropped(slot))?;
+        space.map(pages)?;
+        Ok(true)
+    }
+
+    /// What to map for that.
+    fn pages_for(
+        &mut self,
+        space: &Space,
+        slot: usize,
+        address: u64,
+        mapped: bool,
+        fetch: bool,
+    ) -> io::Result<Option<Vec<Wanted>>> {
+        let page = address & !(PAGE - 1);
+        let have = space.get(page);
+        if !space.can_map(page) || mapped != have.is_some() {
+            return Ok(None);
+        }
+        let kind = match have {
+            Some(m) if m.is_copy() => {
+                self.accessed((space, slot), m.gpa);
+                return Ok(None);
+            }
+            _ if fetch => Kind::Fetch,
+            Some(m) if m.prot & libc::PROT_WRITE == 0 => Kind::Write,
+            Some(_) => return Ok(None),
+            None => Kind::Read,
+        };
+        let rights = Rights::explicit(&self.area.state, kind);
+        let Ok(w) = self.lin.walk(&self.area.state, address, rights) else { return Ok(None) };
+        let Some(wanted) = self.wanted((space, slot), page, &w, fetch, true)? else {
+            return Ok(None);
+        };
+        let needs = match kind {
+            Kind::Fetch => libc::PROT_EXEC,
+            Kind::Write => libc::PROT_WRITE,
+            Kind::Read => libc::PROT_READ,
+        };
+        if wanted.page.prot & needs == 0 {
+            return Ok(None);
+        }
+        let mut pages = Vec::with_capacity(AROUND);
+        for va in around(page) {
+            if va == page {
+                pages.push(wanted.clone());
+                continue;
+            }
+            if !space.can_map(va) {
+                continue;
+            }
+            let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, va) else {
+                continue;
+            };
+            let Some(around) = self.wanted((space, slot), va, &w, fetch, false)? else { continue };
+            let known = space.get(va).filter(|m| m.gpa == around.page.gpa);
+            let more = |m: Mapped| m.prot | around.page.prot != m.prot && (fetch || !m.is_copy());
+            if known.is_none_or(more) {
+                pages.push(around);
+            }
+        }
+        let mut kept = Vec::with_capacity(pages.len());
+        for run in pages.chunk_by(Wanted::goes_on) {
+            let ends = run.first().zip(run.last());
+            let near = |w: &Wanted| w.va.abs_diff(page) <= NEAR * PAGE;
+            if ends.is_some_and(|(a, b)| near(a) || near(b) || (a.va..b.va).contains(&page)) {
+                kept.extend_from_slice(run);
+            }
+        }
+        self.join_pages((space, slot), &mut kept)?;
+        // What is executable at one address was perhaps still to be writable at another.
+        for w in kept.iter_mut().filter(|w| w.page.prot & libc::PROT_WRITE != 0) {
+            if !self.lin.shared.may_mirror(w.page.gpa / PAGE, self.lin.index) {
+                w.page.prot &= !libc::PROT_WRITE;
+            }
+        }
+        Ok(Some(kept))
+    }
+
+    /// How a page is to be mapped, if it may be: the one that is `needed`, or one beside it.
+    fn wanted(
+        &mut self,
+        at: At<'_>,
+        va: u64,
+        w: &Walk,
+        fetch: bool,
+        needed: bool,
+    ) -> io::Result<Option<Wanted>> {
+        let gpa = w.gpa & !(PAGE - 1);
+        if !w.readable_user || w.global {
+            return Ok(None);
+        }
+        let Some((mut fd, mut offset)) = self.lin.shared.ram.file_of(gpa) else { return Ok(None) };
+        let mut prot = libc::PROT_READ;
+        let mut stops = Places::new();
+        let how = if w.nx { None } else { self.executable(at, va, gpa, fetch) };
+        match how {
+            Some(How::Stops(places)) => {
+                prot |= libc::PROT_EXEC;
+                stops = places;
+            }
+            Some(How::Copy(page)) if fetch => {
+                let page = if needed { self.copy_page(gpa)? } else { page };
+                let copies = self.direct.copies.as_ref();
+                let Some((copies, page)) = copies.zip(page) else { return Ok(None) };
+                (fd, offset, prot) = (copies.fd(), u64::from(page) * PAGE, libc::PROT_EXEC);
+            }
+            _ if w.writable && w.dirty && !self.lin.shared.has_code(gpa / PAGE) => {
+                prot |= libc::PROT_WRITE;
+            }
+            _ => {}
+        }
+        if prot & libc::PROT_EXEC != 0 {
+            self.follows(at, va, gpa);
+        }
+        if w.page_bytes > PAGE {
+            self.tlb.reaches_into(va, w.page_bytes);
+        }
+        Ok(Some(Wanted { va, page: Mapped { gpa, prot }, fd, offset, stops }))
+    }
+
+    /// A page is about to be executed, behind one that perhaps was looked at with another.
+    fn follows(&mut self, (space, slot): At<'_>, va: u64, gpa: u64) {
+        let before = va.wrapping_sub(PAGE);
+        let verdict = space.get(before).and_then(|m| self.direct.verdicts.get(&m.gpa));
+        if verdict.is_some_and(|v| v.next.is_some_and(|next| next != Some(gpa))) {
+            self.tlb.dropped(slot).add(before);
+        }
+    }
+
+    /// What the processor may execute of a page, which is watched for changes then.
+    fn executable(&mut self, at: At<'_>, va: u64, gpa: u64, new: bool) -> Option<How> {
+        let known = self.direct.verdicts.get(&gpa);
+        if known.is_none_or(|v| v.next.is_some_and(|next| next != self.page_behind(va))) {
+            if !new {
+                return None;
+            }
+            self.judge(at, va, gpa);
+        }
+        match &self.direct.verdicts.get(&gpa)?.may {
+            May::Nothing => None,
+            May::But(places) => Some(How::Stops(places.clone())),
+            May::Copy(copy) => Some(How::Copy(copy.page)),
+        }
+    }
+
+    /// Looks for what the processor must not execute in a page.
+    fn judge(&mut self, at: At<'_>, va: u64, gpa: u64) {
+        let mut bytes = [0; PAGE as usize + 16];
+        self.read_code(at, gpa, &mut bytes[..PAGE as usize]);
+        let traps = self.direct.cpuid_traps;
+        let mut found = look(&bytes[..PAGE as usize], traps);
+        let mut next = None;
+        if found.at_end {
+            let behind = self.page_behind(va);
+            next = Some(behind);
+            if let Some(behind) = behind {
+                self.read_code(at, behind, &mut bytes[PAGE as usize..]);
+                found = look(&bytes, traps);
+            }
+        }
+        // Where prefixes may be its own, it may begin in several places.
+        let begins = found.places.iter().flat_map(|p| p.first..=p.opcode);
+        let few =
+            begins.clone().count() <= Places::new().capacity() && begins.clone().all(|b| b > 0);
+        let may = match few {
+            _ if found.at_end => May::Nothing,
+            true => May::But(begins.collect()),
+            false if self.direct.execute_only => May::Copy(Copy::new(&found.places)),
+            false => May::Nothing,
+        };
+        if self.direct.verdicts.contains_key(&gpa) {
+            // It was executed with another page behind it.
+            self.refuse(at, gpa);
+        }
+        self.direct.verdicts.insert(gpa, Verdict { may, next });
+    }
+
+    /// A page is not to be executed any more.
+    fn refuse(&mut self, at: At<'_>, gpa: u64) {
+        self.drop_mirrors(gpa / PAGE);
+        self.drop_from(at, gpa);
+        if let Some(verdict) = self.direct.verdicts.get_mut(&gpa) {
+            let may = std::mem::replace(&mut verdict.may, May::Nothing);
+            self.free(&may);
+        }
+    }
+
+    /// The page of a copy is not needed any more.
+    fn free(&mut self, may: &May) {
+        if let (May::Copy(Copy { page: Some(page), .. }), Some(copies)) =
+            (may, &mut self.direct.copies)
+        {
+            copies.give_back(*page);
+        }
+    }
+
+    /// A page that is mapped as a copy is accessed as data.
+    fn accessed(&mut self, at: At<'_>, gpa: u64) {
+        if let Some(Verdict { may: May::Copy(copy), .. }) = self.direct.verdicts.get_mut(&gpa) {
+            copy.accesses += 1;
+            if copy.accesses > MOST_ACCESSES {
+                self.refuse(at, gpa);
+            }
+        }
+    }
+
+    /// The page of a copy, taken if need be.
+    fn copy_page(&mut self, gpa: u64) -> io::Result<Option<u16>> {
+        let (Some(Verdict { may: May::Copy(copy), .. }), Some(copies)) =
+            (self.direct.verdicts.get_mut(&gpa), &mut self.direct.copies)
+        else {
+            return Ok(None);
+        };
+        if copy.page.is_none() {
+            copy.page = copies.take()?;
+        }
+        Ok(copy.page)
+    }
+
+    /// Before copies are mapped, and before anything is mapped in front of them: they show what
+    /// instructions that begin in the page before may end with. Those that cannot are left out.
+    fn join_pages(&mut self, at: At<'_>, wanted: &mut Vec<Wanted>) -> io::Result<()> {
+        let executed = |va: u64, wanted: &[Wanted]| {
+            let new = wanted.iter().find(|w| w.va == va).map(|w| w.page);
+            new.or_else(|| at.0.get(va)).filter(|m| m.prot & libc::PROT_EXEC != 0)
+        };
+        let new = wanted.iter().filter(|w| w.page.prot & libc::PROT_EXEC != 0);
+        let pairs = new.flat_map(|w| [w.va.wrapping_sub(PAGE), w.va]);
+        let pairs = pairs.map(|va| (executed(va, wanted), executed(va.wrapping_add(PAGE), wanted)));
+        for pair in pairs.collect::<Vec<_>>() {
+            let (Some(first), Some(second)) = pair else { continue };
+            if second.is_copy() && !self.join(first.gpa, second.gpa)? {
+                self.refuse(at, second.gpa);
+                wanted.retain(|w| w.page.gpa != second.gpa || !w.page.is_copy());
+            }
+        }
+        Ok(())
+    }
+
+    /// Does that for a copy and the page before; `false` if it must not show that.
+    fn join(&mut self, first: u64, second: u64) -> io::Result<bool> {
+        let mut code = [0; 2 * LONGEST];
+        let (end, start) = code.split_at_mut(LONGEST);
+        self.lin.shared.ram.read(first + PAGE - LONGEST as u64, end);
+        self.lin.shared.ram.read(second, start);
+        let (Some(Verdict { may: May::Copy(copy), .. }), Some(copies)) =
+            (self.direct.verdicts.get_mut(&second), &self.direct.copies)
+        else {
+            return Ok(true);
+        };
+        let Ok(new) = copy.show_first(tail(&code)) else { return Ok(false) };
+        copy.write(copies, &code[LONGEST..], new)?;
+        Ok(true)
+    }
+
+    /// Shows what is executed from here on, if that is in a copy and was not known; user code can go on
+    /// then. `false` if the translator has to execute it.
+    ///
+    /// # Errors
+    /// The process is of no use any more.
+    pub(super) fn reach(
+        &mut self,
+        space: &mut Space,
+        slot: usize,
+        regs: &Regs,
+    ) -> io::Result<bool> {
+        let page = regs.rip & !(PAGE - 1);
+        let Some(mapped) = space.get(page).filter(|m| m.is_copy()) else { return Ok(false) };
+        let shown = self.show((space, slot), page, mapped.gpa, (regs.rip - page) as usize)?;
+        self.stats.direct_shown += u64::from(shown);
+        space.drop_pages(self.tlb.dropped(slot))?;
+        if shown {
+            space.stub.set_registers(regs)?;
+        }
+        Ok(shown)
+    }
+
+    fn show(&mut self, at: At<'_>, va: u64, gpa: u64, offset: usize) -> io::Result<bool> {
+        let behind = self.page_behind(va);
+        let mut code = [0; PAGE as usize + LONGEST];
+        self.lin.shared.ram.read(gpa, &mut code[..PAGE as usize]);
+        let (mut known, mut from) = (PAGE as usize, offset);
+        loop {
+            let (Some(Verdict { may: May::Copy(copy), next }), Some(copies)) =
+                (self.direct.verdicts.get_mut(&gpa), &self.direct.copies)
+            else {
+                return Ok(false);
+            };
+            if copy.begins(from) {
+                return Ok(false);
+            }
+            let Ok(reached) = copy.reach(&code[..known], from) else {
+                self.refuse(at, gpa);
+                return Ok(false);
+            };
+            copy.write(copies, &code, reached.new)?;
+            let shown = copy.begins(offset);
+            let Some((behind, crossing)) = behind.zip(reached.crossing) else { return Ok(shown) };
+            if *next.get_or_insert(Some(behind)) != Some(behind) {
+                self.refuse(at, gpa);
+                return Ok(false);
+            }
+            self.read_code(at, behind, &mut code[PAGE as usize..]);
+            (known, from) = (code.len(), crossing);
+        }
+    }
+
+    /// The physical address of the page of code behind a page.
+    fn page_behind(&self, va: u64) -> Option<u64> {
+        self.ram_at(va.wrapping_add(PAGE)).map(|w| w.gpa & !(PAGE - 1))
+    }
+
+    /// Reads the beginning of a page of code, whose changes are noticed from here on.
+    fn read_code(&mut self, at: (&Space, usize), gpa: u64, bytes: &mut [u8]) {
+        if self.mark_code(gpa / PAGE) {
+            // This one is not in its place.
+            self.drop_from(at, gpa);
+        }
+        self.lin.shared.ram.read(gpa, bytes);
+    }
+
+    /// Before a page is read to be translated, or executed by the processor: nobody writes to it
+    /// without our noticing from here on. Tells whether a process may have mapped it for writing.
+    pub(super) fn mark_code(&mut self, page: u64) -> bool {
+        self.lin.shared.mark_code(page, self.lin.index);
+        let mirrors = self.lin.shared.mirrors(page);
+        if mirrors == 0 {
+            return false;
+        }
+        self.drop_mirrors(page);
+        let others = mirrors & !(1 << self.lin.index);
+        if others != 0 {
+            self.lin.shared.stop_others(self.lin.index);
+            self.lin.shared.leave_mail(others, page | UNMIRROR);
+            self.lin.shared.world.resume();
+        }
+        self.lin.shared.no_mirrors(page, self.lin.index);
+        true
+    }
+
+    /// A page of RAM is not to be mapped in processes any more.
+    pub(super) fn drop_mirrors(&mut self, page: u64) {
+        let spaces = std::mem::take(&mut self.direct.spaces);
+        for (slot, space) in spaces.iter().enumerate() {
+            if let Some(space) = space {
+                self.drop_from((space, slot), page * PAGE);
+            }
+        }
+        self.direct.spaces = spaces;
+    }
+
+    fn drop_from(&mut self, (space, slot): (&Space, usize), gpa: u64) {
+        let dropped = self.tlb.dropped(slot);
+        space.of_page(gpa).for_each(|va| dropped.add(va));
+    }
+
+    /// The bytes of a page of code have changed, or are about to.
+    pub(super) fn code_changed(&mut self, page: u64) {
+        let gpa = page * PAGE;
+        if self.direct.verdicts.is_empty() {
+            return;
+        }
+        self.drop_mirrors(page);
+        self.forget(gpa);
+        // Those whose last instruction goes on in this one.
+        let verdicts = self.direct.verdicts.iter();
+        let before = verdicts.filter(|(_, v)| v.next == Some(Some(gpa))).map(|(before, _)| *before);
+        for before in before.collect::<Vec<_>>() {
+            self.forget(before);
+            self.drop_mirrors(before / PAGE);
+        }
+    }
+
+    fn forget(&mut self, gpa: u64) {
+        if let Some(verdict) = self.direct.verdicts.remove(&gpa) {
+            self.free(&verdict.may);
+        }
+    }
+
+    /// The same for all pages.
+    pub(super) fn all_code_changed(&mut self) {
+        let verdicts = std::mem::take(&mut self.direct.verdicts);
+        verdicts.values().for_each(|verdict| self.free(&verdict.may));
+        if !verdicts.is_empty() {
+            for slot in 0..self.direct.spaces.len() {
+                self.tlb.dropped(slot).all = true;
+            }
+        }
+    }
+}

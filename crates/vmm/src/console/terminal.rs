@@ -1,7 +1,6 @@
 //! The terminal in raw mode, and the signals that end the machine.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use vmm_sys_util::signal::block_signal;
 
@@ -69,7 +68,7 @@ impl SignalWatch {
     /// Starts to watch; `on_signal` gets the signal's number, on a thread of its own.
     ///
     /// # Errors
-    /// The system refused the signal descriptor or the thread.
+    /// The system refused to block the signals, or the thread.
     pub fn start(mut on_signal: impl FnMut(i32) + Send + 'static) -> io::Result<()> {
         // SAFETY: a zeroed set is a valid place for sigemptyset to fill.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -80,35 +79,20 @@ impl SignalWatch {
             // SAFETY: the set was initialized above; the signal numbers are valid.
             unsafe { libc::sigaddset(&raw mut set, signal) };
         }
-        // SAFETY: the set is initialized; -1 asks for a new descriptor.
-        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor is new and belongs to nobody else.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // Not a descriptor for signals: whoever reads that is woken up by every signal that any thread
+        // gets, and vCPUs get many.
         let thread = std::thread::Builder::new().name("signals".into());
         thread.spawn(move || {
-            while let Some(signal) = next_signal(&fd) {
-                on_signal(signal);
+            loop {
+                let mut signal = 0;
+                // SAFETY: the set is initialized, and the variable lives during the call.
+                match unsafe { libc::sigwait(&raw const set, &raw mut signal) } {
+                    0 => on_signal(signal),
+                    libc::EINTR => {}
+                    _ => return,
+                }
             }
         })?;
         Ok(())
-    }
-}
-
-fn next_signal(fd: &OwnedFd) -> Option<i32> {
-    let mut info = std::mem::MaybeUninit::<libc::signalfd_siginfo>::zeroed();
-    let size = size_of::<libc::signalfd_siginfo>();
-    loop {
-        // SAFETY: the buffer is as long as the structure that the kernel writes.
-        let got = unsafe { libc::read(fd.as_raw_fd(), info.as_mut_ptr().cast(), size) };
-        if got == size as isize {
-            // SAFETY: the kernel filled the structure; all bit patterns are valid anyway.
-            return i32::try_from(unsafe { info.assume_init() }.ssi_signo).ok();
-        }
-        if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-            return None;
-        }
     }
 }

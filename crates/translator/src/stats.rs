@@ -94,6 +94,8 @@ pub struct Stats {
     pub direct_faults: u64,
     /// Pages mapped for that.
     pub direct_pages: u64,
+    /// Pages mapped because the translator knew them.
+    pub direct_known: u64,
     /// Places from which on code in copies of pages was shown to processes.
     pub direct_shown: u64,
     /// Times the limit of guarded pages was met (see `ram`).
@@ -172,13 +174,14 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "  direct     {} runs of user code in {} of {}: {} ended by system calls, {} by accesses; {} \
-             pages mapped; {} times code in copies was shown",
+             pages mapped, {} beforehand; {} times code in copies was shown",
             s.direct_runs,
             ms(s.direct),
             ms(s.direct_all),
             s.direct_calls,
             s.direct_faults,
-            s.direct_pages,
+            s.direct_pages + s.direct_known,
+            s.direct_known,
             s.direct_shown
         )?;
         writeln!(f, "  events     {} exceptions and interrupts", s.events)?;

@@ -35,6 +35,7 @@ use crate::layout::{AREA_SIZE, Area, JC_ENTRIES, JC_SIZE};
 use crate::sys::{self, Reservation};
 
 mod dropped;
+mod known;
 mod sources;
 
 pub use dropped::Dropped;
@@ -533,13 +534,23 @@ impl Tlb {
                 let start = region << 21;
                 self.invalidate_one(start.wrapping_sub(4096));
                 for i in 0..PAGE_ENTRIES {
-                    self.invalidate_one(start + (i << 12));
+                    self.forget_one(start + (i << 12));
+                }
+                for dropped in self.slots.iter_mut().filter_map(|s| s.dropped.as_mut()) {
+                    dropped.add_region(start);
                 }
             }
         }
     }
 
     fn invalidate_one(&mut self, va: u64) {
+        self.forget_one(va);
+        for dropped in self.slots.iter_mut().filter_map(|s| s.dropped.as_mut()) {
+            dropped.add(va & !0xfff);
+        }
+    }
+
+    fn forget_one(&mut self, va: u64) {
         let index = (va >> 12) & (HALF / 8 - 1);
         if va >> 47 & 1 != 0 {
             if self.is_open(View::Kernel, va) {
@@ -551,9 +562,6 @@ impl Tlb {
             self.low.forget(index);
         }
         for i in 0..self.slots.len() {
-            if let Some(dropped) = &mut self.slots[i].dropped {
-                dropped.add(va & !0xfff);
-            }
             if self.slots[i].pcid.is_some() && self.is_open(View::User(i as u8), va) {
                 self.slots[i].user.forget(index);
             }

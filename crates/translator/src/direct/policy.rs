@@ -41,6 +41,8 @@ pub struct Policy {
     /// Number of the address space.
     space: u16,
     active: bool,
+    /// It was just tried, and nothing has been executed.
+    fresh: bool,
     /// Interrupts that found few entries to the kernel.
     steady: u32,
     /// Interrupts until the next attempt.
@@ -67,6 +69,11 @@ impl Policy {
         self.active
     }
 
+    /// User code is left to the processor for the first time since it was decided.
+    pub fn begins(&mut self) -> bool {
+        std::mem::take(&mut self.fresh)
+    }
+
     /// An interrupt came in user code, after `few` entries to the kernel.
     pub fn sampled(&mut self, few: bool) {
         self.steady = if few { self.steady + 1 } else { 0 };
@@ -77,7 +84,7 @@ impl Policy {
             self.skip -= 1;
             return;
         }
-        self.active = true;
+        (self.active, self.fresh) = (true, true);
         (self.inside, self.around, self.unpaid) = (Duration::ZERO, Duration::ZERO, 0);
         self.patience = PATIENCE.0;
     }

@@ -12,7 +12,11 @@ use crate::tlb::Dropped;
 /// Lowest address that any system lets be mapped.
 const LOWEST: u64 = 0x1_0000;
 /// Mappings that a process may have; a quarter of the usual limit of the system.
-const MAX_PAGES: usize = 16_000;
+const MAX_MAPPINGS: usize = 16_000;
+/// Pages that it may have mapped: 512 MiB.
+const MAX_PAGES: usize = 1 << 17;
+/// Bytes of a large page.
+pub const LARGE: u64 = 2 << 20;
 
 /// Offsets in a page.
 pub type Places = ArrayVec<u16, BREAKPOINTS>;
@@ -63,6 +67,8 @@ pub struct Space {
     pub stub: Stub,
     /// By guest linear address.
     pages: FastMap<u64, Mapped>,
+    /// Mappings made, and pieces that they may have been divided into since then.
+    mappings: usize,
     /// Where the process stops.
     stops: ArrayVec<u64, BREAKPOINTS>,
     /// Changes that are to be made.
@@ -76,7 +82,8 @@ impl Space {
     /// The system refuses to make the process.
     pub fn new(files: &[i32]) -> io::Result<Self> {
         let stops = ArrayVec::new();
-        Ok(Self { stub: Stub::new(files)?, pages: FastMap::default(), stops, changes: Vec::new() })
+        let (pages, changes) = (FastMap::default(), Vec::new());
+        Ok(Self { stub: Stub::new(files)?, pages, mappings: 0, stops, changes })
     }
 
     /// Whether a page can be mapped at all.
@@ -101,11 +108,25 @@ impl Space {
     pub fn drop_pages(&mut self, dropped: &mut Dropped) -> io::Result<()> {
         if std::mem::take(&mut dropped.all) {
             dropped.pages.clear();
+            dropped.regions.clear();
             return self.clear();
         }
-        for va in dropped.pages.drain(..) {
-            if self.pages.remove(&va).is_some() {
-                self.changes.push(Change::Unmap { at: va, len: PAGE });
+        for at in dropped.regions.drain(..) {
+            let region = at..at + LARGE;
+            let pages = region.clone().step_by(PAGE as usize);
+            let gone: Vec<u64> = pages.filter(|va| self.pages.remove(va).is_some()).collect();
+            if region.contains(&self.stub.base()) {
+                // Not what is ours.
+                self.changes.extend(gone.into_iter().map(|at| Change::Unmap { at, len: PAGE }));
+            } else if !gone.is_empty() {
+                self.mappings += 1;
+                self.changes.push(Change::Unmap { at, len: LARGE });
+            }
+        }
+        for at in dropped.pages.drain(..) {
+            if self.pages.remove(&at).is_some() {
+                self.mappings += 1;
+                self.changes.push(Change::Unmap { at, len: PAGE });
             }
         }
         self.commit()
@@ -116,6 +137,7 @@ impl Space {
             return Ok(());
         }
         self.pages.clear();
+        self.mappings = 0;
         self.changes.clear();
         if !self.stops.is_empty() {
             self.stops.clear();
@@ -129,7 +151,7 @@ impl Space {
     /// # Errors
     /// As for [`Space::drop_pages`].
     pub fn map(&mut self, mut wanted: Vec<Wanted>) -> io::Result<()> {
-        if self.pages.len() + wanted.len() > MAX_PAGES {
+        if self.pages.len() + wanted.len() > MAX_PAGES || self.mappings > MAX_MAPPINGS {
             self.clear()?;
         }
         for w in &mut wanted {
@@ -141,6 +163,8 @@ impl Space {
         for run in wanted.chunk_by(Wanted::goes_on) {
             let Wanted { va: at, page: Mapped { prot, .. }, fd, offset, .. } = run[0];
             let len = run.len() as u64 * PAGE;
+            // It may divide one that was there.
+            self.mappings += 2;
             self.changes.push(Change::Map { at, len, prot, fd, offset });
         }
         self.commit()
@@ -170,5 +194,32 @@ impl Space {
         let done = self.stub.change(&self.changes);
         self.changes.clear();
         done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use super::{Dropped, LARGE, Mapped, PAGE, Places, Space, Wanted};
+    use crate::sys;
+
+    #[test]
+    fn regions_are_dropped_but_for_what_is_ours() {
+        let ram = sys::memfd(c"ram", 1 << 20).unwrap();
+        let mut space = Space::new(&[ram.as_raw_fd()]).unwrap();
+        let base = space.stub.base();
+        let region = base & !(LARGE - 1);
+        let beside = if base > region { base - PAGE } else { base + 2 * PAGE };
+        let mut dropped = Dropped::default();
+        for va in [0x40_0000, beside] {
+            let page = Mapped { gpa: 0x1000, prot: libc::PROT_READ };
+            let (fd, stops) = (ram.as_raw_fd(), Places::new());
+            space.map(vec![Wanted { va, page, fd, offset: 0, stops }]).unwrap();
+            assert_eq!(space.of_page(0x1000).collect::<Vec<_>>(), [va]);
+            dropped.add_region(va & !(LARGE - 1));
+            space.drop_pages(&mut dropped).unwrap();
+            assert_eq!(space.of_page(0x1000).count(), 0);
+        }
     }
 }

@@ -7,6 +7,8 @@ pub struct Dropped {
     pub all: bool,
     /// Addresses of pages.
     pub pages: Vec<u64>,
+    /// Addresses of regions of 2 MiB.
+    pub regions: Vec<u64>,
 }
 
 impl Dropped {
@@ -20,8 +22,24 @@ impl Dropped {
         }
         self.pages.push(va);
         if self.pages.len() > Self::MANY {
-            self.pages.clear();
-            self.all = true;
+            self.everything();
         }
+    }
+
+    /// Adds a region.
+    pub fn add_region(&mut self, va: u64) {
+        if self.all {
+            return;
+        }
+        self.regions.push(va);
+        if self.regions.len() > Self::MANY {
+            self.everything();
+        }
+    }
+
+    fn everything(&mut self) {
+        self.pages.clear();
+        self.regions.clear();
+        self.all = true;
     }
 }

@@ -196,6 +196,9 @@ impl Inner {
             }
         }
         space.drop_pages(self.tlb.dropped(slot))?;
+        if self.policy().begins() {
+            self.map_known(space, slot)?;
+        }
         self.hand_over_vectors(space, slot)?;
         if self.area.state.rip == self.page_fault.0 {
             // The guest has just seen to it.

@@ -4,10 +4,10 @@ use std::io;
 
 use berth_x86::paging::{self, Kind, Rights, Walk};
 
-use super::{AROUND, Inner, around};
+use super::{Inner, around};
 use crate::direct::copy::{Copy, tail};
 use crate::direct::scan::look;
-use crate::direct::space::{Mapped, Places, Space, Wanted};
+use crate::direct::space::{LARGE, Mapped, Places, Space, Wanted};
 use crate::direct::stub::Regs;
 use crate::direct::{MOST_ACCESSES, May, Verdict};
 use crate::ram::PAGE;
@@ -28,6 +28,13 @@ enum How {
 
 /// A process that is not in its place, and whose slot that is.
 type At<'a> = (&'a Space, usize);
+
+/// Whether a page may be used for more than it may be so far.
+fn is_new(space: &Space, wanted: &Wanted, fetch: bool) -> bool {
+    let known = space.get(wanted.va).filter(|m| m.gpa == wanted.page.gpa);
+    let more = |m: Mapped| m.prot | wanted.page.prot != m.prot && (fetch || !m.is_copy());
+    known.is_none_or(more)
+}
 
 impl Inner {
     /// Maps what is needed for an access that was refused, with neighbours; `false` when the translator
@@ -89,8 +96,12 @@ impl Inner {
         if wanted.page.prot & needs == 0 {
             return Ok(None);
         }
-        let mut pages = Vec::with_capacity(AROUND);
-        for va in around(page) {
+        // A large page is one mapping, whatever of it is needed.
+        let large = w.page_bytes >= LARGE && !fetch;
+        let beside = (page & !(LARGE - 1)..).step_by(PAGE as usize).take((LARGE / PAGE) as usize);
+        let beside = if large { beside.collect() } else { around(page).collect::<Vec<_>>() };
+        let mut pages = Vec::with_capacity(beside.len());
+        for va in beside {
             if va == page {
                 pages.push(wanted.clone());
                 continue;
@@ -98,13 +109,11 @@ impl Inner {
             if !space.can_map(va) {
                 continue;
             }
-            let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, va) else {
-                continue;
-            };
+            let gpa = w.gpa & !(LARGE - 1) | va & (LARGE - 1);
+            let peek = || paging::peek(&self.lin.shared.ram, &self.area.state, va);
+            let Some(w) = (if large { Some(Walk { gpa, ..w }) } else { peek() }) else { continue };
             let Some(around) = self.wanted((space, slot), va, &w, fetch, false)? else { continue };
-            let known = space.get(va).filter(|m| m.gpa == around.page.gpa);
-            let more = |m: Mapped| m.prot | around.page.prot != m.prot && (fetch || !m.is_copy());
-            if known.is_none_or(more) {
+            if is_new(space, &around, fetch) {
                 pages.push(around);
             }
         }
@@ -116,14 +125,49 @@ impl Inner {
                 kept.extend_from_slice(run);
             }
         }
-        self.join_pages((space, slot), &mut kept)?;
+        self.settle((space, slot), &mut kept)?;
+        Ok(Some(kept))
+    }
+
+    /// Maps what the translator has found in user memory: each page costs much less than to wait until it is
+    /// missed.
+    ///
+    /// # Errors
+    /// The process is of no use any more.
+    pub(super) fn map_known(&mut self, space: &mut Space, slot: usize) -> io::Result<()> {
+        let code = self.tlb.known_code(slot);
+        let mut data = self.tlb.known_data(slot);
+        data.retain(|va| code.binary_search(va).is_err());
+        let all =
+            code.into_iter().map(|va| (va, true)).chain(data.into_iter().map(|va| (va, false)));
+        let mut pages = Vec::new();
+        for (va, fetch) in all {
+            if !space.can_map(va) {
+                continue;
+            }
+            let Some(w) = paging::peek(&self.lin.shared.ram, &self.area.state, va) else {
+                continue;
+            };
+            let wanted = self.wanted((space, slot), va, &w, fetch, fetch)?;
+            pages.extend(wanted.filter(|wanted| is_new(space, wanted, fetch)));
+        }
+        pages.sort_unstable_by_key(|w| w.va);
+        self.settle((space, slot), &mut pages)?;
+        self.stats.direct_known += pages.len() as u64;
+        space.drop_pages(self.tlb.dropped(slot))?;
+        space.map(pages)
+    }
+
+    /// Makes pages, which are in ascending order, fit each other and what is mapped.
+    fn settle(&mut self, at: At<'_>, pages: &mut Vec<Wanted>) -> io::Result<()> {
+        self.join_pages(at, pages)?;
         // What is executable at one address was perhaps still to be writable at another.
-        for w in kept.iter_mut().filter(|w| w.page.prot & libc::PROT_WRITE != 0) {
+        for w in pages.iter_mut().filter(|w| w.page.prot & libc::PROT_WRITE != 0) {
             if !self.lin.shared.may_mirror(w.page.gpa / PAGE, self.lin.index) {
                 w.page.prot &= !libc::PROT_WRITE;
             }
         }
-        Ok(Some(kept))
+        Ok(())
     }
 
     /// How a page is to be mapped, if it may be: the one that is `needed`, or one beside it.

@@ -20,6 +20,9 @@ const READ: u64 = 0x25;
 const WRITE: u64 = 0x67;
 const ENTRY: u64 = 0xf_ffff_ffff_f000;
 
+/// The page is one of 2 MiB.
+const LARGE: u64 = 0x80;
+
 /// Linear and physical address, and flags.
 type Page = (u64, u64, u64);
 
@@ -40,7 +43,9 @@ fn page_tables(ram: &OwnedFd, pages: &[Page]) {
     let mut free = 0x1_0000;
     for &(va, pa, flags) in pages {
         let mut table = 0x1000;
-        for level in [39, 30, 21] {
+        let (levels, leaf) =
+            if flags & LARGE != 0 { (&[39, 30][..], 21) } else { (&[39, 30, 21][..], 12) };
+        for level in levels {
             let at = table + (va >> level & 511) * 8;
             if word(ram, at) == 0 {
                 put(ram, at, &(free | WRITE).to_le_bytes());
@@ -48,7 +53,7 @@ fn page_tables(ram: &OwnedFd, pages: &[Page]) {
             }
             table = word(ram, at) & ENTRY;
         }
-        put(ram, table + (va >> 12 & 511) * 8, &(pa | flags).to_le_bytes());
+        put(ram, table + (va >> leaf & 511) * 8, &(pa | flags).to_le_bytes());
     }
     let directory = word(ram, word(ram, 0x1000) & ENTRY) & ENTRY;
     put(ram, directory, &0xe3u64.to_le_bytes());
@@ -221,6 +226,28 @@ fn the_whole_of_user_memory_is_the_guests() {
             assert_eq!(word(&ran.ram, 0x20_7000), 0x1111_1111_1111_1111, "{at:#x}");
         });
     }
+}
+
+#[test]
+fn large_pages_are_mapped_at_once() {
+    // mov [rdi], rax; mov [rdi + 1ff000h], rax; mov rbx, [rdi + 123000h]; hlt
+    let code = [
+        0x48, 0x89, 0x07, 0x48, 0x89, 0x87, 0x00, 0xf0, 0x1f, 0x00, 0x48, 0x8b, 0x9f, 0x00, 0x30,
+        0x12, 0x00, 0xf4,
+    ];
+    let pages = [(0x5000_0000, 0x80_0000, WRITE | NX | LARGE)];
+    let bytes: [(u64, &[u8]); 2] = [(TEXT, &code), (0x92_3000, &[0x22; 8])];
+    let set = |s: &mut CpuState| {
+        s.gpr[reg::RDI] = 0x5000_0000;
+        s.gpr[reg::RAX] = 0x1111;
+    };
+    both(true, &pages, &bytes, set, |ran| {
+        let words = [0x80_0000, 0x9f_f000].map(|at| word(&ran.ram, at));
+        assert_eq!((ran.vector, words), (13, [0x1111; 2]));
+        assert_eq!(ran.vcpu.state().gpr[reg::RBX], 0x2222_2222_2222_2222);
+        let stats = ran.vcpu.stats();
+        assert!(stats.direct_runs == 0 || stats.direct_pages >= 512 && stats.direct_faults <= 3);
+    });
 }
 
 #[test]

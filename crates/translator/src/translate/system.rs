@@ -54,7 +54,9 @@ pub(super) fn emitted(ins: &Instruction, mode: Mode) -> bool {
         | Code::Wrgsbase_r64 => mode.fsgsbase,
         Code::Mov_r64_cr => mode.ring0 && control(ins.op1_register()).is_some(),
         Code::Mov_cr_r64 => mode.ring0 && ins.op0_register() == Register::CR2,
-        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg => ins.op0_kind() == OpKind::Register,
+        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg => {
+            ins.op0_kind() == OpKind::Register
+        }
         Code::Xgetbv => mode.avx,
         Code::Clflush_m8 | Code::Clflushopt_m8 | Code::Clwb_m8 => true,
         _ => false,
@@ -139,6 +141,7 @@ impl Translation {
                 self.asm.load16(S0, &state(segment(n) + offset_of!(Segment, selector)));
                 self.put(ins, S0);
             }
+            Code::Mov_rm16_Sreg => self.mov16_from_segment(ins),
             Code::Xgetbv => self.xgetbv(ins),
             _ => self.touch_operand(ins),
         }
@@ -321,6 +324,22 @@ impl Translation {
         match mapped(g.n) {
             Some(h) => self.asm.mov(h, r),
             None => self.asm.store(&Mem::gs(gpr_disp(g.n)), r),
+        }
+    }
+
+    /// Loads a selector into the lower 16 bits of a register.
+    fn mov16_from_segment(&mut self, ins: &Instruction) {
+        let n = usize::from(super::sreg_index(ins.op1_register()));
+        let selector = state(segment(n) + offset_of!(Segment, selector));
+        let Some(g) = GuestReg::of(ins.op0_register()) else { return };
+        self.asm.bytes(&[0x66]);
+        match mapped(g.n) {
+            Some(h) => self.asm.op_mem(false, &[0x8b], h, &selector), // mov h, selector
+            None => {
+                self.asm.op_mem(false, &[0x8b], S0, &selector);
+                self.asm.bytes(&[0x66]);
+                self.asm.op_mem(false, &[0x89], S0, &Mem::gs(gpr_disp(g.n)));
+            }
         }
     }
 

@@ -132,6 +132,17 @@ fn arithmetic_and_halt() {
 }
 
 #[test]
+fn selectors_are_read() {
+    // mov rax, 1111111111111111h; mov r15, rax; mov rbx, rax; mov ax, ds; mov r15w, cs; mov ebx, ss; hlt
+    let (v, _) = run(&[
+        0x48, 0xb8, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x11, 0x49, 0x89, 0xc7, 0x48, 0x89,
+        0xc3, 0x66, 0x8c, 0xd8, 0x66, 0x41, 0x8c, 0xcf, 0x8c, 0xd3, 0xf4,
+    ]);
+    let gpr = v.state().gpr;
+    assert_eq!([gpr[0], gpr[15], gpr[3]], [0x1111_1111_1111_0010, 0x1111_1111_1111_0008, 0x10]);
+}
+
+#[test]
 fn loop_with_stores() {
     // mov edi, 0x300000; mov ecx, 1000; L: mov [rdi], rcx; add rdi, 8; dec rcx; jnz L; hlt
     let (v, fd) = run(&[

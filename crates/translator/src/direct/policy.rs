@@ -7,23 +7,34 @@
 
 use std::time::{Duration, Instant};
 
-/// When an interrupt last found user code, and how often the guest's kernel had been entered.
+/// When an interrupt last found user code, how often the guest's kernel had been entered, and how many
+/// instructions had been translated.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Sample(Option<(Instant, u64)>);
+pub struct Sample(Option<(Instant, u64, u64)>);
 
 impl Sample {
-    /// An interrupt found user code, `entries` to the kernel so far: whether they are few.
-    pub fn few(&mut self, now: Instant, entries: u64) -> bool {
-        let before = self.0.replace((now, entries));
-        before.is_some_and(|(then, count)| {
-            let apart = u32::try_from(entries.wrapping_sub(count)).map_or(u32::MAX, |n| n.max(1));
-            now.duration_since(then) / apart >= APART
-        })
+    /// An interrupt found user code, `entries` to the kernel so far: whether they are few, and which
+    /// part of the time since the last one it took to translate instructions.
+    pub fn since(&mut self, now: Instant, entries: u64, translated: u64) -> (bool, f64) {
+        let Some((then, e, t)) = self.0.replace((now, entries, translated)) else {
+            return (false, 0.0);
+        };
+        let time = now.duration_since(then);
+        let apart = u32::try_from(entries.wrapping_sub(e)).map_or(u32::MAX, |n| n.max(1));
+        let translation = TRANSLATION.as_secs_f64() * translated.wrapping_sub(t) as f64;
+        let part = (translation / time.as_secs_f64().max(1e-9)).min(1.0);
+        (time / apart >= APART, part)
     }
 }
 
 /// How much faster the processor executes user code than translations are, less one; a low guess.
 const GAIN: f64 = 1.0;
+/// How much more that is for each part of the time that it takes to translate.
+const GAIN_TRANSLATION: f64 = 8.0;
+/// What is left of that after each window: what is new now will be known later.
+const FADING: f64 = 0.997;
+/// Time that it takes to translate an instruction.
+const TRANSLATION: Duration = Duration::from_nanos(500);
 /// Time after which is looked whether it pays.
 const WINDOW: Duration = Duration::from_millis(1);
 /// Windows in a row that may not pay: at first, when pages have to be mapped, and later.
@@ -45,6 +56,8 @@ pub struct Policy {
     fresh: bool,
     /// Interrupts that found few entries to the kernel.
     steady: u32,
+    /// Part of the time that it takes to translate.
+    translation: f64,
     /// Interrupts until the next attempt.
     skip: u32,
     /// How many that were after the last one.
@@ -74,8 +87,12 @@ impl Policy {
         std::mem::take(&mut self.fresh)
     }
 
-    /// An interrupt came in user code, after `few` entries to the kernel.
-    pub fn sampled(&mut self, few: bool) {
+    /// An interrupt came in user code, after `few` entries to the kernel and a part of the time in which
+    /// it was translated.
+    pub fn sampled(&mut self, (few, translation): (bool, f64)) {
+        if !self.active {
+            self.translation = f64::midpoint(self.translation, translation);
+        }
         self.steady = if few { self.steady + 1 } else { 0 };
         if self.active || self.steady < STEADY {
             return;
@@ -96,7 +113,9 @@ impl Policy {
         if self.inside + self.around < WINDOW {
             return;
         }
-        if self.inside.mul_f64(GAIN) > self.around {
+        let gain = GAIN + GAIN_TRANSLATION * self.translation;
+        self.translation *= FADING;
+        if self.inside.mul_f64(gain) > self.around {
             self.unpaid = 0;
             self.skipped = 0;
             self.patience = PATIENCE.1;
@@ -123,27 +142,43 @@ mod tests {
 
     use super::{Policy, Sample, WINDOW};
 
+    const FEW: (bool, f64) = (true, 0.0);
+
     #[test]
     fn programs_that_compute_are_recognized() {
         let mut sample = Sample::default();
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        assert!(!sample.few(at(0), 0));
-        assert!(sample.few(at(4), 10));
-        assert!(!sample.few(at(8), 1000));
-        assert!(sample.few(at(12), 1000));
+        assert_eq!(sample.since(at(0), 0, 0), (false, 0.0));
+        assert_eq!(sample.since(at(4), 10, 0), (true, 0.0));
+        let (few, translation) = sample.since(at(8), 1000, 4000);
+        assert!(!few && (0.49..0.51).contains(&translation));
+        assert_eq!(sample.since(at(12), 1000, 104_000), (true, 1.0));
     }
 
     #[test]
     fn what_pays_goes_on() {
         let mut p = Policy::default();
-        p.of(1).sampled(true);
+        p.of(1).sampled(FEW);
         assert!(!p.active());
-        p.of(1).sampled(true);
+        p.of(1).sampled(FEW);
         for _ in 0..100 {
             p.of(1).spent(WINDOW, WINDOW.mul_f64(0.9));
             assert!(p.active());
         }
+    }
+
+    #[test]
+    fn what_is_translated_much_pays_sooner_for_a_while() {
+        let mut p = Policy::default();
+        for _ in 0..3 {
+            p.of(1).sampled((true, 0.5));
+        }
+        let windows = (0..10_000).take_while(|_| {
+            p.of(1).spent(WINDOW, WINDOW.mul_f64(0.3));
+            p.active()
+        });
+        assert!((50..1000).contains(&windows.count()));
     }
 
     #[test]
@@ -153,7 +188,7 @@ mod tests {
         for _ in 0..10 {
             let mut interrupts = 0;
             while !p.active() {
-                p.of(1).sampled(true);
+                p.of(1).sampled(FEW);
                 interrupts += 1;
             }
             assert!(interrupts >= last);
@@ -165,11 +200,11 @@ mod tests {
         }
         assert_eq!(last, 65);
         // Another program is another matter.
-        p.of(2).sampled(true);
-        p.of(2).sampled(false);
-        p.of(2).sampled(true);
+        p.of(2).sampled(FEW);
+        p.of(2).sampled((false, 0.0));
+        p.of(2).sampled(FEW);
         assert!(!p.active());
-        p.of(2).sampled(true);
+        p.of(2).sampled(FEW);
         assert!(p.active());
     }
 }

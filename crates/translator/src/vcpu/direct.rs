@@ -36,8 +36,9 @@ impl Inner {
     pub(super) fn sampled(&mut self) {
         if self.area.state.cpl() == 3 && self.direct_possible() {
             let entries = self.area.syscalls + self.stats.events;
-            let few = self.direct.sample.few(Instant::now(), entries);
-            self.policy().sampled(few);
+            let translated = self.stats.guest_instructions;
+            let since = self.direct.sample.since(Instant::now(), entries, translated);
+            self.policy().sampled(since);
         }
     }
 

@@ -161,6 +161,7 @@ impl Inner {
     /// Makes pages, which are in ascending order, fit each other and what is mapped.
     fn settle(&mut self, at: At<'_>, pages: &mut Vec<Wanted>) -> io::Result<()> {
         self.join_pages(at, pages)?;
+        pages.retain(|w| self.holds(w));
         // What is executable at one address was perhaps still to be writable at another.
         for w in pages.iter_mut().filter(|w| w.page.prot & libc::PROT_WRITE != 0) {
             if !self.lin.shared.may_mirror(w.page.gpa / PAGE, self.lin.index) {
@@ -168,6 +169,21 @@ impl Inner {
             }
         }
         Ok(())
+    }
+
+    /// Whether a page may still be executed as it was to be: one that is at several addresses is looked
+    /// at again where another page is behind it.
+    fn holds(&self, w: &Wanted) -> bool {
+        if w.page.prot & libc::PROT_EXEC == 0 {
+            return true;
+        }
+        match self.direct.verdicts.get(&w.page.gpa).map(|verdict| &verdict.may) {
+            Some(May::But(places)) => !w.page.is_copy() && *places == w.stops,
+            Some(May::Copy(copy)) => {
+                w.page.is_copy() && copy.page.is_some_and(|page| u64::from(page) * PAGE == w.offset)
+            }
+            _ => false,
+        }
     }
 
     /// How a page is to be mapped, if it may be: the one that is `needed`, or one beside it.
@@ -315,7 +331,7 @@ impl Inner {
     /// instructions that begin in the page before may end with. Those that cannot are left out.
     fn join_pages(&mut self, at: At<'_>, wanted: &mut Vec<Wanted>) -> io::Result<()> {
         let executed = |va: u64, wanted: &[Wanted]| {
-            let new = wanted.iter().find(|w| w.va == va).map(|w| w.page);
+            let new = wanted.binary_search_by_key(&va, |w| w.va).ok().map(|i| wanted[i].page);
             new.or_else(|| at.0.get(va)).filter(|m| m.prot & libc::PROT_EXEC != 0)
         };
         let new = wanted.iter().filter(|w| w.page.prot & libc::PROT_EXEC != 0);

@@ -376,3 +376,42 @@ fn copies_of_pages_that_change_are_forgotten() {
         assert_eq!((ran.vector, ran.vcpu.state().gpr[reg::RAX]), (13, 7));
     });
 }
+
+#[test]
+fn pages_are_executed_with_whatever_is_behind_them() {
+    // call 600ffeh; mov rbx, rax; call 700ffeh; mov rcx, rax; call 600ffeh; hlt. At both there is the same
+    // page, which ends in the middle of MOV EAX.
+    let code = [
+        0xe8, 0xf9, 0xef, 0x1f, 0x00, 0x48, 0x89, 0xc3, 0xe8, 0xf1, 0xef, 0x2f, 0x00, 0x48, 0x89,
+        0xc1, 0xe8, 0xe9, 0xef, 0x1f, 0x00, 0xf4,
+    ];
+    let pages = [
+        (0x60_0000, 0x30_0000, READ),
+        (0x60_1000, 0x30_1000, READ),
+        (0x70_0000, 0x30_0000, READ),
+        (0x70_1000, 0x30_8000, READ),
+    ];
+    let zmm = many_zmm();
+    for also_behind in [false, true] {
+        let mut bytes: Vec<(u64, &[u8])> = vec![
+            (TEXT, &code),
+            (0x30_0200, &zmm),
+            (0x30_0ffe, &[0xb8, 0x78]),
+            (0x30_1000, &[0x56, 0x34, 0x12, 0xc3]),
+            (0x30_8000, &[0, 0, 0, 0xc3]),
+        ];
+        if also_behind {
+            bytes.extend([(0x30_1200, &zmm[..]), (0x30_8200, &zmm)]);
+        }
+        both_by_copy(
+            &pages,
+            &bytes,
+            |_| {},
+            |ran| {
+                let gpr = ran.vcpu.state().gpr;
+                let values = [gpr[reg::RBX], gpr[reg::RCX], gpr[reg::RAX]];
+                assert_eq!((ran.vector, values), (13, [0x1234_5678, 0x78, 0x1234_5678]));
+            },
+        );
+    }
+}

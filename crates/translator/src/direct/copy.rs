@@ -13,7 +13,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use fixedbitset::FixedBitSet;
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, OpKind};
 
 use super::scan::{Place, answers_differ, is_prefix};
 use crate::ram::PAGE;
@@ -67,8 +67,10 @@ impl Copies {
 /// What a copy shows.
 #[derive(Debug)]
 pub struct Copy {
-    /// Its place in the file, once it was needed.
-    pub page: Option<u16>,
+    /// Its place in the file.
+    pub page: u16,
+    /// When it was mapped last.
+    pub used: u64,
     /// First bytes of opcodes that are never shown.
     hidden: FixedBitSet,
     shown: FixedBitSet,
@@ -92,12 +94,12 @@ pub struct Reached {
 }
 
 impl Copy {
-    /// One that shows nothing.
-    pub fn new(places: &[Place]) -> Self {
+    /// One that shows nothing, at a place in the file.
+    pub fn new(page: u16, places: &[Place]) -> Self {
         let hidden = places.iter().map(|place| usize::from(place.opcode));
         let empty = || FixedBitSet::with_capacity(BYTES);
         let mut copy =
-            Self { page: None, hidden: empty(), shown: empty(), begins: empty(), accesses: 0 };
+            Self { page, used: 0, hidden: empty(), shown: empty(), begins: empty(), accesses: 0 };
         hidden.for_each(|at| copy.hidden.insert(at));
         copy
     }
@@ -133,15 +135,22 @@ impl Copy {
                 continue;
             }
             self.begins.insert(at);
-            self.show(code, at..end, &mut reached.new);
+            self.show(code, at..end, &mut reached.new, false)?;
             todo.extend(follows(&ins, end));
         }
         Ok(reached)
     }
 
     /// Shows an instruction, and whatever those that begin inside it go on with: whoever jumps there
-    /// gets what stands there.
-    fn show(&mut self, code: &[u8], all: Range<usize>, new: &mut Range<usize>) {
+    /// gets what stands there. All of them may be real ones if it is `anything`; else what they begin
+    /// with is, and what must not be executed behind it is still hidden.
+    fn show(
+        &mut self,
+        code: &[u8],
+        all: Range<usize>,
+        new: &mut Range<usize>,
+        anything: bool,
+    ) -> Result<(), Spoiled> {
         let mut todo = vec![all];
         while let Some(bytes) = todo.pop() {
             for at in bytes.start..bytes.end.min(BYTES) {
@@ -151,14 +160,24 @@ impl Copy {
                 let start = if new.start == new.end { at } else { new.start.min(at) };
                 *new = start..new.end.max(at + 1);
                 let from = code.get(at..).unwrap_or_default();
-                let ins = Decoder::new(64, from, DecoderOptions::NONE).decode();
-                let end = at + ins.len();
+                let mut decoder = Decoder::new(64, from, DecoderOptions::NONE);
+                let ins = decoder.decode();
+                // An invalid one is so by the bytes that were looked at.
+                let end = match decoder.last_error() {
+                    DecoderError::NoMoreBytes => BYTES,
+                    _ => at + ins.len(),
+                };
                 let hides = self.hidden.ones().any(|h| (at..end).contains(&h));
-                if end > bytes.end && !ins.is_invalid() && !hides {
+                let differs = hides || !ins.is_invalid() && answers_differ(&ins);
+                if differs && anything {
+                    return Err(Spoiled);
+                }
+                if end > bytes.end && !differs {
                     todo.push(bytes.end..end);
                 }
             }
         }
+        Ok(())
     }
 
     /// Whether it shows an instruction that begins at an offset.
@@ -166,16 +185,14 @@ impl Copy {
         self.begins.contains(at)
     }
 
-    /// Shows the end of an instruction that begins in the page before.
+    /// Shows what instructions that begin in the page before may end with, and what begins there.
     ///
     /// # Errors
     /// There is one inside that must not be executed.
-    pub fn show_first(&mut self, bytes: usize) -> Result<Range<usize>, Spoiled> {
-        if self.hidden.ones().any(|h| h < bytes) {
-            return Err(Spoiled);
-        }
-        self.shown.insert_range(..bytes);
-        Ok(0..bytes)
+    pub fn show_first(&mut self, code: &[u8], bytes: usize) -> Result<Range<usize>, Spoiled> {
+        let mut new = 0..0;
+        self.show(code, 0..bytes, &mut new, true)?;
+        Ok(new)
     }
 
     /// Makes the copy in the file show what it is to show in a range.
@@ -183,11 +200,13 @@ impl Copy {
     /// # Errors
     /// The system has no memory for it.
     pub fn write(&self, copies: &Copies, code: &[u8], new: Range<usize>) -> io::Result<()> {
-        let Some(page) = self.page.filter(|_| !new.is_empty()) else { return Ok(()) };
+        if new.is_empty() {
+            return Ok(());
+        }
         let shown = |at: usize| if self.shown.contains(at) { code[at] } else { HIDDEN };
         let start = new.start as u64;
         let bytes: Vec<u8> = new.map(shown).collect();
-        copies.file.write_all_at(&bytes, u64::from(page) * PAGE + start)
+        copies.file.write_all_at(&bytes, u64::from(self.page) * PAGE + start)
     }
 }
 
@@ -195,10 +214,8 @@ impl Copy {
 /// stands on both sides of the boundary, [`LONGEST`] bytes each.
 #[must_use]
 pub fn tail(code: &[u8; 2 * LONGEST]) -> usize {
-    let ends = (0..LONGEST).filter_map(|at| {
-        let ins = Decoder::new(64, &code[at..], DecoderOptions::NONE).decode();
-        (!ins.is_invalid()).then_some(at + ins.len())
-    });
+    let ends = (0..LONGEST)
+        .map(|at| at + Decoder::new(64, &code[at..], DecoderOptions::NONE).decode().len());
     ends.max().unwrap_or(0).saturating_sub(LONGEST)
 }
 
@@ -222,7 +239,7 @@ mod tests {
         let mut page = vec![HIDDEN; BYTES];
         page[0x100..0x100 + code.len()].copy_from_slice(code);
         let places = opcode.map(|opcode| Place { first: opcode, opcode });
-        (page, Copy::new(places.as_slice()))
+        (page, Copy::new(0, places.as_slice()))
     }
 
     #[test]
@@ -260,13 +277,23 @@ mod tests {
         let mut code = vec![0x90; BYTES + 15];
         // mov eax, 12345678h
         code[BYTES - 2..BYTES + 3].copy_from_slice(&[0xb8, 0x78, 0x56, 0x34, 0x12]);
-        let mut copy = Copy::new(&[]);
+        let mut copy = Copy::new(0, &[]);
         let first = copy.reach(&code[..BYTES], BYTES - 2).unwrap();
         assert_eq!((first.new.is_empty(), first.crossing), (true, Some(BYTES - 2)));
         assert_eq!(copy.reach(&code, BYTES - 2).unwrap().new, BYTES - 2..BYTES);
-        let mut next = Copy::new(&[Place { first: 3, opcode: 3 }]);
-        assert_eq!(next.show_first(3), Ok(0..3));
-        assert_eq!(next.show_first(4), Err(Spoiled));
+    }
+
+    #[test]
+    fn what_the_page_before_may_end_in_is_shown_whole() {
+        // lea rsi, [rip + 2010h]; nops; vaddps zmm0, zmm0, zmm1
+        let mut page = vec![0x90; BYTES];
+        page[..7].copy_from_slice(&[0x48, 0x8d, 0x35, 0x10, 0x20, 0, 0]);
+        page[30..36].copy_from_slice(&[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1]);
+        let mut copy = Copy::new(0, &[Place { first: 30, opcode: 30 }]);
+        let new = copy.show_first(&page, 3).unwrap();
+        assert!(new.start == 0 && (7..30).contains(&new.end));
+        assert_eq!(Copy::new(0, &[]).show_first(&page, 31), Err(Spoiled));
+        assert_eq!(copy.show_first(&page, 31), Err(Spoiled));
     }
 
     #[test]
@@ -283,11 +310,11 @@ mod tests {
         use std::os::unix::fs::FileExt;
         let mut copies = Copies::new().unwrap();
         let (page, mut copy) = page(&[0x90, 0xc3], None);
-        copy.page = copies.take().unwrap();
+        copy.page = copies.take().unwrap().unwrap();
         let new = copy.reach(&page, 0x100).unwrap().new;
         copy.write(&copies, &page, new).unwrap();
         let mut there = [0; 4];
-        let at = u64::from(copy.page.unwrap()) * 4096 + 0xff;
+        let at = u64::from(copy.page) * 4096 + 0xff;
         copies.file.read_exact_at(&mut there, at).unwrap();
         assert_eq!(there, [HIDDEN, 0x90, 0xc3, HIDDEN]);
     }

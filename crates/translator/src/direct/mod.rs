@@ -43,6 +43,8 @@ pub struct Direct {
     pub execute_only: bool,
     /// Where copies of pages are.
     pub copies: Option<Copies>,
+    /// How often one of them was mapped.
+    pub copies_used: u64,
     /// x87, SSE and AVX state as the process has it, and of which slot that is.
     pub floating: Option<(usize, Box<XsaveArea>)>,
 }
@@ -63,8 +65,8 @@ pub enum May {
     Nothing,
     /// All but the instructions at these offsets.
     But(Places),
-    /// What this shows.
-    Copy(Copy),
+    /// What this shows, once it was needed.
+    Copy(Option<Box<Copy>>),
 }
 
 /// Accesses as data until a page of which there is a copy is translated instead.

@@ -93,7 +93,7 @@ impl Policy {
         if !self.active {
             self.translation = f64::midpoint(self.translation, translation);
         }
-        self.steady = if few { self.steady + 1 } else { 0 };
+        self.steady = if few { self.steady.saturating_add(1) } else { 0 };
         if self.active || self.steady < STEADY {
             return;
         }

@@ -3,6 +3,7 @@
 use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic};
 
 use crate::ram::PAGE;
+use crate::translate::LONGEST;
 
 /// An instruction that the host's processor must not execute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,8 @@ pub struct Found {
 /// them it comes upon the right beginnings of instructions within a few.
 const BEFORE: usize = 40;
 const STARTS: usize = 8;
+/// Places in a page at which that is done; more are believed to be what they look like.
+const MOST_LOOKED: usize = 64;
 /// Finds in a page of code, which `code` begins with, the instructions that give another answer on the
 /// host than in the guest, and do not trap, or whose trap tells too little: XGETBV, RDTSCP, RDPID,
 /// XSAVE, XSAVEC, XSAVEOPT, XRSTOR, LAR and LSL of registers, SYSENTER, RDPKRU and WRPKRU, INT with 4 or
@@ -37,6 +40,7 @@ const STARTS: usize = 8;
 pub fn look(code: &[u8], cpuid_traps: bool) -> Found {
     let mut found = Found::default();
     let mut at = 0;
+    let mut looked = 0;
     let marks = |b: &u8| matches!(b, 0x0f | 0xcd | 0x62 | 0xc4 | 0xc5);
     while let Some(next) = code.get(at..).and_then(|rest| rest.iter().position(marks)) {
         at += next;
@@ -45,7 +49,7 @@ pub fn look(code: &[u8], cpuid_traps: bool) -> Found {
         }
         let rest = code.get(at..).unwrap_or_default();
         if let [0x0f | 0xcd | 0x62 | 0xc4 | 0xc5]
-        | [0x0f, 0x01 | 0xae | 0xc7 | 0x38 | 0x3a]
+        | [0x0f, 0x01 | 0x02 | 0x03 | 0xae | 0xc7 | 0x38 | 0x3a]
         | [0x62 | 0xc4 | 0xc5, _]
         | [0xc4, _, _] = rest
         {
@@ -61,7 +65,10 @@ pub fn look(code: &[u8], cpuid_traps: bool) -> Found {
             [0x0f, 0x38, 0xcf, ..] | [0x0f, 0x3a, 0xce | 0xcf, ..] => true,
             [0xc4, map, form, opcode, ..] => vex_unknown(*map, *form, *opcode),
             [0x0f, 0xae, modrm, ..] => *modrm < 0xc0 && matches!(modrm >> 3 & 7, 4..=6),
-            [0x0f, 0xc7, modrm, ..] if *modrm >= 0xf8 => prefixes.contains(&0xf3),
+            // The prefix may be in the page before.
+            [0x0f, 0xc7, modrm, ..] if *modrm >= 0xf8 => {
+                prefixes.contains(&0xf3) || prefixes.len() == at
+            }
             [0x0f, 0xc7, modrm, ..] => *modrm < 0xc0 && modrm >> 3 & 7 == 4,
             _ => false,
         };
@@ -74,7 +81,13 @@ pub fn look(code: &[u8], cpuid_traps: bool) -> Found {
             [0xc4, map, _, opcode, ..] => of_masks(map & 0x1f, *opcode),
             _ => false,
         };
-        if certain || possible && is_there(code, at) {
+        if possible && at + LONGEST > code.len() {
+            // Not all of it is known.
+            found.at_end = true;
+            break;
+        }
+        looked += usize::from(possible);
+        if certain || possible && (looked > MOST_LOOKED || is_there(code, at)) {
             let first = (at - prefixes.len()) as u16;
             found.places.push(Place { first, opcode: at as u16 });
         }
@@ -161,16 +174,19 @@ mod tests {
         Found { places: vec![Place { first: at, opcode: at }], at_end: false }
     }
 
-    /// Code in the middle of usual code.
+    /// A page of code in the middle of usual code.
     fn found(at: usize, code: &[u8]) -> Found {
+        look(&page(at, code)[..4096], true)
+    }
+
+    fn page(at: usize, code: &[u8]) -> Vec<u8> {
         // mov rax, [rsp + 16]; add rax, rcx; test eax, eax
         const USUAL: [u8; 10] = [0x48, 0x8b, 0x44, 0x24, 0x10, 0x48, 0x01, 0xc8, 0x85, 0xc0];
         let mut page: Vec<u8> = USUAL.into_iter().cycle().take(at / 10 * 10).collect();
         page.resize(at, 0x90);
         page.extend(code);
-        page.extend(USUAL.into_iter().cycle().take(4096));
-        page.truncate(4096);
-        look(&page, true)
+        page.extend(USUAL.into_iter().cycle().take(4200));
+        page
     }
 
     #[test]
@@ -197,10 +213,21 @@ mod tests {
         ] {
             // The second one begins with its prefix, or does not.
             let prefixes = u16::from(is_prefix(code[0]));
-            for at in [0, 1, 16, 2000, 2003, 4096 - code.len()] {
+            for at in [0, 1, 16, 2000, 2003, 4096 - code.len(), 4095] {
+                if at == 4095 && prefixes > 0 {
+                    // Its opcode is the next page's matter.
+                    continue;
+                }
                 let place = Place { first: at as u16, opcode: at as u16 + prefixes };
                 let expected = Found { places: vec![place], at_end: false };
-                assert_eq!(found(at, code), expected, "{code:x?} at {at}");
+                let mut page = page(at, code);
+                if at > 4000 {
+                    // Perhaps not all of it is seen without the next page.
+                    let first = look(&page[..4096], true);
+                    assert!(first.at_end || first == expected, "{code:x?} at {at}");
+                }
+                page.truncate(4096 + 16);
+                assert_eq!(look(&page, true), expected, "{code:x?} at {at}");
             }
         }
         let many = found(100, &[0x0f, 0x01, 0xd0].repeat(5)).places;

@@ -112,7 +112,11 @@ impl Space {
             return self.clear();
         }
         for at in dropped.regions.drain(..) {
-            let region = at..at + LARGE;
+            // Supervisor's are of no interest.
+            if at >= END {
+                continue;
+            }
+            let region = at..END.min(at + LARGE);
             let pages = region.clone().step_by(PAGE as usize);
             let gone: Vec<u64> = pages.filter(|va| self.pages.remove(va).is_some()).collect();
             if region.contains(&self.stub.base()) {
@@ -120,7 +124,7 @@ impl Space {
                 self.changes.extend(gone.into_iter().map(|at| Change::Unmap { at, len: PAGE }));
             } else if !gone.is_empty() {
                 self.mappings += 1;
-                self.changes.push(Change::Unmap { at, len: LARGE });
+                self.changes.push(Change::Unmap { at, len: region.end - at });
             }
         }
         for at in dropped.pages.drain(..) {

@@ -14,6 +14,8 @@ use std::mem::offset_of;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use berth_x86::state::XSAVE_SIZE;
+
 use crate::fpu::YMM_HIGH;
 use crate::ram::PAGE;
 use crate::sys::{self, Reservation};
@@ -140,6 +142,8 @@ pub struct Stub {
     initial: Regs,
     /// XSAVE area as it began: what the guest has no part of.
     xstate: Vec<u8>,
+    /// What is behind AVX in it, as it began.
+    others: Vec<u8>,
     list: Reservation,
     _list_file: OwnedFd,
     /// What a start and a stop take of the time between them.
@@ -261,6 +265,7 @@ impl Stub {
             base: place()?,
             initial,
             xstate,
+            others: Vec::new(),
             list,
             _list_file: list_file,
             edge: Duration::MAX,
@@ -296,6 +301,7 @@ impl Stub {
         self.map_one(EXECUTE_ONLY_AT, libc::PROT_EXEC, program)?;
         let len = self.xstate_by(libc::PTRACE_GETREGSET)?;
         self.xstate.truncate(len);
+        self.others = self.xstate.get(XSAVE_SIZE..).unwrap_or_default().to_vec();
         self.execute_only = !self.can_read(EXECUTE_ONLY_AT);
         for (at, len) in self.others() {
             self.call(libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
@@ -463,15 +469,16 @@ impl Stub {
         Ok(io.iov_len)
     }
 
-    /// The XSAVE area of x87, SSE and AVX, in the standard format.
+    /// The XSAVE area of x87, SSE and AVX, in the standard format. Tells whether other components, PKRU
+    /// above all, are as they were at the beginning; else [`Stub::set_xsave`] has to see to that.
     ///
     /// # Errors
     /// The process is gone.
-    pub fn xsave(&mut self, out: &mut [u8]) -> io::Result<()> {
+    pub fn xsave(&mut self, out: &mut [u8]) -> io::Result<bool> {
         self.xstate_by(libc::PTRACE_GETREGSET)?;
         let len = out.len().min(self.xstate.len());
         out[..len].copy_from_slice(&self.xstate[..len]);
-        Ok(())
+        Ok(self.xstate.get(XSAVE_SIZE..) == Some(&self.others))
     }
 
     /// Sets x87, SSE and AVX from such an area; other components get their initial values.
@@ -481,6 +488,9 @@ impl Stub {
     pub fn set_xsave(&mut self, area: &[u8]) -> io::Result<()> {
         let len = area.len().min(self.xstate.len());
         self.xstate[..len].copy_from_slice(&area[..len]);
+        if let Some(others) = self.xstate.get_mut(XSAVE_SIZE..) {
+            others.copy_from_slice(&self.others);
+        }
         // What is zero is in its initial state: upper halves of YMM that are loaded as zeroes count as
         // used, and make SSE code slow.
         let upper = area.get(YMM_HIGH..).is_some_and(|upper| upper.iter().any(|&b| b != 0));

@@ -265,7 +265,9 @@ impl Inner {
                     break Next::Leave;
                 }
                 // Such bases cannot be set again.
-                Stopped::Access { .. } if regs.fs_base >= END || regs.gs_base >= END => {
+                Stopped::Access { .. } | Stopped::Other
+                    if regs.fs_base >= END || regs.gs_base >= END =>
+                {
                     break Next::Leave;
                 }
                 Stopped::Vsyscall { at } => {
@@ -404,11 +406,12 @@ impl Inner {
         s.rflags = s.rflags & !(OF_USER | flags::RF) | r.eflags & OF_USER;
         s.seg[sreg::FS].base = r.fs_base;
         s.seg[sreg::GS].base = r.gs_base;
-        space.stub.xsave(&mut s.xsave.0)?;
+        let unchanged = space.stub.xsave(&mut s.xsave.0)?;
         fpu::load(&mut self.area);
         // As it comes out when it is saved next.
         fpu::save(&mut self.area);
-        self.direct.floating = Some((slot, Box::new(self.area.state.xsave.clone())));
+        let now = || (slot, Box::new(self.area.state.xsave.clone()));
+        self.direct.floating = unchanged.then(now);
         fpu::load(&mut self.area);
         self.take_selectors(r, &initial);
         Ok(())
@@ -449,7 +452,7 @@ fn lost(error: &std::io::Error) -> ! {
 
 impl AreaPtr {
     /// [`crate::layout::Area::run`] as others may have changed it.
-    fn run(&self) -> u64 {
+    pub(super) fn run(&self) -> u64 {
         // SAFETY: an aligned word of the area, which is mapped as long as the vCPU lives; others
         // swap it atomically.
         unsafe { std::ptr::addr_of!((*self.0).run).read_volatile() }

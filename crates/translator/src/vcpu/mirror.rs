@@ -5,8 +5,8 @@ use std::io;
 use berth_x86::paging::{self, Kind, Rights, Walk};
 
 use super::{Inner, around};
-use crate::direct::copy::{Copy, tail};
-use crate::direct::scan::look;
+use crate::direct::copy::{Copies, Copy, tail};
+use crate::direct::scan::{Place, look};
 use crate::direct::space::{LARGE, Mapped, Places, Space, Wanted};
 use crate::direct::stub::Regs;
 use crate::direct::{MOST_ACCESSES, May, Verdict};
@@ -22,7 +22,7 @@ const NEAR: u64 = 3;
 enum How {
     /// As it is, with breakpoints.
     Stops(Places),
-    /// This page of the copies instead, or a new one.
+    /// This page of the copies instead, or one that is still to be made.
     Copy(Option<u16>),
 }
 
@@ -142,6 +142,10 @@ impl Inner {
             code.into_iter().map(|va| (va, true)).chain(data.into_iter().map(|va| (va, false)));
         let mut pages = Vec::new();
         for (va, fetch) in all {
+            if self.area.run() == 0 {
+                // There is something more urgent.
+                break;
+            }
             if !space.can_map(va) {
                 continue;
             }
@@ -179,8 +183,8 @@ impl Inner {
         }
         match self.direct.verdicts.get(&w.page.gpa).map(|verdict| &verdict.may) {
             Some(May::But(places)) => !w.page.is_copy() && *places == w.stops,
-            Some(May::Copy(copy)) => {
-                w.page.is_copy() && copy.page.is_some_and(|page| u64::from(page) * PAGE == w.offset)
+            Some(May::Copy(Some(copy))) => {
+                w.page.is_copy() && u64::from(copy.page) * PAGE == w.offset
             }
             _ => false,
         }
@@ -209,7 +213,7 @@ impl Inner {
                 stops = places;
             }
             Some(How::Copy(page)) if fetch => {
-                let page = if needed { self.copy_page(gpa)? } else { page };
+                let page = if needed { self.copy_page(at, gpa)? } else { page };
                 let copies = self.direct.copies.as_ref();
                 let Some((copies, page)) = copies.zip(page) else { return Ok(None) };
                 (fd, offset, prot) = (copies.fd(), u64::from(page) * PAGE, libc::PROT_EXEC);
@@ -249,7 +253,7 @@ impl Inner {
         match &self.direct.verdicts.get(&gpa)?.may {
             May::Nothing => None,
             May::But(places) => Some(How::Stops(places.clone())),
-            May::Copy(copy) => Some(How::Copy(copy.page)),
+            May::Copy(copy) => Some(How::Copy(copy.as_ref().map(|copy| copy.page))),
         }
     }
 
@@ -268,14 +272,21 @@ impl Inner {
                 found = look(&bytes, traps);
             }
         }
+        // WRPKRU and XRSTOR could make copies readable, and a breakpoint is passed by IRET with RF or
+        // right behind MOV SS.
+        let opens = |p: &Place| match bytes.get(usize::from(p.opcode)..) {
+            Some([0x0f, 0xae, ..] | [0x0f, 0x01, 0xef, ..]) => self.direct.execute_only,
+            _ => false,
+        };
         // Where prefixes may be its own, it may begin in several places.
         let begins = found.places.iter().flat_map(|p| p.first..=p.opcode);
-        let few =
-            begins.clone().count() <= Places::new().capacity() && begins.clone().all(|b| b > 0);
+        let few = begins.clone().count() <= Places::new().capacity()
+            && begins.clone().all(|b| b > 0)
+            && !found.places.iter().any(opens);
         let may = match few {
             _ if found.at_end => May::Nothing,
             true => May::But(begins.collect()),
-            false if self.direct.execute_only => May::Copy(Copy::new(&found.places)),
+            false if self.direct.execute_only => May::Copy(None),
             false => May::Nothing,
         };
         if self.direct.verdicts.contains_key(&gpa) {
@@ -297,16 +308,14 @@ impl Inner {
 
     /// The page of a copy is not needed any more.
     fn free(&mut self, may: &May) {
-        if let (May::Copy(Copy { page: Some(page), .. }), Some(copies)) =
-            (may, &mut self.direct.copies)
-        {
-            copies.give_back(*page);
+        if let (May::Copy(Some(copy)), Some(copies)) = (may, &mut self.direct.copies) {
+            copies.give_back(copy.page);
         }
     }
 
     /// A page that is mapped as a copy is accessed as data.
     fn accessed(&mut self, at: At<'_>, gpa: u64) {
-        if let Some(Verdict { may: May::Copy(copy), .. }) = self.direct.verdicts.get_mut(&gpa) {
+        if let Some(copy) = self.copy_of(gpa) {
             copy.accesses += 1;
             if copy.accesses > MOST_ACCESSES {
                 self.refuse(at, gpa);
@@ -314,17 +323,61 @@ impl Inner {
         }
     }
 
-    /// The page of a copy, taken if need be.
-    fn copy_page(&mut self, gpa: u64) -> io::Result<Option<u16>> {
-        let (Some(Verdict { may: May::Copy(copy), .. }), Some(copies)) =
-            (self.direct.verdicts.get_mut(&gpa), &mut self.direct.copies)
-        else {
+    /// The copy of a page.
+    fn copy_of(&mut self, gpa: u64) -> Option<&mut Copy> {
+        match &mut self.direct.verdicts.get_mut(&gpa)?.may {
+            May::Copy(copy) => copy.as_deref_mut(),
+            _ => None,
+        }
+    }
+
+    /// The page of a copy, which is made if need be.
+    fn copy_page(&mut self, at: At<'_>, gpa: u64) -> io::Result<Option<u16>> {
+        self.direct.copies_used += 1;
+        let used = self.direct.copies_used;
+        if let Some(copy) = self.copy_of(gpa) {
+            copy.used = used;
+            return Ok(Some(copy.page));
+        }
+        let Some(Verdict { may: May::Copy(None), next }) = self.direct.verdicts.get(&gpa) else {
             return Ok(None);
         };
-        if copy.page.is_none() {
-            copy.page = copies.take()?;
+        let mut bytes = [0; PAGE as usize + 16];
+        self.lin.shared.ram.read(gpa, &mut bytes[..PAGE as usize]);
+        let len = match next {
+            Some(Some(behind)) => {
+                self.lin.shared.ram.read(*behind, &mut bytes[PAGE as usize..]);
+                bytes.len()
+            }
+            _ => PAGE as usize,
+        };
+        let found = look(&bytes[..len], self.direct.cpuid_traps);
+        let Some(copies) = &mut self.direct.copies else { return Ok(None) };
+        let mut page = copies.take()?;
+        if page.is_none() {
+            self.give_one_up(at);
+            page = self.direct.copies.as_mut().map_or(Ok(None), Copies::take)?;
         }
-        Ok(copy.page)
+        if let (Some(page), Some(verdict)) = (page, self.direct.verdicts.get_mut(&gpa)) {
+            let mut copy = Copy::new(page, &found.places);
+            copy.used = used;
+            verdict.may = May::Copy(Some(Box::new(copy)));
+        }
+        Ok(page)
+    }
+
+    /// Forgets the copy that was mapped least recently.
+    fn give_one_up(&mut self, at: At<'_>) {
+        let copies = self.direct.verdicts.iter().filter_map(|(gpa, verdict)| match &verdict.may {
+            May::Copy(Some(copy)) => Some((copy.used, *gpa)),
+            _ => None,
+        });
+        if let Some((_, gpa)) = copies.min() {
+            self.refuse(at, gpa);
+            if let Some(verdict) = self.direct.verdicts.get_mut(&gpa) {
+                verdict.may = May::Copy(None);
+            }
+        }
     }
 
     /// Before copies are mapped, and before anything is mapped in front of them: they show what
@@ -349,17 +402,18 @@ impl Inner {
 
     /// Does that for a copy and the page before; `false` if it must not show that.
     fn join(&mut self, first: u64, second: u64) -> io::Result<bool> {
-        let mut code = [0; 2 * LONGEST];
-        let (end, start) = code.split_at_mut(LONGEST);
-        self.lin.shared.ram.read(first + PAGE - LONGEST as u64, end);
-        self.lin.shared.ram.read(second, start);
-        let (Some(Verdict { may: May::Copy(copy), .. }), Some(copies)) =
+        let mut page = [0; PAGE as usize];
+        self.lin.shared.ram.read(second, &mut page);
+        let mut border = [0; 2 * LONGEST];
+        self.lin.shared.ram.read(first + PAGE - LONGEST as u64, &mut border[..LONGEST]);
+        border[LONGEST..].copy_from_slice(&page[..LONGEST]);
+        let (Some(Verdict { may: May::Copy(Some(copy)), .. }), Some(copies)) =
             (self.direct.verdicts.get_mut(&second), &self.direct.copies)
         else {
             return Ok(true);
         };
-        let Ok(new) = copy.show_first(tail(&code)) else { return Ok(false) };
-        copy.write(copies, &code[LONGEST..], new)?;
+        let Ok(new) = copy.show_first(&page, tail(&border)) else { return Ok(false) };
+        copy.write(copies, &page, new)?;
         Ok(true)
     }
 
@@ -391,7 +445,7 @@ impl Inner {
         self.lin.shared.ram.read(gpa, &mut code[..PAGE as usize]);
         let (mut known, mut from) = (PAGE as usize, offset);
         loop {
-            let (Some(Verdict { may: May::Copy(copy), next }), Some(copies)) =
+            let (Some(Verdict { may: May::Copy(Some(copy)), next }), Some(copies)) =
                 (self.direct.verdicts.get_mut(&gpa), &self.direct.copies)
             else {
                 return Ok(false);

@@ -6,7 +6,7 @@ use berth_x86::paging::{self, Kind, Rights, Walk};
 
 use super::{Inner, around};
 use crate::direct::copy::{Copies, Copy, tail};
-use crate::direct::scan::{Place, look};
+use crate::direct::scan::look;
 use crate::direct::space::{LARGE, Mapped, Places, Space, Wanted};
 use crate::direct::stub::Regs;
 use crate::direct::{MOST_ACCESSES, May, Verdict};
@@ -272,17 +272,12 @@ impl Inner {
                 found = look(&bytes, traps);
             }
         }
-        // WRPKRU and XRSTOR could make copies readable, and a breakpoint is passed by IRET with RF or
-        // right behind MOV SS.
-        let opens = |p: &Place| match bytes.get(usize::from(p.opcode)..) {
-            Some([0x0f, 0xae, ..] | [0x0f, 0x01, 0xef, ..]) => self.direct.execute_only,
-            _ => false,
-        };
         // Where prefixes may be its own, it may begin in several places.
         let begins = found.places.iter().flat_map(|p| p.first..=p.opcode);
-        let few = begins.clone().count() <= Places::new().capacity()
-            && begins.clone().all(|b| b > 0)
-            && !found.places.iter().any(opens);
+        let few =
+            begins.clone().count() <= Places::new().capacity() && begins.clone().all(|b| b > 0);
+        // Breakpoints make other code slower, and IRET with RF passes them.
+        let few = few && (found.places.is_empty() || !self.direct.execute_only);
         let may = match few {
             _ if found.at_end => May::Nothing,
             true => May::But(begins.collect()),

@@ -536,17 +536,19 @@ impl Tlb {
                 for i in 0..PAGE_ENTRIES {
                     self.forget_one(start + (i << 12));
                 }
-                for dropped in self.slots.iter_mut().filter_map(|s| s.dropped.as_mut()) {
-                    dropped.add_region(start);
-                }
+                self.drop_copies(start, PAGE_ENTRIES << 12);
             }
         }
     }
 
     fn invalidate_one(&mut self, va: u64) {
         self.forget_one(va);
+        self.drop_copies(va & !0xfff, 1 << 12);
+    }
+
+    fn drop_copies(&mut self, va: u64, len: u64) {
         for dropped in self.slots.iter_mut().filter_map(|s| s.dropped.as_mut()) {
-            dropped.add(va & !0xfff);
+            dropped.add(va, len);
         }
     }
 
@@ -561,9 +563,9 @@ impl Tlb {
         if self.is_open(View::Kernel, va) {
             self.low.forget(index);
         }
-        for i in 0..self.slots.len() {
-            if self.slots[i].pcid.is_some() && self.is_open(View::User(i as u8), va) {
-                self.slots[i].user.forget(index);
+        for (i, s) in self.slots.iter().enumerate() {
+            if s.pcid.is_some() && self.is_open(View::User(i as u8), va) {
+                s.user.forget(index);
             }
         }
     }

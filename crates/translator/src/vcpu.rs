@@ -368,9 +368,7 @@ impl Inner {
             optimizations,
             direct: Direct::default(),
         });
-        if optimizations.contains(Optimizations::DIRECT) {
-            inner.direct.spaces.resize_with(address_spaces, || None);
-        }
+        inner.direct.spaces.resize_with(address_spaces, || None);
         inner.direct.policies.resize_with(address_spaces, Default::default);
         let owner = &raw mut *inner as u64;
         inner.area.owner = owner;

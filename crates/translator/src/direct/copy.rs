@@ -1,7 +1,7 @@
 //! Copies of pages of code that show only what is executed.
 //!
-//! Where the processor must not execute some instructions of a page and has too few breakpoints for
-//! them, the process maps a copy of it, full of HLT, which user code may not execute. What it stops at
+//! Where the processor must not execute some instructions of a page, the process maps a copy of it,
+//! full of HLT, which user code may not execute. What it stops at
 //! is decoded, and what follows along direct jumps, and is shown if it may be executed. So every byte
 //! that is shown belongs to an instruction that was reached, wherever in the page there are others.
 //! Data between the code is never read from the copy: it can be executed only.
@@ -121,11 +121,12 @@ impl Copy {
             let ins = Decoder::with_ip(64, bytes, at as u64, DecoderOptions::NONE).decode();
             let end = at + ins.len();
             if ins.is_invalid() {
-                reached.crossing =
-                    Some(at).filter(|at| code.len() == BYTES && at + LONGEST > BYTES);
+                if code.len() == BYTES && at + LONGEST > BYTES {
+                    reached.crossing = Some(at);
+                }
                 continue;
             }
-            if let Some(hidden) = self.hidden.ones().find(|h| (at..end).contains(h)) {
+            if let Some(hidden) = self.hidden_in(at..end) {
                 if bytes.iter().take(hidden - at).all(|&b| is_prefix(b)) {
                     continue;
                 }
@@ -167,8 +168,8 @@ impl Copy {
                     DecoderError::NoMoreBytes => BYTES,
                     _ => at + ins.len(),
                 };
-                let hides = self.hidden.ones().any(|h| (at..end).contains(&h));
-                let differs = hides || !ins.is_invalid() && answers_differ(&ins);
+                let differs =
+                    self.hidden_in(at..end).is_some() || !ins.is_invalid() && answers_differ(&ins);
                 if differs && anything {
                     return Err(Spoiled);
                 }
@@ -178,6 +179,11 @@ impl Copy {
             }
         }
         Ok(())
+    }
+
+    /// The first of the opcodes in a range that are never shown.
+    fn hidden_in(&self, range: Range<usize>) -> Option<usize> {
+        self.hidden.ones().find(|hidden| range.contains(hidden))
     }
 
     /// Whether it shows an instruction that begins at an offset.

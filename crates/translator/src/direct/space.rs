@@ -107,30 +107,23 @@ impl Space {
     /// The system refuses; the process is of no use any more.
     pub fn drop_pages(&mut self, dropped: &mut Dropped) -> io::Result<()> {
         if std::mem::take(&mut dropped.all) {
-            dropped.pages.clear();
-            dropped.regions.clear();
+            dropped.pieces.clear();
             return self.clear();
         }
-        for at in dropped.regions.drain(..) {
+        for (at, len) in dropped.pieces.drain(..) {
             // Supervisor's are of no interest.
             if at >= END {
                 continue;
             }
-            let region = at..END.min(at + LARGE);
-            let pages = region.clone().step_by(PAGE as usize);
+            let piece = at..END.min(at + len);
+            let pages = piece.clone().step_by(PAGE as usize);
             let gone: Vec<u64> = pages.filter(|va| self.pages.remove(va).is_some()).collect();
-            if region.contains(&self.stub.base()) {
+            self.mappings += usize::from(!gone.is_empty());
+            if piece.contains(&self.stub.base()) {
                 // Not what is ours.
                 self.changes.extend(gone.into_iter().map(|at| Change::Unmap { at, len: PAGE }));
             } else if !gone.is_empty() {
-                self.mappings += 1;
-                self.changes.push(Change::Unmap { at, len: region.end - at });
-            }
-        }
-        for at in dropped.pages.drain(..) {
-            if self.pages.remove(&at).is_some() {
-                self.mappings += 1;
-                self.changes.push(Change::Unmap { at, len: PAGE });
+                self.changes.push(Change::Unmap { at, len: piece.end - at });
             }
         }
         self.commit()
@@ -221,7 +214,7 @@ mod tests {
             let (fd, stops) = (ram.as_raw_fd(), Places::new());
             space.map(vec![Wanted { va, page, fd, offset: 0, stops }]).unwrap();
             assert_eq!(space.of_page(0x1000).collect::<Vec<_>>(), [va]);
-            dropped.add_region(va & !(LARGE - 1));
+            dropped.add(va & !(LARGE - 1), LARGE);
             space.drop_pages(&mut dropped).unwrap();
             assert_eq!(space.of_page(0x1000).count(), 0);
         }

@@ -140,10 +140,10 @@ pub struct Stub {
     base: u64,
     /// Registers as the process began.
     initial: Regs,
-    /// XSAVE area as it began: what the guest has no part of.
+    /// The XSAVE area that was read or written last.
     xstate: Vec<u8>,
-    /// What is behind AVX in it, as it began.
-    others: Vec<u8>,
+    /// What is behind AVX in it, as it began: what the guest has no part of.
+    not_guests: Vec<u8>,
     list: Reservation,
     _list_file: OwnedFd,
     /// What a start and a stop take of the time between them.
@@ -265,7 +265,7 @@ impl Stub {
             base: place()?,
             initial,
             xstate,
-            others: Vec::new(),
+            not_guests: Vec::new(),
             list,
             _list_file: list_file,
             edge: Duration::MAX,
@@ -301,7 +301,7 @@ impl Stub {
         self.map_one(EXECUTE_ONLY_AT, libc::PROT_EXEC, program)?;
         let len = self.xstate_by(libc::PTRACE_GETREGSET)?;
         self.xstate.truncate(len);
-        self.others = self.xstate.get(XSAVE_SIZE..).unwrap_or_default().to_vec();
+        self.not_guests = self.xstate.get(XSAVE_SIZE..).unwrap_or_default().to_vec();
         self.execute_only = !self.can_read(EXECUTE_ONLY_AT);
         for (at, len) in self.others() {
             self.call(libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
@@ -478,7 +478,7 @@ impl Stub {
         self.xstate_by(libc::PTRACE_GETREGSET)?;
         let len = out.len().min(self.xstate.len());
         out[..len].copy_from_slice(&self.xstate[..len]);
-        Ok(self.xstate.get(XSAVE_SIZE..) == Some(&self.others))
+        Ok(self.xstate.get(XSAVE_SIZE..) == Some(&self.not_guests))
     }
 
     /// Sets x87, SSE and AVX from such an area; other components get their initial values.
@@ -488,8 +488,8 @@ impl Stub {
     pub fn set_xsave(&mut self, area: &[u8]) -> io::Result<()> {
         let len = area.len().min(self.xstate.len());
         self.xstate[..len].copy_from_slice(&area[..len]);
-        if let Some(others) = self.xstate.get_mut(XSAVE_SIZE..) {
-            others.copy_from_slice(&self.others);
+        if let Some(behind) = self.xstate.get_mut(XSAVE_SIZE..) {
+            behind.copy_from_slice(&self.not_guests);
         }
         // What is zero is in its initial state: upper halves of YMM that are loaded as zeroes count as
         // used, and make SSE code slow.

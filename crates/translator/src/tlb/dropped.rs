@@ -5,41 +5,23 @@
 pub struct Dropped {
     /// Everything.
     pub all: bool,
-    /// Addresses of pages.
-    pub pages: Vec<u64>,
-    /// Addresses of regions of 2 MiB.
-    pub regions: Vec<u64>,
+    /// Addresses and lengths, which are whole pages.
+    pub pieces: Vec<(u64, u64)>,
 }
 
 impl Dropped {
-    /// More pages than it pays to drop one by one.
+    /// More pieces than it pays to drop one by one.
     const MANY: usize = 256;
 
-    /// Adds a page.
-    pub fn add(&mut self, va: u64) {
+    /// Adds a piece.
+    pub fn add(&mut self, va: u64, len: u64) {
         if self.all {
             return;
         }
-        self.pages.push(va);
-        if self.pages.len() > Self::MANY {
-            self.everything();
+        self.pieces.push((va, len));
+        if self.pieces.len() > Self::MANY {
+            self.pieces.clear();
+            self.all = true;
         }
-    }
-
-    /// Adds a region.
-    pub fn add_region(&mut self, va: u64) {
-        if self.all {
-            return;
-        }
-        self.regions.push(va);
-        if self.regions.len() > Self::MANY {
-            self.everything();
-        }
-    }
-
-    fn everything(&mut self) {
-        self.pages.clear();
-        self.regions.clear();
-        self.all = true;
     }
 }

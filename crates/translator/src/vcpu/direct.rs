@@ -44,9 +44,11 @@ impl Inner {
 
     /// User code of this address space is left to the processor.
     pub(super) fn direct_wanted(&mut self) -> bool {
-        self.optimizations.contains(Optimizations::DIRECT)
-            && self.direct.failures < MAX_FAILURES
-            && (self.lin.shared.config.always_direct || self.policy().active())
+        self.direct_usable() && (self.lin.shared.config.always_direct || self.policy().active())
+    }
+
+    fn direct_usable(&self) -> bool {
+        self.optimizations.contains(Optimizations::DIRECT) && self.direct.failures < MAX_FAILURES
     }
 
     fn policy(&mut self) -> &mut crate::direct::policy::Policy {
@@ -61,8 +63,7 @@ impl Inner {
         const EFER: u64 = efer::LMA | efer::NXE | efer::SCE;
         let s = &self.area.state;
         let must_not = flags::TF | flags::IOPL | flags::VM | flags::VIF | flags::VIP | flags::AC;
-        self.optimizations.contains(Optimizations::DIRECT)
-            && self.direct.failures < MAX_FAILURES
+        self.direct_usable()
             && self.stop_after == 0
             && s.cpl() == 3
             && s.code_size() == CodeSize::Bits64
@@ -77,7 +78,6 @@ impl Inner {
             && s.xcr0 == 7
             && s.dr7 & 0xff == 0
             && s.tsc_offset == 0
-            && !self.direct.spaces.is_empty()
             // The system takes no others.
             && [sreg::FS, sreg::GS].iter().all(|&i| s.seg[i].base < END)
             && [sreg::DS, sreg::ES, sreg::FS, sreg::GS].iter().all(|&i| s.seg[i].selector == 0)
@@ -252,65 +252,72 @@ impl Inner {
                 }
                 Err(error) => lost(&error),
             };
-            match stopped {
-                Stopped::Told if self.area.run() == 0 || self.mailbox.any() => {
-                    break Next::Dispatch;
-                }
-                Stopped::Told => {}
-                Stopped::Syscall => {
-                    self.stats.direct_calls += 1;
-                    // The number is there; RAX has an error for tracers that do nothing.
-                    regs.rax = regs.orig_rax;
-                    regs.rip = regs.rip.wrapping_sub(2);
+            match self.after(space, slot, stopped, &mut regs, &mut last) {
+                Ok(None) => {}
+                Ok(Some(next)) => break next,
+                Err(error) => {
+                    failure = Some(error);
                     break Next::Leave;
                 }
-                // Such bases cannot be set again.
-                Stopped::Access { .. } | Stopped::Other
-                    if regs.fs_base >= END || regs.gs_base >= END =>
-                {
-                    break Next::Leave;
-                }
-                Stopped::Vsyscall { at } => {
-                    // RAX is lost; it gets the result.
-                    regs.rip = at;
-                    regs.rsp = regs.rsp.wrapping_sub(8);
-                    break Next::Leave;
-                }
-                Stopped::Access { address, mapped } => {
-                    match self.refused(space, slot, &regs, (address, mapped), &mut last) {
-                        Ok(None) => {}
-                        Ok(Some(next)) => break next,
-                        Err(error) => {
-                            failure = Some(error);
-                            break Next::Leave;
-                        }
-                    }
-                }
-                Stopped::Step => {
-                    self.raise(Exception::db(1 << 14));
-                    break Next::Dispatch;
-                }
-                Stopped::Trap => {
-                    let before = regs.rip.wrapping_sub(1);
-                    let two = [before.wrapping_sub(1), before].map(|at| self.user_byte(at));
-                    let long = two == [Some(0xcd), Some(3)];
-                    regs.rip = if long { before.wrapping_sub(1) } else { before };
-                    break Next::Once;
-                }
-                Stopped::Other => match self.reach(space, slot, &regs) {
-                    Ok(true) => {}
-                    Ok(false) => break Next::Once,
-                    Err(error) => {
-                        failure = Some(error);
-                        break Next::Leave;
-                    }
-                },
             }
         };
         if let Err(error) = self.take_back(space, slot, &regs) {
             lost(&error)
         }
         failure.map_or(Ok(next), Err)
+    }
+
+    /// What is to be done after user code stopped with these registers, if it does not go on at once.
+    ///
+    /// # Errors
+    /// The process is of no use any more.
+    fn after(
+        &mut self,
+        space: &mut Space,
+        slot: usize,
+        stopped: Stopped,
+        regs: &mut Regs,
+        last: &mut (u64, u64),
+    ) -> std::io::Result<Option<Next>> {
+        Ok(Some(match stopped {
+            Stopped::Told if self.area.run() == 0 || self.mailbox.any() => Next::Dispatch,
+            Stopped::Told => return Ok(None),
+            Stopped::Syscall => {
+                self.stats.direct_calls += 1;
+                // The number is there; RAX has an error for tracers that do nothing.
+                regs.rax = regs.orig_rax;
+                regs.rip = regs.rip.wrapping_sub(2);
+                Next::Leave
+            }
+            // Such bases cannot be set again.
+            Stopped::Access { .. } | Stopped::Other
+                if regs.fs_base >= END || regs.gs_base >= END =>
+            {
+                Next::Leave
+            }
+            Stopped::Vsyscall { at } => {
+                // RAX is lost; it gets the result.
+                regs.rip = at;
+                regs.rsp = regs.rsp.wrapping_sub(8);
+                Next::Leave
+            }
+            Stopped::Access { address, mapped } => {
+                return self.refused(space, slot, regs, (address, mapped), last);
+            }
+            Stopped::Step => {
+                self.raise(Exception::db(1 << 14));
+                Next::Dispatch
+            }
+            Stopped::Trap => {
+                let before = regs.rip.wrapping_sub(1);
+                let two = [before.wrapping_sub(1), before].map(|at| self.user_byte(at));
+                let long = two == [Some(0xcd), Some(3)];
+                regs.rip = if long { before.wrapping_sub(1) } else { before };
+                Next::Once
+            }
+            Stopped::Other if self.reach(space, slot, regs)? => return Ok(None),
+            Stopped::Other => Next::Once,
+        }))
     }
 
     /// An access was refused: what is to be done, if user code does not go on at once.

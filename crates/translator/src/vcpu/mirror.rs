@@ -237,7 +237,7 @@ impl Inner {
         let before = va.wrapping_sub(PAGE);
         let verdict = space.get(before).and_then(|m| self.direct.verdicts.get(&m.gpa));
         if verdict.is_some_and(|v| v.next.is_some_and(|next| next != Some(gpa))) {
-            self.tlb.dropped(slot).add(before);
+            self.tlb.dropped(slot).add(before, PAGE);
         }
     }
 
@@ -259,17 +259,15 @@ impl Inner {
 
     /// Looks for what the processor must not execute in a page.
     fn judge(&mut self, at: At<'_>, va: u64, gpa: u64) {
-        let mut bytes = [0; PAGE as usize + 16];
-        self.read_code(at, gpa, &mut bytes[..PAGE as usize]);
-        let traps = self.direct.cpuid_traps;
-        let mut found = look(&bytes[..PAGE as usize], traps);
+        self.watch(at, gpa);
+        let mut found = look(&self.code_of(gpa, None), self.direct.cpuid_traps);
         let mut next = None;
         if found.at_end {
             let behind = self.page_behind(va);
             next = Some(behind);
             if let Some(behind) = behind {
-                self.read_code(at, behind, &mut bytes[PAGE as usize..]);
-                found = look(&bytes, traps);
+                self.watch(at, behind);
+                found = look(&self.code_of(gpa, Some(behind)), self.direct.cpuid_traps);
             }
         }
         // Where prefixes may be its own, it may begin in several places.
@@ -337,16 +335,7 @@ impl Inner {
         let Some(Verdict { may: May::Copy(None), next }) = self.direct.verdicts.get(&gpa) else {
             return Ok(None);
         };
-        let mut bytes = [0; PAGE as usize + 16];
-        self.lin.shared.ram.read(gpa, &mut bytes[..PAGE as usize]);
-        let len = match next {
-            Some(Some(behind)) => {
-                self.lin.shared.ram.read(*behind, &mut bytes[PAGE as usize..]);
-                bytes.len()
-            }
-            _ => PAGE as usize,
-        };
-        let found = look(&bytes[..len], self.direct.cpuid_traps);
+        let found = look(&self.code_of(gpa, next.flatten()), self.direct.cpuid_traps);
         let Some(copies) = &mut self.direct.copies else { return Ok(None) };
         let mut page = copies.take()?;
         if page.is_none() {
@@ -397,8 +386,7 @@ impl Inner {
 
     /// Does that for a copy and the page before; `false` if it must not show that.
     fn join(&mut self, first: u64, second: u64) -> io::Result<bool> {
-        let mut page = [0; PAGE as usize];
-        self.lin.shared.ram.read(second, &mut page);
+        let page = self.code_of(second, None);
         let mut border = [0; 2 * LONGEST];
         self.lin.shared.ram.read(first + PAGE - LONGEST as u64, &mut border[..LONGEST]);
         border[LONGEST..].copy_from_slice(&page[..LONGEST]);
@@ -436,9 +424,8 @@ impl Inner {
 
     fn show(&mut self, at: At<'_>, va: u64, gpa: u64, offset: usize) -> io::Result<bool> {
         let behind = self.page_behind(va);
-        let mut code = [0; PAGE as usize + LONGEST];
-        self.lin.shared.ram.read(gpa, &mut code[..PAGE as usize]);
-        let (mut known, mut from) = (PAGE as usize, offset);
+        let mut code = self.code_of(gpa, None);
+        let mut from = offset;
         loop {
             let (Some(Verdict { may: May::Copy(Some(copy)), next }), Some(copies)) =
                 (self.direct.verdicts.get_mut(&gpa), &self.direct.copies)
@@ -448,7 +435,7 @@ impl Inner {
             if copy.begins(from) {
                 return Ok(false);
             }
-            let Ok(reached) = copy.reach(&code[..known], from) else {
+            let Ok(reached) = copy.reach(&code, from) else {
                 self.refuse(at, gpa);
                 return Ok(false);
             };
@@ -459,8 +446,9 @@ impl Inner {
                 self.refuse(at, gpa);
                 return Ok(false);
             }
-            self.read_code(at, behind, &mut code[PAGE as usize..]);
-            (known, from) = (code.len(), crossing);
+            self.watch(at, behind);
+            code = self.code_of(gpa, Some(behind));
+            from = crossing;
         }
     }
 
@@ -469,13 +457,23 @@ impl Inner {
         self.ram_at(va.wrapping_add(PAGE)).map(|w| w.gpa & !(PAGE - 1))
     }
 
-    /// Reads the beginning of a page of code, whose changes are noticed from here on.
-    fn read_code(&mut self, at: (&Space, usize), gpa: u64, bytes: &mut [u8]) {
+    /// The bytes of a page of code, and the first ones of the page behind if that is known.
+    fn code_of(&self, gpa: u64, behind: Option<u64>) -> Vec<u8> {
+        let mut code = vec![0; PAGE as usize + if behind.is_some() { LONGEST } else { 0 }];
+        let (page, next) = code.split_at_mut(PAGE as usize);
+        self.lin.shared.ram.read(gpa, page);
+        if let Some(behind) = behind {
+            self.lin.shared.ram.read(behind, next);
+        }
+        code
+    }
+
+    /// Changes of a page of code are noticed from here on.
+    fn watch(&mut self, at: At<'_>, gpa: u64) {
         if self.mark_code(gpa / PAGE) {
             // This one is not in its place.
             self.drop_from(at, gpa);
         }
-        self.lin.shared.ram.read(gpa, bytes);
     }
 
     /// Before a page is read to be translated, or executed by the processor: nobody writes to it
@@ -510,7 +508,7 @@ impl Inner {
 
     fn drop_from(&mut self, (space, slot): (&Space, usize), gpa: u64) {
         let dropped = self.tlb.dropped(slot);
-        space.of_page(gpa).for_each(|va| dropped.add(va));
+        space.of_page(gpa).for_each(|va| dropped.add(va, PAGE));
     }
 
     /// The bytes of a page of code have changed, or are about to.

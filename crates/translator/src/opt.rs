@@ -32,6 +32,8 @@ bitflags! {
         const RESUME = 1 << 10;
         /// User code that computes is left to the processor.
         const DIRECT = 1 << 11;
+        /// Pages with instructions that the processor must not execute are shown to it in pieces.
+        const PIECES = 1 << 12;
     }
 }
 

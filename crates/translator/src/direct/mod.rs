@@ -39,8 +39,8 @@ pub struct Direct {
     pub verdicts: FastMap<u64, Verdict>,
     /// CPUID traps in the processes.
     pub cpuid_traps: bool,
-    /// The processes can have pages that can be executed only.
-    pub execute_only: bool,
+    /// Pages are shown to them in pieces.
+    pub pieces: bool,
     /// Where copies of pages are.
     pub copies: Option<Copies>,
     /// How often one of them was mapped.

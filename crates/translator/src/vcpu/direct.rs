@@ -153,7 +153,8 @@ impl Inner {
                 self.tlb.watch(slot);
                 self.direct.floating = None;
                 self.direct.cpuid_traps = space.stub.cpuid_traps;
-                self.direct.execute_only = space.stub.execute_only;
+                self.direct.pieces =
+                    space.stub.execute_only && self.optimizations.contains(Optimizations::PIECES);
                 Some(Box::new(space))
             }
             Err(error) => {

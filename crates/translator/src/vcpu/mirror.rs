@@ -275,11 +275,11 @@ impl Inner {
         let few =
             begins.clone().count() <= Places::new().capacity() && begins.clone().all(|b| b > 0);
         // Breakpoints make other code slower, and IRET with RF passes them.
-        let few = few && (found.places.is_empty() || !self.direct.execute_only);
+        let few = few && (found.places.is_empty() || !self.direct.pieces);
         let may = match few {
             _ if found.at_end => May::Nothing,
             true => May::But(begins.collect()),
-            false if self.direct.execute_only => May::Copy(None),
+            false if self.direct.pieces => May::Copy(None),
             false => May::Nothing,
         };
         if self.direct.verdicts.contains_key(&gpa) {

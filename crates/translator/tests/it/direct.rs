@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use berth_translator::{Config, TranslatedVcpu};
+use berth_translator::{Config, Optimizations, TranslatedVcpu};
 use berth_x86::CpuState;
 use berth_x86::state::{Segment, cr0, cr4, efer, reg, sreg};
 
@@ -61,7 +61,7 @@ fn page_tables(ram: &OwnedFd, pages: &[Page]) {
 
 /// Runs user code until it is interrupted by something.
 fn user(
-    direct: bool,
+    config: Config,
     pages: &[Page],
     bytes: &[(u64, &[u8])],
     set: impl FnOnce(&mut CpuState),
@@ -105,9 +105,48 @@ fn user(
     s.gpr[reg::RSP] = STACK_VA + 0x800;
     s.rflags = 0x202;
     set(&mut s);
-    let vcpu = until_halted(&ram, s, Config { always_direct: direct, ..Config::default() });
+    let vcpu = until_halted(&ram, s, config);
     let vector = (vcpu.state().rip - HANDLERS) / 16;
     Ran { vcpu, ram, vector }
+}
+
+/// Who executes user code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Translator,
+    Processor,
+    /// And pages are shown to it as a whole or not at all.
+    ProcessorByPages,
+}
+
+impl By {
+    fn config(self) -> Config {
+        let pages = if self == Self::ProcessorByPages {
+            Optimizations::PIECES
+        } else {
+            Optimizations::empty()
+        };
+        Config {
+            always_direct: self != Self::Translator,
+            optimizations: Optimizations::all() - pages,
+            ..Config::default()
+        }
+    }
+}
+
+/// Runs user code in each way.
+fn each(
+    pages: &[Page],
+    bytes: &[(u64, &[u8])],
+    set: impl Fn(&mut CpuState),
+    check: impl Fn(By, &Ran),
+) {
+    if let Err(error) = berth_translator::direct_check() {
+        return println!("skipped: no process can be traced here: {error}");
+    }
+    for by in [By::Translator, By::Processor, By::ProcessorByPages] {
+        check(by, &user(by.config(), pages, bytes, &set));
+    }
 }
 
 /// The same by the translator and by the processor, which did execute something if `runs`.
@@ -118,14 +157,11 @@ fn both(
     set: impl Fn(&mut CpuState),
     check: impl Fn(&Ran),
 ) {
-    if let Err(error) = berth_translator::direct_check() {
-        return println!("skipped: no process can be traced here: {error}");
-    }
-    for direct in [false, true] {
-        let ran = user(direct, pages, bytes, &set);
-        assert_eq!(ran.vcpu.stats().direct_runs > 0, direct && runs, "{:?}", ran.vcpu.stats());
-        check(&ran);
-    }
+    each(pages, bytes, set, |by, ran| {
+        let stats = ran.vcpu.stats();
+        assert_eq!(stats.direct_runs > 0, runs && by != By::Translator, "{by:?}: {stats:?}");
+        check(ran);
+    });
 }
 
 #[test]
@@ -273,7 +309,7 @@ fn many_zmm() -> Vec<u8> {
     [vec![0x90; 40], ZMM.repeat(6)].concat()
 }
 
-/// The same as [`both`], and code in a copy of a page was shown.
+/// The same in each way, and code in a copy of a page was shown where it can be.
 fn both_by_copy(
     pages: &[Page],
     bytes: &[(u64, &[u8])],
@@ -284,9 +320,9 @@ fn both_by_copy(
     if !copies {
         println!("skipped: the processor here has no pages that can be executed only");
     }
-    both(true, pages, bytes, set, |ran| {
+    each(pages, bytes, set, |by, ran| {
         let stats = ran.vcpu.stats();
-        assert_eq!(stats.direct_shown > 0, stats.direct_runs > 0 && copies, "{stats:?}");
+        assert_eq!(stats.direct_shown > 0, by == By::Processor && copies, "{by:?}: {stats:?}");
         check(ran);
     });
 }

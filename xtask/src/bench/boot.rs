@@ -18,6 +18,9 @@ use crate::bench::system::{System, berth, qemu};
 const MARKER: &str = "berth: init";
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1";
+/// How long a guest has to come to rest, and how long it is watched then.
+const REST: Duration = Duration::from_secs(3);
+const IDLE: Duration = Duration::from_secs(10);
 
 /// Boots each `runs` times.
 pub fn measure(program: &Path, runs: usize, no_qemu: bool, results: &mut Results) -> Result<()> {
@@ -26,8 +29,12 @@ pub fn measure(program: &Path, runs: usize, no_qemu: bool, results: &mut Results
     for run in 1..=runs {
         let mut times = Vec::new();
         let ours = berth(program, &files, 1, COMMAND_LINE);
-        let (time, memory) = time_to_marker(ours).context("berth")?;
-        overhead.extend(memory);
+        let (time, mut running) = time_to_marker(ours).context("berth")?;
+        overhead.extend(overhead_kib(running.0.id()));
+        if run == runs {
+            results.idle_percent = Some(idle_percent(&mut running)?);
+        }
+        drop(running);
         times.push((System::Berth, time));
         if !no_qemu {
             let theirs = qemu(&files, 1, COMMAND_LINE);
@@ -44,8 +51,32 @@ pub fn measure(program: &Path, runs: usize, no_qemu: bool, results: &mut Results
     Ok(())
 }
 
-/// The time from the start of the process to the marker; the process is ended then.
-fn time_to_marker(mut command: Command) -> Result<(Duration, Option<u64>)> {
+/// How much of a processor a guest takes that has nothing to do.
+fn idle_percent(running: &mut Running) -> Result<f64> {
+    std::thread::sleep(REST);
+    let (began, before) = (Instant::now(), processor_time(running.0.id())?);
+    std::thread::sleep(IDLE);
+    let used = processor_time(running.0.id())?.saturating_sub(before);
+    if let Some(status) = running.0.try_wait()? {
+        bail!("an idle guest ended: {status}");
+    }
+    Ok(used.as_secs_f64() / began.elapsed().as_secs_f64() * 100.0)
+}
+
+/// What all threads of a process have used so far.
+fn processor_time(pid: u32) -> Result<Duration> {
+    let mut total = 0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        // Nanoseconds on a processor come first.
+        let text = std::fs::read_to_string(task?.path().join("schedstat"))?;
+        let word = text.split(' ').next().and_then(|word| word.parse::<u64>().ok());
+        total += word.with_context(|| format!("not scheduling statistics: {text}"))?;
+    }
+    Ok(Duration::from_nanos(total))
+}
+
+/// The time from the start of the process to the marker, and the process, which goes on.
+fn time_to_marker(mut command: Command) -> Result<(Duration, Running)> {
     let began = Instant::now();
     let child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
@@ -64,7 +95,7 @@ fn time_to_marker(mut command: Command) -> Result<(Duration, Option<u64>)> {
         let _ = said.send(Err(last));
     });
     match heard.recv_timeout(BOOT_LIMIT) {
-        Ok(Ok(time)) => Ok((time, overhead_kib(running.0.id()))),
+        Ok(Ok(time)) => Ok((time, running)),
         Ok(Err(last)) => {
             let mut complaint = String::new();
             if let Some(mut stderr) = running.0.stderr.take() {

@@ -50,6 +50,9 @@ pub const SCALING_MIN: f64 = 1.8;
 /// What our process may use beyond guest RAM.
 pub const MEMORY_MAX_MIB: f64 = 64.0;
 
+/// What an idle guest may take of a processor.
+pub const IDLE_MAX_PERCENT: f64 = 1.0;
+
 /// One limit and what was measured.
 pub struct Verdict {
     /// What is limited.
@@ -147,6 +150,13 @@ fn single(results: &Results) -> Vec<Verdict> {
             is_met: value < MEMORY_MAX_MIB,
         });
     }
+    verdicts.extend(results.idle_percent.map(|value| Verdict {
+        title: "idle guest, % of a processor".into(),
+        value,
+        worst: None,
+        goal: format!("under {IDLE_MAX_PERCENT}"),
+        is_met: value < IDLE_MAX_PERCENT,
+    }));
     verdicts
 }
 

@@ -151,6 +151,7 @@ fn read(system: System, lines: &[Heard], results: &mut Results) -> Result<()> {
 }
 
 /// Ends the process however we leave.
+#[derive(Debug)]
 pub struct Running(pub Child);
 
 impl Drop for Running {

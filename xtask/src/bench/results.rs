@@ -79,6 +79,8 @@ pub struct Results {
     pub clocks: Vec<(System, f64)>,
     /// Memory of our process beyond guest RAM once the guest's init runs.
     pub overhead_kib: Option<u64>,
+    /// How much of a processor our process takes while its guest has nothing to do.
+    pub idle_percent: Option<f64>,
     /// The most of it after any of the rows on one processor.
     pub overhead_peak_kib: Option<u64>,
 }

@@ -14,8 +14,9 @@ pub struct CommandLine {
     pub writable: bool,
     /// `berth.hostname=`.
     pub hostname: Option<String>,
-    /// `berth.shell=1`: a login shell on the console, and power off when it ends.
-    pub shell: bool,
+    /// `berth.shell=1`: a login shell on the console, and power off when it ends; `always`: another
+    /// one then.
+    pub shell: Shell,
     /// `berth.init=/sbin/init`: the image's own init becomes process 1.
     pub init: Option<String>,
     /// `berth.agent=vsock:PORT`.
@@ -24,6 +25,17 @@ pub struct CommandLine {
     pub term: Option<String>,
     /// `berth.size=ROWSxCOLS`: its size.
     pub size: Option<TerminalSize>,
+}
+
+/// What is on the console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shell {
+    /// No shell.
+    None,
+    /// One, and power off when it ends.
+    Once,
+    /// One after the other.
+    Always,
 }
 
 impl CommandLine {
@@ -38,7 +50,7 @@ impl CommandLine {
             root: None,
             writable: false,
             hostname: None,
-            shell: false,
+            shell: Shell::None,
             init: None,
             port: AGENT_PORT,
             term: None,
@@ -54,7 +66,14 @@ impl CommandLine {
                 "root" => line.root = Some(value.to_owned()),
                 "rw" => line.writable = flag(value).ok_or_else(wrong)?,
                 "hostname" => line.hostname = Some(value.to_owned()),
-                "shell" => line.shell = flag(value).ok_or_else(wrong)?,
+                "shell" => {
+                    line.shell = match value {
+                        "0" => Shell::None,
+                        "1" => Shell::Once,
+                        "always" => Shell::Always,
+                        _ => return Err(wrong()),
+                    }
+                }
                 "init" => line.init = Some(value.to_owned()),
                 "term" => line.term = Some(value.to_owned()),
                 "agent" => {
@@ -105,7 +124,8 @@ mod tests {
         )
         .unwrap();
         assert_eq!(line.root.as_deref(), Some("/dev/vda"));
-        assert!(line.writable && line.shell);
+        assert!(line.writable);
+        assert_eq!(line.shell, Shell::Once);
         assert_eq!(line.hostname.as_deref(), Some("box"));
         assert_eq!(line.size, Some(TerminalSize { rows: 50, cols: 120 }));
         assert_eq!(line.port, 7);
@@ -114,7 +134,13 @@ mod tests {
 
     #[test]
     fn a_word_that_is_not_understood_is_named() {
-        for word in ["berth.rw=yes", "berth.sparkle=1", "berth.agent=tcp:1", "berth.size=80"] {
+        for word in [
+            "berth.rw=yes",
+            "berth.sparkle=1",
+            "berth.shell=yes",
+            "berth.agent=tcp:1",
+            "berth.size=80",
+        ] {
             let error = CommandLine::parse(&format!("quiet {word} x")).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");
         }

@@ -20,10 +20,14 @@ mod users;
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::cmdline::CommandLine;
+use crate::cmdline::{CommandLine, Shell};
 use crate::power::Power;
 use crate::reaper::Reaper;
+
+/// Between a shell on the console and the next one.
+const SHELL_PAUSE: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
@@ -86,12 +90,18 @@ fn bring_up() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
         network::bring_up();
     }
     let serving = server::serve_vsock(line.port, &reaper, &power);
-    if line.shell {
+    if line.shell != Shell::None {
         if let Err(error) = serving {
             boot::say(&format!("no agent on vsock port {}: {error}", line.port));
         }
-        shell::run(&line, &reaper)?;
-        power.off();
+        loop {
+            shell::run(&line, &reaper)?;
+            if line.shell == Shell::Once {
+                power.off();
+            }
+            // One that ends at once does not take the whole processor.
+            std::thread::sleep(SHELL_PAUSE);
+        }
     }
     serving?;
     loop {

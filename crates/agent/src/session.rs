@@ -16,7 +16,7 @@ use berth_api::agent::message::{
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use crate::power::Power;
 use crate::reaper::Reaper;
@@ -206,6 +206,7 @@ impl Session {
             ToAgent::Ping => self.send(&ToHost::Pong),
             ToAgent::Time => self.send(&ToHost::Clocks(clocks())),
             ToAgent::Shutdown(how) => self.begin_shutdown(how),
+            ToAgent::SetTime(ns) => self.set_time(ns),
             ToAgent::Exec(exec) => self.start(&exec),
             other => self.handle_input(other),
         }
@@ -221,12 +222,27 @@ impl Session {
         Ok(())
     }
 
+    fn refuse(&mut self, message: &str) -> Result<(), SessionError> {
+        let reason = Reason::Resources;
+        self.send(&ToHost::Refused(Refusal { reason, message: message.into() }))
+    }
+
+    fn set_time(&mut self, ns: u64) -> Result<(), SessionError> {
+        if !self.can_shut_down {
+            return self.refuse(NO_MACHINE);
+        }
+        const SECOND: u64 = 1_000_000_000;
+        // Less than 2^35 seconds and 10^9 nanoseconds.
+        let time = Timespec { tv_sec: (ns / SECOND) as i64, tv_nsec: (ns % SECOND) as i64 };
+        match clock_settime(ClockId::Realtime, time) {
+            Ok(()) => self.send(&ToHost::Clocks(clocks())),
+            Err(error) => self.refuse(&format!("setting the clock failed: {error}")),
+        }
+    }
+
     fn begin_shutdown(&mut self, how: Shutdown) -> Result<(), SessionError> {
         if !self.can_shut_down {
-            return self.send(&ToHost::Refused(Refusal {
-                reason: Reason::Resources,
-                message: "this agent is not the init of a machine".into(),
-            }));
+            return self.refuse(NO_MACHINE);
         }
         self.shutdown = Some(how);
         self.over = true;
@@ -451,6 +467,9 @@ fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(fd)?;
     Ok(rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)?)
 }
+
+/// Said to whoever wants a machine's power or clock where there is no machine.
+const NO_MACHINE: &str = "this agent is not the init of a machine";
 
 fn clocks() -> Clocks {
     let nanoseconds = |clock| {

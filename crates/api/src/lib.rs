@@ -3,3 +3,8 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod size;
+#[cfg(feature = "v1")]
+pub mod v1;
+#[cfg(feature = "v1")]
+pub mod vmm;

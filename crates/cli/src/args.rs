@@ -6,7 +6,7 @@ use berth_vmm::vcpu::translated::Optimizations;
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use crate::size::Size;
+use berth_api::size::Size;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -34,6 +34,12 @@ Examples:
   berth vm run --virtio-console stdio debian
   berth vm run --net none --kernel vmlinux --append 'console=ttyS0 quiet'";
 
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  berth vm create web debian
+  berth vm create --cpus 2 --memory 2G --disk 10G db debian
+  berth vm start web && berth vm exec web uname -a";
+
 const BOOTSTRAP_EXAMPLES: &str = "\
 Examples:
   berth image bootstrap debian bookworm
@@ -47,6 +53,16 @@ pub struct Args {
     /// $XDG_DATA_HOME/berth]
     #[arg(long, global = true, env = "BERTH_ROOT", value_name = "DIR", hide_env_values = true)]
     pub root: Option<PathBuf>,
+    /// Where the daemon listens [default: with --root `berth.sock` in it; else /run/berth/berth.sock for
+    /// root, $XDG_RUNTIME_DIR/berth/berth.sock for others]. If there is no daemon, one is started there
+    #[arg(
+        long,
+        global = true,
+        env = "BERTH_HOST",
+        value_name = "unix://PATH",
+        hide_env_values = true
+    )]
+    pub host: Option<String>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -61,8 +77,19 @@ pub enum Command {
     /// Images machines are started from
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Keep machines: what commands ask when they are about kept machines. It is started by the first
+    /// that needs it
+    Daemon(DaemonArgs),
+    /// Print what happens to machines, as lines of JSON
+    Events,
     /// What this host can do, and what Berth will use
     Doctor(Listing),
+    /// The process of a kept machine
+    #[command(hide = true)]
+    Vmm {
+        /// The machine's folder
+        folder: PathBuf,
+    },
     /// Print a completion script
     Completions {
         /// The shell it is for
@@ -75,6 +102,188 @@ pub enum Command {
 pub enum VmCommand {
     /// Start a machine and stay with it until it ends
     Run(Box<RunArgs>),
+    /// Make a machine that is kept; `start` starts it
+    Create(Box<CreateArgs>),
+    /// Make a folder, a copy of a machine's for example, a machine of its own
+    Adopt(AdoptArgs),
+    /// Start machines
+    Start(Names),
+    /// Ask guests to power off; those that do not are ended
+    Stop(StopArgs),
+    /// End machines at once
+    Kill(Names),
+    /// Stop machines and start them again
+    Restart(StopArgs),
+    /// Let the processors of machines stand still
+    Pause(Names),
+    /// Let them go on
+    Unpause(Names),
+    /// Remove machines with all their files
+    Rm(RmArgs),
+    /// List the machines
+    #[command(visible_alias = "list")]
+    Ls(Listing),
+    /// Print all that is known of machines, as JSON
+    Inspect(Names),
+    /// Print what a guest wrote on its console
+    Logs(LogsArgs),
+    /// Attach to a guest's console; Ctrl-] then `.` leaves it
+    Console(ConsoleArgs),
+    /// Run a command in a guest
+    Exec(ExecArgs),
+    /// Give a machine another name
+    Rename(RenameArgs),
+}
+
+/// Commands that do the same to several machines.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Names {
+    /// The machines' names
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+}
+
+/// `berth daemon`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DaemonArgs {
+    /// Where to listen [default: as --host]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// In a session of its own
+    #[arg(long, hide = true)]
+    pub detached: bool,
+}
+
+/// `berth vm create`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = CREATE_EXAMPLES)]
+pub struct CreateArgs {
+    /// Virtual processors, 1 to 16
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub cpus: u8,
+    /// Memory: bytes, or with K, M, G or T
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub memory: Size,
+    /// What runs the guest's instructions
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]
+    pub accel: Accel,
+    /// A kernel: bzImage, PVH ELF or Multiboot, told apart by looking [default: the image's]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// An initial RAM disk; or Multiboot modules, as `FILE ARGS,FILE ARGS`
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Words added to the kernel command line
+    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
+    pub append: String,
+    /// Another disk: an empty one of this size in the machine's folder, or a raw file that stays where
+    /// it is; with `,ro` it is not written. May be repeated
+    #[arg(long = "disk", value_name = "SIZE|FILE[,ro]")]
+    pub disks: Vec<KeptDisk>,
+    /// `user` (through passt), `tap=INTERFACE` or `none` [default: user with an image, else none]
+    #[arg(long, value_name = "NET")]
+    pub net: Option<NetArg>,
+    /// Gives the guest port 0xf4: writing V ends the machine with status V*2+1
+    #[arg(long)]
+    pub debug_exit: bool,
+    /// The machine's name, also its host name
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// The image it begins as, for example `debian` or `debian:bookworm`
+    #[arg(required_unless_present = "kernel")]
+    pub image: Option<String>,
+}
+
+/// `berth vm adopt`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct AdoptArgs {
+    /// The machine's name [default: the folder's]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// The folder; one that is not among the others stays where it is
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+}
+
+/// `berth vm stop`, `berth vm restart`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct StopArgs {
+    /// Seconds a guest has to power off
+    #[arg(long, short, value_name = "SECONDS", default_value_t = 30)]
+    pub time: u32,
+    /// The machines' names
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+}
+
+/// `berth vm rm`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RmArgs {
+    /// End those that run
+    #[arg(long, short)]
+    pub force: bool,
+    /// The machines' names
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+}
+
+/// `berth vm logs`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct LogsArgs {
+    /// And what comes, until the machine ends
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Only so many of the last lines
+    #[arg(long, short = 'n', value_name = "LINES")]
+    pub tail: Option<usize>,
+    /// What the machine's process says instead of the guest
+    #[arg(long)]
+    pub vmm: bool,
+    /// The machine's name
+    pub name: String,
+}
+
+/// `berth vm console`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ConsoleArgs {
+    /// The machine's name
+    pub name: String,
+}
+
+/// `berth vm exec`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ExecArgs {
+    /// A variable of the command's environment. May be repeated
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// The directory to run it in [default: the user's home]
+    #[arg(long, short, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// The user to run it as [default: root]
+    #[arg(long, short, value_name = "USER")]
+    pub user: Option<String>,
+    /// No terminal for it, even if this is one
+    #[arg(long, short = 'T')]
+    pub no_tty: bool,
+    /// The machine's name
+    pub name: String,
+    /// The command
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD"
+    )]
+    pub command: Vec<String>,
+}
+
+/// `berth vm rename`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RenameArgs {
+    /// What it is called
+    pub name: String,
+    /// What it is to be called
+    pub new: String,
 }
 
 /// Commands for images.
@@ -90,7 +299,7 @@ pub enum ImageCommand {
 }
 
 /// `berth vm run`.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, Debug, Default, clap::Args)]
 #[command(after_help = RUN_EXAMPLES)]
 pub struct RunArgs {
     /// The machine's name, also its host name [default: the image's]
@@ -197,9 +406,10 @@ pub struct Listing {
 }
 
 /// What runs the guest's instructions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Accel {
     /// The fastest that really works here
+    #[default]
     Auto,
     /// Berth's own translator; works everywhere
     Translate,
@@ -228,6 +438,27 @@ impl std::str::FromStr for DiskArg {
             return Err("a disk needs a file: FILE or FILE,ro".into());
         }
         Ok(Self { path: path.into(), read_only })
+    }
+}
+
+/// `SIZE` or `FILE[,ro]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeptDisk {
+    /// A new one.
+    Size(Size),
+    /// One that is there.
+    File(DiskArg),
+}
+
+impl std::str::FromStr for KeptDisk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // A file that is called like a size is `./10G`.
+        match text.parse() {
+            Ok(size) => Ok(Self::Size(size)),
+            Err(_) => text.parse().map(Self::File),
+        }
     }
 }
 
@@ -317,6 +548,13 @@ mod tests {
             "berth image bootstrap --name lab --include gcc,perl --include less debian bookworm",
             "berth image rm a b",
             "berth doctor --json",
+            "berth vm create --disk 10G --disk ./10G,ro --net none web debian",
+            "berth vm exec web ls -l /",
+            "berth vm exec -u nobody -e A=B web -- sh -c true",
+            "berth vm stop -t 5 a b",
+            "berth --host unix:///x vm ls --json",
+            "berth vm logs -f -n 5 a",
+            "berth daemon",
             "berth completions bash",
             "berth --root /x image ls",
             "berth vm run --serial none --virtio-console stdio debian",
@@ -334,6 +572,9 @@ mod tests {
             "berth vm run --initrd i x",
             "berth vm run --disk ,ro x",
             "berth image rm",
+            "berth vm create web",
+            "berth vm exec web",
+            "berth vm rm",
             "berth vm run --serial file debian",
             "berth vm run --serial file= debian",
             "berth vm run --virtio-console pty debian",

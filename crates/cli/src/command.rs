@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use berth_api::agent::client::{Client, ClientError, Event, Input, Session};
 use berth_api::agent::message::{Exec, Exit, Reason, Shutdown};
@@ -28,8 +28,13 @@ const STDIN_CHUNK_BYTES: usize = 16 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
     /// The guest does not answer.
-    #[error("the guest's agent did not answer within {} seconds", AGENT_WAIT.as_secs())]
-    NoAnswer(#[source] ClientError),
+    #[error("the guest's agent did not answer within {} seconds", patience.as_secs())]
+    NoAnswer {
+        /// How long it was waited for.
+        patience: Duration,
+        /// The last reason.
+        source: ClientError,
+    },
     /// The machine ended first.
     #[error(
         "the guest ended before its agent answered; it may need more --memory, and --append loglevel=7 with --serial file=PATH shows its kernel's messages"
@@ -85,7 +90,37 @@ pub trait Dial {
 /// # Errors
 /// [`CommandError`].
 pub fn run(dial: &mut dyn Dial, exec: &Exec) -> Result<ExitCode, CommandError> {
-    let session = connect(dial)?.exec(exec)?;
+    run_in(connect(dial, AGENT_WAIT)?, exec)
+}
+
+/// The same as the first command of a guest, whose clock is set before.
+///
+/// # Errors
+/// [`CommandError`].
+pub fn run_first(dial: &mut dyn Dial, exec: &Exec) -> Result<ExitCode, CommandError> {
+    let mut client = connect(dial, AGENT_WAIT)?;
+    set_time(&mut client)?;
+    run_in(client, exec)
+}
+
+/// Sets the clock of a guest as soon as its agent answers, for which it has so long. Linux takes the
+/// time from the real-time clock, which counts seconds.
+///
+/// # Errors
+/// [`CommandError`].
+pub fn set_clock(dial: &mut dyn Dial, patience: Duration) -> Result<(), CommandError> {
+    Ok(set_time(&mut connect(dial, patience)?)?)
+}
+
+fn set_time(client: &mut Client<UnixStream, UnixStream>) -> Result<(), ClientError> {
+    // What comes after the first answer takes no longer than the time until it: it is warm.
+    client.ping()?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    client.set_time(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)).map(|_| ())
+}
+
+fn run_in(client: Client<UnixStream, UnixStream>, exec: &Exec) -> Result<ExitCode, CommandError> {
+    let session = client.exec(exec)?;
     let raw = match exec.tty {
         Some(_) => Some(RawTerminal::enter().map_err(CommandError::Terminal)?),
         None => None,
@@ -101,16 +136,20 @@ pub fn run(dial: &mut dyn Dial, exec: &Exec) -> Result<ExitCode, CommandError> {
     exit.map(exit_code)
 }
 
-/// Asks the guest to power off; it does so after this returns.
+/// Asks the guest to power off, which may take so long until its agent answers; it does so after this
+/// returns.
 ///
 /// # Errors
 /// [`CommandError`] when the agent cannot be asked.
-pub fn shut_down(dial: &mut dyn Dial) -> Result<(), CommandError> {
-    Ok(connect(dial)?.shutdown(Shutdown::PowerOff)?)
+pub fn shut_down(dial: &mut dyn Dial, patience: Duration) -> Result<(), CommandError> {
+    Ok(connect(dial, patience)?.shutdown(Shutdown::PowerOff)?)
 }
 
 /// Connects as soon as the agent listens.
-fn connect(dial: &mut dyn Dial) -> Result<Client<UnixStream, UnixStream>, CommandError> {
+fn connect(
+    dial: &mut dyn Dial,
+    patience: Duration,
+) -> Result<Client<UnixStream, UnixStream>, CommandError> {
     let began = Instant::now();
     loop {
         let error = match try_connect(dial) {
@@ -121,8 +160,8 @@ fn connect(dial: &mut dyn Dial) -> Result<Client<UnixStream, UnixStream>, Comman
         if !dial.is_alive() {
             return Err(CommandError::GuestEnded);
         }
-        if began.elapsed() > AGENT_WAIT {
-            return Err(CommandError::NoAnswer(error));
+        if began.elapsed() > patience {
+            return Err(CommandError::NoAnswer { patience, source: error });
         }
         thread::sleep(DIAL_POLL);
     }
@@ -300,7 +339,7 @@ mod tests {
     #[test]
     fn streams_and_status_pass_through_once_the_agent_listens() {
         let mut guest = Guest { refusals: 3, alive: true };
-        let session = connect(&mut guest).unwrap().exec(&Exec::default()).unwrap();
+        let session = connect(&mut guest, AGENT_WAIT).unwrap().exec(&Exec::default()).unwrap();
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let sent: Vec<u8> = (0..700_000u32).map(|i| (i % 251) as u8).collect();
         let exit = pump(session, io::Cursor::new(sent.clone()), &mut out, &mut err).unwrap();
@@ -313,6 +352,6 @@ mod tests {
     #[test]
     fn a_guest_that_ends_is_not_waited_for() {
         let mut guest = Guest { refusals: 1000, alive: false };
-        assert!(matches!(connect(&mut guest), Err(CommandError::GuestEnded)));
+        assert!(matches!(connect(&mut guest, AGENT_WAIT), Err(CommandError::GuestEnded)));
     }
 }

@@ -3,11 +3,13 @@
 use std::error::Error;
 use std::io;
 
+use berth_daemon::server::DaemonError;
 use berth_image::agent::NoAgent;
 use berth_image::bootstrap::BootstrapError;
 use berth_image::initramfs::InitramfsError;
 use berth_image::store::StoreError;
 
+use crate::client::ClientError;
 use crate::command::CommandError;
 use crate::machine::MachineError;
 use crate::plan::PlanError;
@@ -54,6 +56,23 @@ pub enum CliError {
     /// The guest's command.
     #[error(transparent)]
     Command(#[from] CommandError),
+    /// The daemon.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The daemon cannot run.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// The words make no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// What needs a machine that runs.
+    #[error("{name} is {state}; `berth vm start {name}` starts it")]
+    NotRunning {
+        /// Its name.
+        name: String,
+        /// What it is.
+        state: &'static str,
+    },
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -106,7 +125,7 @@ impl CliError {
         match self {
             Self::Command(error) => error.exit_code(),
             Self::Machine(error) => error.exit_code(),
-            Self::Plan(PlanError::Usage(_)) => ExitCode::Usage,
+            Self::Plan(PlanError::Usage(_)) | Self::Usage(_) => ExitCode::Usage,
             _ => ExitCode::Failure,
         }
     }

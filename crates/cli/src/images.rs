@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use crate::args::BootstrapArgs;
 use crate::exit::{CliError, ExitCode};
-use crate::size::Size;
 use crate::table;
+use berth_api::size::Size;
 
 /// What `--json` prints of an image.
 #[derive(Debug, Serialize)]

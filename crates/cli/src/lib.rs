@@ -4,29 +4,32 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod client;
 pub mod command;
 pub mod doctor;
 pub mod exit;
 pub mod images;
 pub mod machine;
 pub mod plan;
-pub mod size;
 pub mod state;
 pub mod table;
 pub mod terminal;
+pub mod vm;
+pub mod vmm;
 
 use std::io::{self, Write};
 
 use clap::{CommandFactory, Parser};
 
 use crate::args::{Args, Command, ImageCommand, VmCommand};
+use crate::client::{Address, Client};
 use crate::exit::{CliError, ExitCode};
 
 /// Runs the program on its real arguments.
 #[must_use]
 pub fn main() -> std::process::ExitCode {
     let args = Args::parse();
-    log_to_stderr();
+    log_to_stderr(matches!(args.command, Command::Daemon(_)));
     meet_limits();
     match run(args) {
         Ok(code) => code.into(),
@@ -52,20 +55,59 @@ fn meet_limits() {
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, never);
 }
 
-/// Warnings of the machine go to standard error; `BERTH_LOG` chooses others (`BERTH_LOG=debug`).
-fn log_to_stderr() {
+/// Errors of the machine go to standard error, of the daemon all it does; `BERTH_LOG` chooses others
+/// (`BERTH_LOG=debug`).
+fn log_to_stderr(is_daemon: bool) {
+    let usual = if is_daemon { "info" } else { "error" };
     let filter = tracing_subscriber::EnvFilter::try_from_env("BERTH_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+}
+
+/// Commands about kept machines.
+fn kept(client: &Client, command: &VmCommand) -> Result<ExitCode, CliError> {
+    match command {
+        // It needs no daemon.
+        VmCommand::Run(_) => Ok(ExitCode::Usage),
+        VmCommand::Create(create) => vm::create(client, create),
+        VmCommand::Adopt(adopt) => vm::adopt(client, adopt),
+        VmCommand::Start(names) => vm::act(client, &names.names, "start"),
+        VmCommand::Stop(stop) => vm::stop(client, stop, "stop"),
+        VmCommand::Kill(names) => vm::act(client, &names.names, "kill"),
+        VmCommand::Restart(stop) => vm::stop(client, stop, "restart"),
+        VmCommand::Pause(names) => vm::act(client, &names.names, "pause"),
+        VmCommand::Unpause(names) => vm::act(client, &names.names, "unpause"),
+        VmCommand::Rm(remove) => vm::remove(client, remove),
+        VmCommand::Ls(list) => vm::list(client, list.json),
+        VmCommand::Inspect(names) => vm::inspect(client, &names.names),
+        VmCommand::Logs(logs) => vm::logs(client, logs),
+        VmCommand::Console(console) => vm::console(client, console),
+        VmCommand::Exec(exec) => vm::exec(client, exec),
+        VmCommand::Rename(rename) => vm::rename(client, rename),
+    }
 }
 
 fn run(args: Args) -> Result<ExitCode, CliError> {
     let root = || state::directory(args.root.as_deref());
+    let address = || -> Result<Address, CliError> {
+        Ok(Address::choose(args.host.as_deref(), args.root.as_deref(), &root()?)?)
+    };
+    let client = || -> Result<Client, CliError> { Ok(Client::new(&address()?, &root()?)?) };
     match args.command {
         Command::Vm(VmCommand::Run(run)) => {
             let plan = plan::RunPlan::new(&run, &root()?)?;
             Ok(machine::run_machine(&plan)?)
         }
+        Command::Vm(command) => kept(&client()?, &command),
+        Command::Events => vm::events(&client()?),
+        Command::Daemon(daemon) => {
+            let socket = match daemon.socket {
+                Some(socket) => socket,
+                None => address()?.socket,
+            };
+            vm::daemon(&root()?, socket, daemon.detached)
+        }
+        Command::Vmm { folder } => Ok(vmm::run(&root()?, &folder)),
         Command::Image(ImageCommand::Bootstrap(bootstrap)) => {
             images::bootstrap(&root()?, &bootstrap)
         }

@@ -23,7 +23,7 @@ use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 
 use crate::args::Accel;
-use crate::command::{self, CommandError, Dial};
+use crate::command::{self, AGENT_WAIT, CommandError, Dial};
 use crate::exit::ExitCode;
 use crate::plan::{Console, NetPlan, RunPlan};
 use crate::terminal;
@@ -102,11 +102,7 @@ struct Guest {
 
 impl Dial for Guest {
     fn dial(&mut self) -> io::Result<UnixStream> {
-        let Some(vsock) = self.ends.vsock.get() else {
-            return Err(io::ErrorKind::NotConnected.into());
-        };
-        let stream =
-            vsock.connect(AGENT_PORT, Duration::from_millis(100)).map_err(io::Error::other)?;
+        let stream = connect_agent(&self.ends)?;
         // A guest that is gone says nothing more: whoever waits for it must be woken.
         let (ending, watched) = (Arc::clone(&self.ending), stream.try_clone()?);
         std::thread::Builder::new().name("agent-watch".into()).spawn(move || {
@@ -122,14 +118,25 @@ impl Dial for Guest {
     }
 }
 
+/// Connects to the agent's port of a guest.
+///
+/// # Errors
+/// Nobody listens there.
+pub fn connect_agent(ends: &HostEnds) -> io::Result<UnixStream> {
+    let Some(vsock) = ends.vsock.get() else {
+        return Err(io::ErrorKind::NotConnected.into());
+    };
+    vsock.connect(AGENT_PORT, Duration::from_millis(100)).map_err(io::Error::other)
+}
+
 /// What is to be told of the translator's work.
-struct Told {
+pub(crate) struct Told {
     reports: Option<Reports>,
     dump: Option<(PathBuf, Dump)>,
 }
 
 impl Told {
-    fn new(plan: &RunPlan) -> Result<Self, MachineError> {
+    pub(crate) fn new(plan: &RunPlan) -> Result<Self, MachineError> {
         let open = |path: &PathBuf| {
             if path.as_os_str() == "-" {
                 return Ok(Dump::new(io::stderr()));
@@ -144,7 +151,7 @@ impl Told {
     }
 
     /// Once all vCPUs have ended.
-    fn finish(self) -> Result<(), MachineError> {
+    pub(crate) fn finish(self) -> Result<(), MachineError> {
         if let Some(reports) = self.reports {
             let all = reports.take();
             if all.is_empty() {
@@ -163,7 +170,7 @@ impl Told {
     }
 }
 
-fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
+pub(crate) fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
     let mut c = MachineConfig::new(&plan.kernel);
     c.translator.optimizations = plan.optimizations;
     c.translator.reports.clone_from(&told.reports);
@@ -193,6 +200,7 @@ fn console(plan: &Console) -> SerialConfig {
         Console::Stdio => SerialConfig::Stdio,
         Console::File(path) => SerialConfig::File(path.clone()),
         Console::Socket(path) => SerialConfig::Socket(path.clone()),
+        Console::Stream(stream) => SerialConfig::Stream(Arc::clone(stream)),
         Console::Nowhere => SerialConfig::Null,
         Console::Capture(file) => {
             SerialConfig::File(PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())))
@@ -200,7 +208,7 @@ fn console(plan: &Console) -> SerialConfig {
     }
 }
 
-fn devices(plan: &RunPlan) -> Devices {
+pub(crate) fn devices(plan: &RunPlan) -> Devices {
     Devices {
         disks: plan
             .disks
@@ -212,6 +220,7 @@ fn devices(plan: &RunPlan) -> Devices {
             NetPlan::User => NetConfig::User,
             NetPlan::Tap(name) => NetConfig::Tap(name.clone()),
         },
+        mac: None,
         vsock_cid: Some(GUEST_CID),
         console: plan.virtio_console.as_ref().map(console),
     }
@@ -254,7 +263,7 @@ pub fn run_machine(plan: &RunPlan) -> Result<ExitCode, MachineError> {
         None => ended(plan, machine.wait()),
         Some(exec) => {
             let mut guest = Guest { ends, ending };
-            let result = command::run(&mut guest, exec);
+            let result = command::run_first(&mut guest, exec);
             let status = result.map_err(|source| match source.is_refusal() {
                 true => MachineError::Refused(source),
                 false => MachineError::Command { source, console: console_tail(plan) },
@@ -287,7 +296,7 @@ fn follow_terminal_size(console: ConsoleSize) -> io::Result<()> {
 
 /// Lets the guest write what it has to, within a limit.
 fn power_off(guest: &mut Guest, machine: RunningMachine) {
-    if guest.is_alive() && command::shut_down(guest).is_ok() {
+    if guest.is_alive() && command::shut_down(guest, AGENT_WAIT).is_ok() {
         let began = Instant::now();
         while guest.is_alive() && began.elapsed() < POWER_OFF_WAIT {
             std::thread::sleep(Duration::from_millis(5));

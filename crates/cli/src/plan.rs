@@ -4,9 +4,13 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use berth_api::agent::message::{Exec, TerminalSize};
+use berth_api::size::Size;
+use berth_api::v1::machine::{self as kept, MachineConfig};
 use berth_image::agent::{self, NoAgent};
 use berth_image::disk::ThrowawayDisk;
 use berth_image::initramfs::{self, InitramfsError};
@@ -15,8 +19,7 @@ use berth_vmm::boot::{self, Module};
 use berth_vmm::limits::MEMORY_BYTES_MIN;
 use berth_vmm::vcpu::translated::Optimizations;
 
-use crate::args::{Accel, ConsoleArg, NetArg, RunArgs};
-use crate::size::Size;
+use crate::args::{Accel, ConsoleArg, DiskArg, NetArg, RunArgs};
 use crate::terminal;
 
 const PAGE_BYTES: u64 = 4096;
@@ -100,6 +103,8 @@ pub enum Console {
     File(PathBuf),
     /// To whoever connects to this Unix socket.
     Socket(PathBuf),
+    /// To whoever has the other end of it.
+    Stream(Arc<UnixStream>),
     /// Nowhere.
     Nowhere,
     /// Into this file without a name; its end is shown when the guest fails. No input.
@@ -183,38 +188,44 @@ impl RunPlan {
     /// # Errors
     /// [`PlanError`]; nothing is left behind.
     pub fn new(args: &RunArgs, state: &Path) -> Result<Self, PlanError> {
+        let shell = if args.command.is_empty() { Shell::Once } else { Shell::None };
+        let (mut plan, image) = Self::base(args, state, shell)?;
+        if let Some((image, store)) = &image {
+            let disk = ThrowawayDisk::copy_of(&image.root_disk(), store)?;
+            plan.disks.insert(0, DiskPlan { path: disk.path(), read_only: false });
+            plan.throwaway = Some(disk);
+        }
+        plan.command = command(args);
+        plan.virtio_console = match &args.virtio_console {
+            None | Some(ConsoleArg::None) => None,
+            Some(asked) => Some(console(asked)?),
+        };
+        plan.console = match (&args.serial, &image) {
+            (Some(asked), _) => console(asked)?,
+            (None, Some((_, store))) if plan.command.is_some() => {
+                Console::Capture(unnamed_file(store)?)
+            }
+            (None, _) if matches!(plan.virtio_console, Some(Console::Stdio)) => Console::Nowhere,
+            (None, _) => Console::Stdio,
+        };
+        Ok(plan)
+    }
+
+    /// What kept machines and others have in common: no root disk of an image, no console yet.
+    fn base(args: &RunArgs, state: &Path, shell: Shell) -> Result<(Self, FromImage), PlanError> {
         let name = machine_name(args)?;
         check_memory(args.memory, host_memory_bytes())?;
         let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         check_open_files(u64::from(args.cpus) + args.disks.len() as u64, open_files)?;
         check_combination(args)?;
-        let mut disks = user_disks(args)?;
+        let disks = user_disks(args)?;
         let net = network(args)?;
         let files = match &args.image {
             None => Boot { kernel: given_kernel(args)?, initrd: given_initrd(args)?, image: None },
             Some(image) => image_boot(args, image, state)?,
         };
-        let throwaway = match &files.image {
-            Some((image, store)) => {
-                let disk = ThrowawayDisk::copy_of(&image.root_disk(), store)?;
-                disks.insert(0, DiskPlan { path: disk.path(), read_only: false });
-                Some(disk)
-            }
-            None => None,
-        };
-        let command = command(args);
-        let virtio_console = match &args.virtio_console {
-            None | Some(ConsoleArg::None) => None,
-            Some(asked) => Some(console(asked)?),
-        };
-        let console = match (&args.serial, &files.image) {
-            (Some(asked), _) => console(asked)?,
-            (None, Some((_, store))) if command.is_some() => Console::Capture(unnamed_file(store)?),
-            (None, _) if matches!(virtio_console, Some(Console::Stdio)) => Console::Nowhere,
-            (None, _) => Console::Stdio,
-        };
-        Ok(Self {
-            command_line: command_line(args, &name)?,
+        let plan = Self {
+            command_line: command_line(args, &name, shell)?,
             name,
             cpus: args.cpus,
             memory_bytes: args.memory.bytes(),
@@ -229,18 +240,74 @@ impl RunPlan {
             disks,
             net,
             debug_exit: args.debug_exit,
-            console,
-            virtio_console,
-            command,
-            throwaway,
-        })
+            console: Console::Nowhere,
+            virtio_console: None,
+            command: None,
+            throwaway: None,
+        };
+        Ok((plan, files.image))
+    }
+
+    /// What a kept machine needs, whose disks are in its folder. `console` is its serial port.
+    ///
+    /// # Errors
+    /// [`PlanError`].
+    pub fn kept(
+        config: &MachineConfig,
+        name: &str,
+        folder: &Path,
+        state: &Path,
+        console: Console,
+    ) -> Result<Self, PlanError> {
+        let args = RunArgs {
+            name: Some(name.to_owned()),
+            cpus: config.cpus,
+            memory: config.memory,
+            accel: match config.accel {
+                kept::Accel::Auto => Accel::Auto,
+                kept::Accel::Translate => Accel::Translate,
+                kept::Accel::Kvm => Accel::Kvm,
+            },
+            kernel: config.kernel.clone(),
+            initrd: config.initrd.clone(),
+            append: config.append.clone(),
+            disks: config
+                .disks
+                .iter()
+                .map(|disk| DiskArg { path: folder.join(&disk.file), read_only: disk.read_only })
+                .collect(),
+            net: Some(match &config.net {
+                kept::Net::User => NetArg::User,
+                kept::Net::Tap(name) => NetArg::Tap(name.clone()),
+                kept::Net::None => NetArg::None,
+            }),
+            debug_exit: config.debug_exit,
+            image: config.image.clone(),
+            ..RunArgs::default()
+        };
+        let (plan, _) = Self::base(&args, state, Shell::Always)?;
+        Ok(Self { console, ..plan })
     }
 }
+
+/// Who gets a shell on the console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shell {
+    /// Nobody.
+    None,
+    /// Whoever starts the guest, which powers off after it.
+    Once,
+    /// Whoever attaches, and when it has ended the next.
+    Always,
+}
+
+/// Where the kernel comes from.
+type FromImage = Option<(Image, Store)>;
 
 struct Boot {
     kernel: PathBuf,
     initrd: Option<PathBuf>,
-    image: Option<(Image, Store)>,
+    image: FromImage,
 }
 
 fn image_boot(args: &RunArgs, name: &str, state: &Path) -> Result<Boot, PlanError> {
@@ -468,7 +535,7 @@ fn command(args: &RunArgs) -> Option<Exec> {
     Some(exec)
 }
 
-fn command_line(args: &RunArgs, name: &str) -> Result<String, PlanError> {
+fn command_line(args: &RunArgs, name: &str, shell: Shell) -> Result<String, PlanError> {
     let mut words = Vec::new();
     if args.image.is_some() {
         words.push("console=ttyS0 quiet panic=-1 berth.root=/dev/vda berth.rw=1".to_owned());
@@ -477,9 +544,13 @@ fn command_line(args: &RunArgs, name: &str) -> Result<String, PlanError> {
             words.push("console=hvc0".to_owned());
         }
         words.push(format!("berth.hostname={name}"));
-        if args.command.is_empty() {
-            words.push("berth.shell=1".to_owned());
-            words.extend(terminal_words());
+        match shell {
+            Shell::None => {}
+            Shell::Once => {
+                words.push("berth.shell=1".to_owned());
+                words.extend(terminal_words());
+            }
+            Shell::Always => words.push("berth.shell=always".to_owned()),
         }
     }
     let panic_said = args.append.split_whitespace().any(|word| word.starts_with("panic="));
@@ -569,7 +640,7 @@ mod tests {
             let mut args = run_args("--kernel k");
             args.kernel = Some(kernel.clone());
             args.append = append.to_owned();
-            command_line(&args, "box").unwrap()
+            command_line(&args, "box", Shell::Once).unwrap()
         };
         assert_eq!(line("quiet", &head), "panic=-1 quiet");
         assert_eq!(line("panic=5", &head), "panic=5");
@@ -591,15 +662,19 @@ mod tests {
 
     #[test]
     fn an_images_command_line_carries_what_the_agent_wants() {
-        let line = command_line(&run_args("--append extra=1 debian"), "box").unwrap();
+        let line = command_line(&run_args("--append extra=1 debian"), "box", Shell::Once).unwrap();
         assert!(line.contains("berth.hostname=box berth.shell=1"), "{line}");
         assert!(line.ends_with(" extra=1"), "{line}");
-        let line = command_line(&run_args("debian -- true"), "box").unwrap();
+        let line = command_line(&run_args("debian -- true"), "box", Shell::None).unwrap();
         assert!(!line.contains("berth.shell"), "{line}");
-        let line = command_line(&run_args("--virtio-console stdio debian"), "box").unwrap();
+        let line =
+            command_line(&run_args("--virtio-console stdio debian"), "box", Shell::Once).unwrap();
         assert!(line.contains("console=hvc0"), "{line}");
         let long = "x".repeat(3000);
-        assert!(command_line(&run_args(&format!("--append {long} debian")), "box").is_err());
+        assert!(
+            command_line(&run_args(&format!("--append {long} debian")), "box", Shell::Once)
+                .is_err()
+        );
     }
 
     #[test]

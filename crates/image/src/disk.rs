@@ -44,7 +44,7 @@ impl ThrowawayDisk {
 }
 
 /// Copies a whole file into an empty one, keeping its holes.
-pub(crate) fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
+pub fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
     if rustix::fs::ioctl_ficlone(to, from).is_ok() {
         return Ok(());
     }

@@ -36,7 +36,7 @@ pub use crate::console::output::OutputSink;
 pub use crate::console::terminal::{RawTerminal, SignalWatch};
 
 /// Where a console leads: the serial port, or virtio-console.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum SerialConfig {
     /// Standard input and output; a terminal is made raw, with an escape (Ctrl-] then `.`).
     Stdio,
@@ -45,6 +45,8 @@ pub enum SerialConfig {
     /// A Unix socket that takes one client after the other; output without one is dropped. A client
     /// that reads nothing holds the guest up, but for a limited time; then it is disconnected.
     Socket(PathBuf),
+    /// A stream whose other end somebody has who always takes what is printed.
+    Stream(Arc<UnixStream>),
     /// Nowhere.
     Null,
 }
@@ -119,6 +121,9 @@ impl Console {
                 listener = Some(listen(path)?);
                 Box::new(ClientWriter(Arc::clone(&client)))
             }
+            SerialConfig::Stream(stream) => {
+                Box::new(stream.try_clone().map_err(host("setting up a stream"))?)
+            }
             SerialConfig::Null => Box::new(io::sink()),
         };
         let stop = EventFd::new(EFD_NONBLOCK).map_err(host("eventfd"))?;
@@ -185,6 +190,10 @@ impl Console {
             (SerialConfig::Socket(_), Some(listener)) => {
                 let client = Arc::clone(&self.client);
                 spawn("console-in", move || feeder.serve(&listener, &client))
+            }
+            (SerialConfig::Stream(stream), _) => {
+                let stream = Arc::clone(stream);
+                spawn("console-in", move || feeder.read_stream(&stream))
             }
             _ => return Ok(()),
         };

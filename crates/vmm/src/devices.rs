@@ -46,6 +46,8 @@ pub struct Devices {
     pub disks: Vec<DiskFile>,
     /// The network card.
     pub net: NetConfig,
+    /// Its address; without one it gets a random one.
+    pub mac: Option<Mac>,
     /// The guest's vsock address, at least 3; none: no vsock.
     pub vsock_cid: Option<u32>,
     /// Where the virtio console leads; none: no such device.
@@ -101,6 +103,10 @@ impl Devices {
         })
     }
 
+    fn mac(&self) -> Result<Mac, DevicesError> {
+        self.mac.map_or_else(Mac::random, Ok).map_err(DevicesError::Mac)
+    }
+
     fn make(&self, context: &DeviceContext, ends: &HostEnds) -> Result<PciRoot, DevicesError> {
         let memory = Arc::new(context.memory.clone());
         let mut root = PciRoot::new(Arc::clone(&context.mmio), Arc::clone(&context.interrupts));
@@ -116,14 +122,11 @@ impl Devices {
         match &self.net {
             NetConfig::None => {}
             NetConfig::User => {
-                let card = Net::new(
-                    Passt::start(&PasstConfig::default())?,
-                    Mac::random().map_err(DevicesError::Mac)?,
-                );
+                let card = Net::new(Passt::start(&PasstConfig::default())?, self.mac()?);
                 attach(&mut root, Arc::clone(&memory), Box::new(card))?;
             }
             NetConfig::Tap(name) => {
-                let card = Net::new(Tap::open(name)?, Mac::random().map_err(DevicesError::Mac)?);
+                let card = Net::new(Tap::open(name)?, self.mac()?);
                 attach(&mut root, Arc::clone(&memory), Box::new(card))?;
             }
         }

@@ -118,9 +118,35 @@ pub struct RunningMachine {
     accel: Accel,
     threads: Vec<JoinHandle<()>>,
     console: Console,
+    pauser: Pauser,
     /// Devices and timers live as long as the machine.
     _timers: TimerThread,
     context: DeviceContext,
+}
+
+/// Makes the vCPUs of a machine stand still and go on. Devices and timers do not stand still; what
+/// they have for the guest waits.
+#[derive(Clone)]
+pub struct Pauser {
+    mailboxes: Arc<[Arc<Mailbox>]>,
+    /// Unless that is inside the vCPUs.
+    clock: Option<Arc<PvClock>>,
+}
+
+impl Pauser {
+    /// Returns when all of them stand still, or have ended.
+    pub fn pause(&self) {
+        self.mailboxes.iter().for_each(|mailbox| mailbox.pause());
+        self.mailboxes.iter().for_each(|mailbox| mailbox.wait_until_still());
+    }
+
+    /// They go on.
+    pub fn unpause(&self) {
+        if let Some(clock) = &self.clock {
+            clock.stood_still();
+        }
+        self.mailboxes.iter().for_each(|mailbox| mailbox.unpause());
+    }
 }
 
 /// A vCPU and its local APIC, unless that is inside.
@@ -243,7 +269,7 @@ fn start_translated(
         chipset,
         mmio: Arc::clone(&board.mmio),
         ports: Arc::clone(&board.ports),
-        pvclock,
+        pvclock: Arc::clone(&pvclock),
     };
     let mut vcpus: Vec<Processor> = Vec::new();
     for (index, apic) in (0..).zip(&apics) {
@@ -253,7 +279,7 @@ fn start_translated(
         let vcpu = Translated::new(index, Arc::clone(&shared), state, cpuid, platform)?;
         vcpus.push((Box::new(vcpu), Some(Arc::clone(apic))));
     }
-    finish(board, Accel::Translate, vcpus, context, console)
+    finish(board, Accel::Translate, vcpus, Some(pvclock), (context, console))
 }
 
 fn start_kvm(
@@ -276,7 +302,7 @@ fn start_kvm(
         }
         vcpus.push((Box::new(vcpu), None));
     }
-    finish(board, Accel::Kvm, vcpus, context, console)
+    finish(board, Accel::Kvm, vcpus, None, (context, console))
 }
 
 /// Starts the threads.
@@ -284,8 +310,8 @@ fn finish(
     board: Board,
     accel: Accel,
     vcpus: Vec<Processor>,
-    context: DeviceContext,
-    console: Console,
+    clock: Option<Arc<PvClock>>,
+    (context, console): (DeviceContext, Console),
 ) -> Result<RunningMachine, MachineError> {
     for ((vcpu, _), mailbox) in vcpus.iter().zip(&board.mailboxes) {
         mailbox.connect(vcpu.handle());
@@ -301,6 +327,7 @@ fn finish(
         accel,
         threads: Vec::new(),
         console,
+        pauser: Pauser { mailboxes: board.mailboxes.clone().into(), clock },
         _timers: board.timers,
         context,
     };
@@ -318,6 +345,12 @@ impl RunningMachine {
     #[must_use]
     pub fn accel(&self) -> Accel {
         self.accel
+    }
+
+    /// What makes its vCPUs stand still, for servers.
+    #[must_use]
+    pub fn pauser(&self) -> Pauser {
+        self.pauser.clone()
     }
 
     /// What ends the machine from elsewhere, for signal handlers and servers.

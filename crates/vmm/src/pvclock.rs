@@ -4,7 +4,8 @@
 //! All vCPUs are given one origin and one rate, which never change, so the clock is stable between
 //! them and the guest reads it without further checks.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -24,6 +25,11 @@ pub const MSR_SYSTEM_TIME: u32 = 0x4b56_4d01;
 const ENABLED: u64 = 1;
 /// The flag that says that vCPUs agree.
 const STABLE: u8 = 1;
+/// The flag that says that the guest stood still, so that its watchdogs do not take that for a fault
+/// of its own. The guest clears it (PVCLOCK_GUEST_STOPPED).
+const STOOD_STILL: u8 = 2;
+/// Where the flags are in a vCPU's page.
+const FLAGS: u64 = 29;
 
 /// The clock of a machine.
 pub struct PvClock {
@@ -33,6 +39,8 @@ pub struct PvClock {
     wall_at_origin: Duration,
     multiplier: u32,
     shift: i8,
+    /// Where the guest wants the time of each vCPU that asked for it.
+    pages: Mutex<BTreeMap<u32, u64>>,
 }
 
 /// How ticks of `hz` become nanoseconds: `(ticks << shift) * multiplier >> 32`, with a negative
@@ -60,14 +68,19 @@ impl PvClock {
     pub fn new(clock: Arc<dyn Clock>, memory: Memory) -> Self {
         let (multiplier, shift) = rate(clock.tsc_hz());
         let (origin_tsc, wall_at_origin) = (clock.tsc(), clock.wall());
-        Self { clock, memory, origin_tsc, wall_at_origin, multiplier, shift }
+        let pages = Mutex::default();
+        Self { clock, memory, origin_tsc, wall_at_origin, multiplier, shift, pages }
     }
 
-    /// The guest wrote a system-time MSR on a vCPU whose counter is `tsc_offset` from the host's.
-    pub fn set_system_time(&self, value: u64, tsc_offset: u64) {
+    /// The guest wrote a system-time MSR on vCPU `cpu`, whose counter is `tsc_offset` from the host's.
+    pub fn set_system_time(&self, cpu: u32, value: u64, tsc_offset: u64) {
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         if value & ENABLED == 0 {
+            pages.remove(&cpu);
             return;
         }
+        pages.insert(cpu, value & !ENABLED);
+        drop(pages);
         let at = GuestAddress(value & !ENABLED);
         let version: u32 = self.memory.read_obj(at).unwrap_or(0);
         let version = (version | 1).wrapping_add(1);
@@ -77,8 +90,17 @@ impl PvClock {
         page[8..16].copy_from_slice(&origin.to_le_bytes());
         page[24..28].copy_from_slice(&self.multiplier.to_le_bytes());
         page[28] = self.shift as u8;
-        page[29] = STABLE;
+        page[FLAGS as usize] = STABLE;
         self.put(at, &page);
+    }
+
+    /// Tells the guest, whose vCPUs are about to go on, that they stood still. Time went on.
+    pub fn stood_still(&self) {
+        for page in self.pages.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            let Some(at) = page.checked_add(FLAGS).map(GuestAddress) else { continue };
+            let flags: u8 = self.memory.read_obj(at).unwrap_or(STABLE);
+            self.put(at, &[flags | STOOD_STILL]);
+        }
     }
 
     /// The guest wrote a wall-clock MSR: the time at which the system time was zero.
@@ -142,17 +164,19 @@ mod tests {
         clock.pass(1000);
         let pvclock = PvClock::new(clock.clone(), ram.memory().clone());
         clock.pass(5_000_000_000);
-        pvclock.set_system_time(0x5001, 100);
+        pvclock.set_system_time(0, 0x5001, 100);
         let page: [u8; 32] = ram.memory().read_obj(GuestAddress(0x5000)).unwrap();
         assert_eq!(page[0..4], [2, 0, 0, 0], "an even version");
         assert_eq!(page[8..16], 2100u64.to_le_bytes());
         assert_eq!(page[16..24], [0; 8]);
         assert_eq!((page[28] as i8, page[29]), (0, 1));
+        pvclock.stood_still();
+        assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0x501d)).unwrap(), 3);
         pvclock.set_wall_clock(0x6000);
         let wall: [u32; 3] = ram.memory().read_obj(GuestAddress(0x6000)).unwrap();
         let zero = FakeClock::default().wall();
         assert_eq!(wall, [2, zero.as_secs() as u32, zero.subsec_nanos() + 1000]);
-        pvclock.set_system_time(!0, 0);
+        pvclock.set_system_time(1, !0, 0);
         pvclock.set_wall_clock(!0);
     }
 }

@@ -92,6 +92,18 @@ impl<R: Read, W: Write> Client<R, W> {
         }
     }
 
+    /// Sets the guest's time of day to nanoseconds since 1970; gives its clocks from after that.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when the guest does not.
+    pub fn set_time(&mut self, realtime_ns: u64) -> Result<Clocks, ClientError> {
+        self.send(&ToAgent::SetTime(realtime_ns))?;
+        match self.receive("the time")? {
+            ToHost::Clocks(clocks) => Ok(clocks),
+            _ => Err(ClientError::Unexpected("the time")),
+        }
+    }
+
     /// Asks the guest to stop in order. The machine is not off yet when this returns.
     ///
     /// # Errors

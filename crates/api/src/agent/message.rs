@@ -117,6 +117,8 @@ pub enum ToAgent {
     Time,
     /// Stop the machine in order.
     Shutdown(Shutdown),
+    /// Set the time of day to so many nanoseconds since 1970, and answer with the clocks.
+    SetTime(u64),
 }
 
 /// From the agent to the host.
@@ -173,6 +175,7 @@ mod kind {
     pub(super) const PING: u8 = 0x07;
     pub(super) const TIME: u8 = 0x08;
     pub(super) const SHUTDOWN: u8 = 0x09;
+    pub(super) const SET_TIME: u8 = 0x0a;
     pub(super) const AGENT_HELLO: u8 = 0x81;
     pub(super) const STARTED: u8 = 0x82;
     pub(super) const STDOUT: u8 = 0x83;
@@ -200,6 +203,7 @@ impl ToAgent {
             Self::Signal(signal) => json(kind::SIGNAL, signal),
             Self::Ping => raw(kind::PING, &[]),
             Self::Time => raw(kind::TIME, &[]),
+            Self::SetTime(ns) => json(kind::SET_TIME, ns),
             Self::Shutdown(shutdown) => json(kind::SHUTDOWN, shutdown),
         }
     }
@@ -218,6 +222,7 @@ impl ToAgent {
             kind::SIGNAL => Self::Signal(parse(&frame)?),
             kind::PING => Self::Ping,
             kind::TIME => Self::Time,
+            kind::SET_TIME => Self::SetTime(parse(&frame)?),
             kind::SHUTDOWN => Self::Shutdown(parse(&frame)?),
             other => return Err(MessageError::UnknownKind(other)),
         })
@@ -307,6 +312,7 @@ mod tests {
             ToAgent::Ping,
             ToAgent::Time,
             ToAgent::Shutdown(Shutdown::PowerOff),
+            ToAgent::SetTime(u64::MAX),
         ] {
             assert_eq!(ToAgent::from_frame(message.to_frame().unwrap()).unwrap(), message);
             assert!(ToHost::from_frame(message.to_frame().unwrap()).is_err());

@@ -177,6 +177,11 @@ impl Debian {
         }
     }
 
+    /// The directory of the images.
+    pub fn images(&self) -> PathBuf {
+        std::env::var_os("BERTH_ROOT").map_or_else(state, PathBuf::from).join("images")
+    }
+
     /// `berth vm run OPTIONS debian:bookworm -- COMMAND`.
     pub fn command(&self, options: &[&str], command: &[&str]) -> std::process::Command {
         let mut words = vec!["vm", "run"];

@@ -5,6 +5,7 @@ mod attached;
 mod consoles;
 mod debian;
 mod guest;
+mod kept;
 mod kernels;
 mod rubbish;
 mod terminal;

@@ -105,6 +105,11 @@ impl Feeder {
         }
     }
 
+    /// Reads a stream until its other end is gone.
+    pub(super) fn read_stream(&self, stream: &UnixStream) {
+        self.read_client(stream);
+    }
+
     /// Until the client is gone. One that only has nothing more to say still listens.
     fn read_client(&self, mut stream: &UnixStream) -> bool {
         let mut buffer = [0; 1024];

@@ -8,7 +8,7 @@
 //!   halted             stop, from any state ──► the thread ends
 //! ```
 //!
-//! Under KVM all of this but "stop" happens inside KVM.
+//! Under KVM all of this but "stop" happens inside KVM. Between any two steps a vCPU may be paused.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -29,11 +29,12 @@ pub(super) struct Runner {
     pub(super) ending: Arc<Ending>,
 }
 
-/// Ends the machine when its thread panics.
-struct PanicGuard(Arc<Ending>, u32);
+/// Ends the machine when its thread panics, and tells whoever waits for the vCPU that it is gone.
+struct PanicGuard(Arc<Ending>, u32, Arc<Mailbox>);
 
 impl Drop for PanicGuard {
     fn drop(&mut self) {
+        self.2.ended();
         if std::thread::panicking() {
             self.0.end(Outcome::Failed(format!("the thread of vCPU {} panicked", self.1)));
         }
@@ -49,7 +50,7 @@ impl Runner {
     }
 
     fn run(mut self) {
-        let _guard = PanicGuard(Arc::clone(&self.ending), self.index);
+        let _guard = PanicGuard(Arc::clone(&self.ending), self.index, Arc::clone(&self.mailbox));
         // Sleeps of this thread are waits for timer interrupts: no slack.
         // SAFETY: PR_SET_TIMERSLACK takes one integer and has no memory effects.
         unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
@@ -62,7 +63,12 @@ impl Runner {
         let inside = self.vcpu.capabilities().irqchip_inside;
         let mut waiting = self.index != 0 && !inside;
         loop {
-            let mail = self.mailbox.take();
+            let mut mail = self.mailbox.take();
+            while mail.pause && !mail.stop {
+                self.mailbox.stand_still();
+                self.vcpu.stood_still();
+                mail = mail.and(self.mailbox.take());
+            }
             if mail.stop {
                 return Ok(());
             }

@@ -1,5 +1,5 @@
-//! What other threads want from a vCPU: interrupts, INIT, start-up, NMI, stop. A halted vCPU sleeps
-//! here.
+//! What other threads want from a vCPU: interrupts, INIT, start-up, NMI, pause, stop. A halted vCPU
+//! sleeps here, and one that is paused stands still here.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -11,10 +11,21 @@ use crate::vcpu::VcpuHandle;
 pub struct Mail {
     /// The vCPU ends.
     pub stop: bool,
+    /// It stands still until further notice.
+    pub pause: bool,
     /// INIT was received.
     pub init: bool,
     /// A start-up message was received (after INIT, when that is set too).
     pub startup: Option<u8>,
+}
+
+impl Mail {
+    /// With what came after it.
+    #[must_use]
+    pub fn and(self, later: Self) -> Self {
+        let startup = if later.init { later.startup } else { self.startup.or(later.startup) };
+        Self { startup, init: self.init || later.init, ..later }
+    }
 }
 
 #[derive(Default)]
@@ -23,6 +34,8 @@ struct State {
     /// Something happened that a halted vCPU has to look at.
     woken: bool,
     asleep: bool,
+    /// It stands still, or has ended.
+    still: bool,
 }
 
 /// The mailbox of one vCPU.
@@ -30,6 +43,7 @@ struct State {
 pub struct Mailbox {
     state: Mutex<State>,
     wake: Condvar,
+    stood: Condvar,
     handle: OnceLock<Arc<dyn VcpuHandle>>,
 }
 
@@ -63,11 +77,48 @@ impl Mailbox {
         self.post(|mail| mail.stop = true);
     }
 
-    /// Takes what was asked for; `stop` stays.
+    /// Makes the vCPU stand still; [`Self::wait_until_still`] says when it does.
+    pub fn pause(&self) {
+        self.post(|mail| mail.pause = true);
+    }
+
+    /// Lets it go on.
+    pub fn unpause(&self) {
+        self.lock().mail.pause = false;
+        self.wake.notify_one();
+    }
+
+    /// Waits until the vCPU stands still after [`Self::pause`], or has ended.
+    pub fn wait_until_still(&self) {
+        let state = self.lock();
+        let wait = self.stood.wait_while(state, |state| !state.still && state.mail.pause);
+        drop(wait.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// On the vCPU's thread: stands still as long as it is asked to.
+    pub fn stand_still(&self) {
+        let mut state = self.lock();
+        state.still = true;
+        state.asleep = true;
+        self.stood.notify_all();
+        while state.mail.pause && !state.mail.stop {
+            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.asleep = false;
+        state.still = false;
+    }
+
+    /// On the vCPU's thread, as it ends: nobody waits for it any more.
+    pub fn ended(&self) {
+        self.lock().still = true;
+        self.stood.notify_all();
+    }
+
+    /// Takes what was asked for; `stop` and `pause` stay.
     pub fn take(&self) -> Mail {
         let mut state = self.lock();
-        let stop = state.mail.stop;
-        std::mem::replace(&mut state.mail, Mail { stop, ..Mail::default() })
+        let Mail { stop, pause, .. } = state.mail;
+        std::mem::replace(&mut state.mail, Mail { stop, pause, ..Mail::default() })
     }
 
     /// Sleeps until something happens, or returns at once when it has since the last call.
@@ -141,5 +192,50 @@ mod tests {
         mailbox.stop();
         mailbox.wait();
         assert!(mailbox.take().stop && mailbox.take().stop);
+    }
+
+    #[test]
+    fn who_is_paused_stands_still_until_it_goes_on() {
+        let mailbox = Arc::new(Mailbox::default());
+        let vcpu = Arc::clone(&mailbox);
+        let thread = std::thread::spawn(move || {
+            let mut stood = 0;
+            loop {
+                let mail = vcpu.take();
+                if mail.stop {
+                    vcpu.ended();
+                    return stood;
+                }
+                if mail.pause {
+                    vcpu.stand_still();
+                    stood += 1;
+                } else {
+                    vcpu.wait();
+                }
+            }
+        });
+        for _ in 0..2 {
+            mailbox.pause();
+            mailbox.wait_until_still();
+            mailbox.interrupt();
+            mailbox.unpause();
+            // One that was not paused is not waited for.
+            mailbox.wait_until_still();
+        }
+        mailbox.pause();
+        mailbox.wait_until_still();
+        mailbox.stop();
+        assert!(thread.join().unwrap() >= 1);
+        mailbox.pause();
+        mailbox.wait_until_still();
+    }
+
+    #[test]
+    fn mail_that_came_later_counts() {
+        let init = Mail { init: true, startup: Some(1), ..Mail::default() };
+        let startup = Mail { startup: Some(2), ..Mail::default() };
+        assert_eq!(startup.and(init), init);
+        assert_eq!(init.and(startup).startup, Some(1));
+        assert!(init.and(startup).init);
     }
 }

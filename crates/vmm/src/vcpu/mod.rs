@@ -91,6 +91,8 @@ pub trait Vcpu: Send {
     /// # Errors
     /// [`VcpuError`] when it cannot be set.
     fn set_state(&mut self, state: &CpuState) -> Result<(), VcpuError>;
+    /// It stood still and is about to go on.
+    fn stood_still(&mut self) {}
     /// What it does by itself.
     fn capabilities(&self) -> Capabilities;
     /// A handle for other threads.

@@ -102,7 +102,7 @@ impl Platform for VcpuPlatform {
             }
             MSR_SYSTEM_TIME | MSR_SYSTEM_TIME_OLD => {
                 self.system_time = value;
-                self.around.pvclock.set_system_time(value, cpu.tsc_offset);
+                self.around.pvclock.set_system_time(self.apic.id(), value, cpu.tsc_offset);
             }
             MSR_WALL_CLOCK | MSR_WALL_CLOCK_OLD => {
                 self.wall_clock = value;

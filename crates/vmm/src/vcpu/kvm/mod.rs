@@ -204,6 +204,11 @@ impl Vcpu for KvmVcpu {
         }
     }
 
+    fn stood_still(&mut self) {
+        // A guest without this clock has nothing to be told.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
     fn state(&mut self) -> Result<CpuState, VcpuError> {
         convert::get(&self.fd).map_err(|(operation, error)| self.failed(operation, error))
     }

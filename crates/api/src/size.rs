@@ -3,8 +3,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A number of bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// A number of bytes. As text it is exact: `512M`, or bytes where no unit fits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(u64);
 
 impl Size {
@@ -58,9 +60,64 @@ impl fmt::Display for Size {
     }
 }
 
+impl Serialize for Size {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let exact = [("T", 40), ("G", 30), ("M", 20), ("K", 10)]
+            .into_iter()
+            .find(|(_, shift)| self.0 > 0 && self.0.trailing_zeros() >= *shift);
+        match exact {
+            Some((unit, shift)) => {
+                serializer.collect_str(&format_args!("{}{unit}", self.0 >> shift))
+            }
+            None => serializer.collect_str(&self.0),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Bytes(u64),
+            Text(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Bytes(bytes) => Ok(Self(bytes)),
+            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+#[cfg(feature = "v1")]
+impl utoipa::PartialSchema for Size {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
+        let text = utoipa::openapi::Object::builder()
+            .schema_type(utoipa::openapi::schema::Type::String)
+            .description(Some("bytes, or a number with K, M, G or T, powers of 1024"))
+            .pattern(Some("^[0-9]+[KMGTkmgt]?$"));
+        text.build().into()
+    }
+}
+
+#[cfg(feature = "v1")]
+impl utoipa::ToSchema for Size {}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_have_sizes_exactly() {
+        for (bytes, json) in [(512 << 20, "\"512M\""), (1536, "\"1536\""), (0, "\"0\"")] {
+            let size = Size::from(bytes);
+            assert_eq!(serde_json::to_string(&size).unwrap(), json);
+            assert_eq!(serde_json::from_str::<Size>(json).unwrap(), size);
+        }
+        assert_eq!(serde_json::from_str::<Size>("4096").unwrap().bytes(), 4096);
+        assert!(serde_json::from_str::<Size>("\"many\"").is_err());
+        assert!(serde_json::from_str::<Size>("-1").is_err());
+    }
 
     #[test]
     fn sizes_are_read_and_written() {

@@ -1,0 +1,256 @@
+//! Machines.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use crate::size::Size;
+
+/// Most characters of a name; it is the guest's host name too (RFC 1123).
+pub const NAME_MAX: usize = 63;
+
+/// Whether this can be a machine's name: letters, digits and `-`, which is not first.
+#[must_use]
+pub fn is_name(text: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    !text.is_empty() && text.len() <= NAME_MAX && text.chars().all(good) && !text.starts_with('-')
+}
+
+/// What a machine is made of; the table `machine` of its `vm.toml`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// The image it was made from, whose kernel it boots unless it has one of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// A kernel file of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk or the Multiboot modules that go with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub initrd: Option<PathBuf>,
+    /// Words added to the kernel command line.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub append: String,
+    /// Virtual processors, 1 to 16.
+    #[serde(default = "one")]
+    #[schema(minimum = 1, maximum = 16)]
+    pub cpus: u8,
+    /// Memory, as `512M`.
+    #[serde(default = "default_memory")]
+    #[schema(example = "512M")]
+    pub memory: Size,
+    /// What runs the guest's instructions.
+    #[serde(default)]
+    pub accel: Accel,
+    /// Whether the guest has port 0xf4, which ends the machine.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub debug_exit: bool,
+    /// The network card.
+    #[serde(default)]
+    pub net: Net,
+    /// Its disks, in the order the guest numbers them.
+    #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
+}
+
+fn one() -> u8 {
+    1
+}
+
+fn default_memory() -> Size {
+    Size::from(512 << 20)
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            image: None,
+            kernel: None,
+            initrd: None,
+            append: String::new(),
+            cpus: one(),
+            memory: default_memory(),
+            accel: Accel::default(),
+            debug_exit: false,
+            net: Net::default(),
+            disks: Vec::new(),
+        }
+    }
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Accel {
+    /// The fastest that really works on the host.
+    #[default]
+    Auto,
+    /// Berth's own translator.
+    Translate,
+    /// The kernel's KVM.
+    Kvm,
+}
+
+/// The network card.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Net {
+    /// The host's network through passt, without privileges.
+    User,
+    /// A tap interface of this name.
+    Tap(String),
+    /// No card.
+    #[default]
+    None,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// The file; without a leading `/` in the machine's folder.
+    #[schema(value_type = String)]
+    pub file: PathBuf,
+    /// The guest may not write.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+}
+
+/// A disk of a machine that is to be created.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NewDisk {
+    /// An empty one of this size, in the machine's folder.
+    Size(Size),
+    /// A file that is there, which stays where it is.
+    File(Disk),
+}
+
+/// `POST /machines`: a machine to be created.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateMachine {
+    /// Its name: letters, digits and `-`, 63 at most.
+    pub name: String,
+    /// What it is made of. With an image a copy of the image's disk comes before all other disks.
+    #[serde(default)]
+    pub config: MachineConfig,
+    /// Disks after those of the configuration.
+    #[serde(default)]
+    pub disks: Vec<NewDisk>,
+}
+
+/// `POST /machines/adopt`: a folder that is to be a machine of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AdoptMachine {
+    /// An absolute path. A folder elsewhere stays there.
+    #[schema(value_type = String)]
+    pub folder: PathBuf,
+    /// The machine's name; without one, the folder's.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+/// `POST /machines/{name}/rename`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RenameMachine {
+    /// What it is to be called.
+    pub name: String,
+}
+
+/// A machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Machine {
+    /// Its name.
+    pub name: String,
+    /// Its identity, which no other machine has.
+    #[schema(value_type = String, format = Uuid)]
+    pub id: Uuid,
+    /// What it is doing.
+    pub state: MachineState,
+    /// When it was created or adopted.
+    #[schema(value_type = String, format = DateTime)]
+    pub created: Timestamp,
+    /// Since when it runs.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub started: Option<Timestamp>,
+    /// Its process.
+    pub pid: Option<u32>,
+    /// How it ended the last time.
+    pub last_exit: Option<Exit>,
+    /// Where it is.
+    pub folder: String,
+    /// What it is made of.
+    pub config: MachineConfig,
+}
+
+/// What a machine is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MachineState {
+    /// Nothing: no process.
+    Stopped,
+    /// It runs.
+    Running,
+    /// Its vCPUs stand still.
+    Paused,
+    /// Nothing, and its last run ended in a failure.
+    Failed,
+}
+
+impl MachineState {
+    /// Whether there is a process.
+    #[must_use]
+    pub fn is_up(self) -> bool {
+        matches!(self, Self::Running | Self::Paused)
+    }
+
+    /// The word for people and for JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stopped => "stopped",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Exit {
+    /// When.
+    #[schema(value_type = String, format = DateTime)]
+    pub time: Timestamp,
+    /// Whether that is in order: it powered off, was stopped, or wrote to the debug-exit port.
+    pub in_order: bool,
+    /// For people.
+    pub reason: String,
+    /// What `berth vm run` would have as its exit status.
+    pub status: u8,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_host_names() {
+        for good in ["a", "A-1", "web-01", &"x".repeat(63)] {
+            assert!(is_name(good), "{good}");
+        }
+        for bad in ["", "-a", "a/b", "..", "a.b", "a b", "é", &"x".repeat(64)] {
+            assert!(!is_name(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! The daemon's HTTP interface, version 1: what goes in and out of `/berth/v1/...`.
+//!
+//! Bodies are JSON. Unknown fields of requests are refused. Errors are [`error::ErrorBody`] with a
+//! status that fits. Routes are in [`routes`].
+
+pub mod error;
+pub mod event;
+pub mod info;
+pub mod machine;
+pub mod routes;

@@ -1,0 +1,398 @@
+//! `berth vm ...` of kept machines: asks the daemon and prints.
+
+use std::io::{self, IsTerminal, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use berth_api::agent::message::{Exec, TerminalSize};
+use berth_api::v1::machine::{
+    self as api, AdoptMachine, CreateMachine, Machine, MachineConfig, NewDisk, RenameMachine,
+};
+use berth_api::v1::routes::{self, PREFIX, UPGRADE_AGENT, UPGRADE_CONSOLE};
+use berth_vmm::console::EscapeFilter;
+use hyper::Method;
+use jiff::{SpanRound, Timestamp, Unit};
+
+use crate::args::{
+    Accel, AdoptArgs, ConsoleArgs, CreateArgs, ExecArgs, KeptDisk, LogsArgs, NetArg, RenameArgs,
+    RmArgs, StopArgs,
+};
+use crate::client::{Client, ClientError};
+use crate::command::{self, Dial};
+use crate::exit::{CliError, ExitCode};
+use crate::plan::has_program;
+use crate::table;
+use crate::terminal::{self, RawTerminal};
+
+/// What is shown of a console's past to somebody who attaches.
+const BACKLOG: u32 = 2048;
+/// Bytes moved at once.
+const CHUNK: usize = 16 << 10;
+/// A request without a body.
+const NOTHING: Option<&()> = None;
+
+type Done = Result<ExitCode, CliError>;
+
+/// `berth vm create`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn create(client: &Client, args: &CreateArgs) -> Done {
+    let absolute = |path: &Path| std::path::absolute(path).map_err(CliError::Output);
+    let net = match (&args.net, &args.image) {
+        (Some(NetArg::User), _) => api::Net::User,
+        (Some(NetArg::Tap(name)), _) => api::Net::Tap(name.clone()),
+        (Some(NetArg::None), _) | (None, None) => api::Net::None,
+        (None, Some(_)) if has_program("passt") => api::Net::User,
+        (None, Some(_)) => {
+            eprintln!("berth: the guest gets no network, since passt is not installed");
+            api::Net::None
+        }
+    };
+    let mut disks = Vec::new();
+    for disk in &args.disks {
+        disks.push(match disk {
+            KeptDisk::Size(size) => NewDisk::Size(*size),
+            KeptDisk::File(disk) => {
+                NewDisk::File(api::Disk { file: absolute(&disk.path)?, read_only: disk.read_only })
+            }
+        });
+    }
+    let request = CreateMachine {
+        name: args.name.clone(),
+        config: MachineConfig {
+            image: args.image.clone(),
+            kernel: args.kernel.as_deref().map(absolute).transpose()?,
+            initrd: args.initrd.as_deref().map(absolute).transpose()?,
+            append: args.append.clone(),
+            cpus: args.cpus,
+            memory: args.memory,
+            accel: match args.accel {
+                Accel::Auto => api::Accel::Auto,
+                Accel::Translate => api::Accel::Translate,
+                Accel::Kvm => api::Accel::Kvm,
+            },
+            debug_exit: args.debug_exit,
+            net,
+            disks: Vec::new(),
+        },
+        disks,
+    };
+    let path = format!("{PREFIX}/machines");
+    let made: Machine = client.call(&Method::POST, &path, Some(&request))?;
+    print(&format!("{}\n", made.name))
+}
+
+/// `berth vm adopt`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn adopt(client: &Client, args: &AdoptArgs) -> Done {
+    let folder = std::path::absolute(&args.folder).map_err(CliError::Output)?;
+    let request = AdoptMachine { folder, name: args.name.clone() };
+    let path = format!("{PREFIX}/machines/adopt");
+    let made: Machine = client.call(&Method::POST, &path, Some(&request))?;
+    print(&format!("{}\n", made.name))
+}
+
+/// Asks for the same of each machine; goes on after one for which it cannot be done.
+fn each(names: &[String], mut act: impl FnMut(&str) -> Result<(), ClientError>) -> Done {
+    let mut code = ExitCode::Success;
+    for name in names {
+        match act(name) {
+            Ok(()) => print(&format!("{name}\n")).map(|_| ())?,
+            Err(error @ ClientError::Api(_)) if names.len() > 1 => {
+                eprintln!("berth: {error}");
+                code = ExitCode::Failure;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(code)
+}
+
+/// `start`, `kill`, `pause` and others that have no options.
+///
+/// # Errors
+/// [`CliError`].
+pub fn act(client: &Client, names: &[String], what: &str) -> Done {
+    each(names, |name| {
+        client.call::<Machine>(&Method::POST, &routes::machine(name, Some(what)), NOTHING)?;
+        Ok(())
+    })
+}
+
+/// `berth vm stop` and `berth vm restart`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn stop(client: &Client, args: &StopArgs, what: &str) -> Done {
+    each(&args.names, |name| {
+        let path = routes::machine(name, Some(what));
+        let path = format!("{path}?timeout={}", args.time);
+        client.call::<Machine>(&Method::POST, &path, NOTHING)?;
+        Ok(())
+    })
+}
+
+/// `berth vm rm`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn remove(client: &Client, args: &RmArgs) -> Done {
+    each(&args.names, |name| {
+        let path = format!("{}?force={}", routes::machine(name, None), args.force);
+        client.call::<()>(&Method::DELETE, &path, NOTHING)
+    })
+}
+
+/// `berth vm rename`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn rename(client: &Client, args: &RenameArgs) -> Done {
+    let request = RenameMachine { name: args.new.clone() };
+    let path = routes::machine(&args.name, Some("rename"));
+    client.call::<Machine>(&Method::POST, &path, Some(&request))?;
+    Ok(ExitCode::Success)
+}
+
+/// `berth vm ls`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn list(client: &Client, json: bool) -> Done {
+    let machines: Vec<Machine> =
+        client.call(&Method::GET, &format!("{PREFIX}/machines"), NOTHING)?;
+    if json {
+        return print_json(&machines);
+    }
+    let now = Timestamp::now();
+    let rows = machines.iter().map(|machine| {
+        vec![
+            machine.name.clone(),
+            machine.state.as_str().to_owned(),
+            machine.config.cpus.to_string(),
+            machine.config.memory.to_string(),
+            machine.config.image.clone().unwrap_or_else(|| "-".into()),
+            machine.started.map_or_else(|| "-".into(), |started| span(started, now)),
+        ]
+    });
+    let header = ["NAME", "STATE", "CPUS", "MEMORY", "IMAGE", "UP"];
+    print(&(table::plain(&header, rows.collect()) + "\n"))
+}
+
+/// A time since then, for people.
+fn span(from: Timestamp, to: Timestamp) -> String {
+    let whole = SpanRound::new().smallest(Unit::Second).largest(Unit::Hour);
+    match (to - from).round(whole) {
+        Ok(span) => format!("{span:#}"),
+        Err(_) => "-".into(),
+    }
+}
+
+/// `berth vm inspect`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn inspect(client: &Client, names: &[String]) -> Done {
+    let machines: Result<Vec<Machine>, _> = names
+        .iter()
+        .map(|name| client.call(&Method::GET, &routes::machine(name, None), NOTHING))
+        .collect();
+    print_json(&machines?)
+}
+
+/// `berth vm logs`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn logs(client: &Client, args: &LogsArgs) -> Done {
+    let source = if args.vmm { "vmm" } else { "console" };
+    let mut path = routes::machine(&args.name, Some("logs"));
+    path.push_str(&format!("?source={source}&follow={}", args.follow));
+    if let Some(lines) = args.tail {
+        path.push_str(&format!("&tail={lines}"));
+    }
+    let mut out = io::stdout().lock();
+    client.stream(&path, |bytes| {
+        out.write_all(bytes).and_then(|()| out.flush()).map_err(CliError::Output)
+    })?;
+    Ok(ExitCode::Success)
+}
+
+/// `berth events`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn events(client: &Client) -> Done {
+    let mut out = io::stdout().lock();
+    client.stream(&format!("{PREFIX}/events"), |bytes| {
+        out.write_all(bytes).and_then(|()| out.flush()).map_err(CliError::Output)
+    })?;
+    Ok(ExitCode::Success)
+}
+
+/// The way to the agent of a kept machine.
+struct Kept<'a> {
+    client: &'a Client,
+    name: &'a str,
+    /// Why it cannot be reached at all.
+    refused: Option<ClientError>,
+}
+
+impl Dial for Kept<'_> {
+    fn dial(&mut self) -> io::Result<UnixStream> {
+        let path = routes::machine(self.name, Some("agent"));
+        match self.client.upgrade(&path, UPGRADE_AGENT) {
+            // The agent says nothing before it is asked.
+            Ok((stream, _)) => Ok(stream),
+            Err(error) => {
+                let text = error.to_string();
+                self.refused = Some(error);
+                Err(io::Error::other(text))
+            }
+        }
+    }
+
+    fn is_alive(&mut self) -> bool {
+        let path = routes::machine(self.name, None);
+        let machine = self.client.call::<Machine>(&Method::GET, &path, NOTHING);
+        machine.is_ok_and(|machine| machine.state == api::MachineState::Running)
+    }
+}
+
+/// `berth vm exec`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn exec(client: &Client, args: &ExecArgs) -> Done {
+    let mut exec = Exec {
+        argv: args.command.clone(),
+        cwd: args.workdir.clone(),
+        user: args.user.clone(),
+        ..Exec::default()
+    };
+    if terminal::is_interactive() && !args.no_tty {
+        exec.tty = Some(terminal::size().unwrap_or(TerminalSize { rows: 24, cols: 80 }));
+        if let Ok(term) = std::env::var("TERM") {
+            exec.env.push(("TERM".into(), term));
+        }
+    }
+    for pair in &args.env {
+        let Some((name, value)) = pair.split_once('=') else {
+            return Err(CliError::Usage(format!("`{pair}` is no variable; NAME=VALUE is one")));
+        };
+        exec.env.push((name.to_owned(), value.to_owned()));
+    }
+    let path = routes::machine(&args.name, None);
+    let machine: Machine = client.call(&Method::GET, &path, NOTHING)?;
+    if machine.state != api::MachineState::Running {
+        let name = &args.name;
+        return Err(CliError::NotRunning { name: name.clone(), state: machine.state.as_str() });
+    }
+    let mut dial = Kept { client, name: &args.name, refused: None };
+    let result = command::run(&mut dial, &exec);
+    result.map_err(|error| match (error, dial.refused) {
+        (command::CommandError::GuestEnded, Some(why)) => why.into(),
+        (error, _) => error.into(),
+    })
+}
+
+/// `berth vm console`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn console(client: &Client, args: &ConsoleArgs) -> Done {
+    let path = routes::machine(&args.name, Some("console"));
+    let path = format!("{path}?backlog={BACKLOG}");
+    let (stream, before) = client.upgrade(&path, UPGRADE_CONSOLE)?;
+    let is_terminal = io::stdin().is_terminal();
+    if is_terminal {
+        eprintln!("berth: the console of {}; Ctrl-] then `.` leaves it", args.name);
+    }
+    let raw = is_terminal.then(RawTerminal::enter).transpose().map_err(CliError::Output)?;
+    let typed = stream.try_clone().map_err(CliError::Output)?;
+    let escape = raw.is_some();
+    thread::spawn(move || type_in(&typed, escape));
+    let mut out = io::stdout().lock();
+    let mut show = |bytes: &[u8]| out.write_all(bytes).and_then(|()| out.flush());
+    let mut shown = show(&before);
+    let mut chunk = vec![0; CHUNK];
+    let mut from = stream;
+    while shown.is_ok() {
+        match from.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(count) => shown = show(chunk.get(..count).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    drop(raw);
+    shown.map_err(CliError::Output)?;
+    Ok(ExitCode::Success)
+}
+
+/// Moves standard input to the guest, until the escape; its end leaves the output alone.
+fn type_in(mut to: &UnixStream, escape: bool) {
+    let mut filter = EscapeFilter::default();
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let count = match io::stdin().read(&mut chunk) {
+            Ok(0) => return,
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => return,
+        };
+        let bytes = chunk.get(..count).unwrap_or_default();
+        let (bytes, left) = if escape { filter.pass(bytes) } else { (bytes.to_vec(), false) };
+        if to.write_all(&bytes).is_err() {
+            return;
+        }
+        if left {
+            let _ = to.shutdown(Shutdown::Both);
+            return;
+        }
+    }
+}
+
+fn print(text: &str) -> Done {
+    io::stdout().write_all(text.as_bytes()).map_err(CliError::Output)?;
+    Ok(ExitCode::Success)
+}
+
+fn print_json(value: &impl serde::Serialize) -> Done {
+    let text = serde_json::to_string_pretty(value).map_err(CliError::Json)?;
+    print(&(text + "\n"))
+}
+
+/// `berth daemon`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn daemon(root: &Path, socket: PathBuf, detached: bool) -> Done {
+    if detached {
+        // The terminal of whoever needed it first does not end it.
+        let _ = rustix::process::setsid();
+    }
+    let root = std::path::absolute(root).map_err(CliError::Output)?;
+    let program = std::env::current_exe().map_err(CliError::Output)?;
+    let config = berth_daemon::server::Config { root, socket, program };
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let runtime = builder.worker_threads(2).enable_all().build().map_err(CliError::Output)?;
+    runtime.block_on(async {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminate = signal(SignalKind::terminate()).map_err(CliError::Output)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(CliError::Output)?;
+        let over = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        berth_daemon::server::serve(&config, over).await?;
+        Ok(ExitCode::Success)
+    })
+}

@@ -1,0 +1,253 @@
+//! Answers the daemon on the socket in the machine's folder.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use berth_api::v1::machine::MachineState;
+use berth_api::vmm::{Answer, LINE_MAX, Request, Status};
+use berth_daemon::folder::Folder;
+use berth_vmm::devices::HostEnds;
+use berth_vmm::machine::{Pauser, RunningMachine};
+use berth_vmm::outcome::{Ending, Outcome};
+
+use crate::command::{self, AGENT_WAIT, Dial};
+use crate::machine::connect_agent;
+use crate::vmm::hub::Hub;
+use crate::vmm::socket;
+
+/// How long somebody who connects may take for his request, or for taking the answer.
+const REQUEST_TIME: Duration = Duration::from_secs(5);
+/// How long a guest that is still starting is asked to power off.
+const POWER_OFF_TIME: Duration = Duration::from_secs(5);
+/// Connections at once.
+const CONNECTIONS_MAX: usize = 128;
+
+/// What the connections share.
+pub(super) struct Control {
+    ends: HostEnds,
+    ending: Arc<Ending>,
+    pauser: Pauser,
+    hub: Arc<Hub>,
+    status: Mutex<Status>,
+    /// The guest's clock was set.
+    clock_set: Mutex<bool>,
+    connections: AtomicUsize,
+}
+
+impl Control {
+    /// Listens in the folder.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub(super) fn start(
+        folder: &Folder,
+        machine: &RunningMachine,
+        ends: HostEnds,
+        hub: Arc<Hub>,
+        status: Status,
+    ) -> io::Result<()> {
+        let path = socket(folder);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600))?;
+        let control = Arc::new(Self {
+            ends,
+            ending: machine.ending(),
+            pauser: machine.pauser(),
+            hub,
+            status: Mutex::new(status),
+            clock_set: Mutex::new(false),
+            connections: AtomicUsize::new(0),
+        });
+        let first = Arc::clone(&control);
+        let thread = thread::Builder::new().name("clock".into());
+        thread.spawn(move || first.set_clock(AGENT_WAIT))?;
+        let thread = thread::Builder::new().name("control".into());
+        thread.spawn(move || control.listen(&listener))?;
+        Ok(())
+    }
+
+    fn listen(self: &Arc<Self>, listener: &UnixListener) {
+        for stream in listener.incoming() {
+            let Ok(stream) = stream else {
+                // Out of descriptors, most likely.
+                thread::sleep(Duration::from_millis(100));
+                continue;
+            };
+            if self.connections.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS_MAX {
+                self.connections.fetch_sub(1, Ordering::SeqCst);
+                let why = format!("{CONNECTIONS_MAX} connections are the most");
+                let _ = answer(&stream, &Answer::Refused(why));
+                continue;
+            }
+            let control = Arc::clone(self);
+            let thread = thread::Builder::new().name("control-client".into());
+            let spawned = thread.spawn(move || {
+                // What goes wrong on a connection is for its other end.
+                let _ = control.serve(&stream);
+                control.connections.fetch_sub(1, Ordering::SeqCst);
+            });
+            if spawned.is_err() {
+                self.connections.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+    }
+
+    fn serve(self: &Arc<Self>, stream: &UnixStream) -> io::Result<()> {
+        stream.set_read_timeout(Some(REQUEST_TIME))?;
+        stream.set_write_timeout(Some(REQUEST_TIME))?;
+        let request = match read_line(stream) {
+            Ok(line) => serde_json::from_slice(&line).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        match request {
+            Ok(request) => self.carry_out(&request, stream),
+            Err(why) => answer(stream, &Answer::Refused(format!("not understood: {why}"))),
+        }
+    }
+
+    fn carry_out(self: &Arc<Self>, request: &Request, stream: &UnixStream) -> io::Result<()> {
+        let refuse = |why: String| answer(stream, &Answer::Refused(why));
+        match request {
+            Request::Status => answer(stream, &Answer::Status(self.status())),
+            Request::Watch => {
+                answer(stream, &Answer::Status(self.status()))?;
+                stream.set_read_timeout(None)?;
+                // Until the other end goes; ours goes with the process.
+                let _ = (&*stream).read(&mut [0; 1]);
+                Ok(())
+            }
+            Request::Pause => {
+                self.pause(true);
+                answer(stream, &Answer::Done)
+            }
+            Request::Unpause => {
+                self.pause(false);
+                answer(stream, &Answer::Done)
+            }
+            Request::PowerOff => match self.power_off() {
+                Ok(()) => answer(stream, &Answer::Done),
+                Err(why) => refuse(why),
+            },
+            Request::Kill => {
+                let done = answer(stream, &Answer::Done);
+                self.ending.end(Outcome::Stopped);
+                done
+            }
+            // Nobody is before the clock.
+            Request::Agent if self.clock_set.try_lock().is_err() => {
+                refuse("the guest's agent does not answer yet".into())
+            }
+            Request::Agent => match self.agent() {
+                Ok(agent) => {
+                    answer(stream, &Answer::Done)?;
+                    relay(stream, &agent)
+                }
+                Err(error) => refuse(format!("the guest's agent does not answer: {error}")),
+            },
+            Request::Console { backlog } => {
+                let attached = match self.hub.attach(*backlog) {
+                    Ok(attached) => attached,
+                    Err(error) => return refuse(error.to_string()),
+                };
+                answer(stream, &Answer::Done)?;
+                stream.set_read_timeout(None)?;
+                stream.set_write_timeout(None)?;
+                attached.serve(stream)
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn pause(&self, pause: bool) {
+        // Held meanwhile: two requests do not get in each other's way.
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        if pause {
+            self.pauser.pause();
+            status.state = MachineState::Paused;
+        } else {
+            self.pauser.unpause();
+            status.state = MachineState::Running;
+        }
+    }
+
+    fn agent(&self) -> io::Result<UnixStream> {
+        connect_agent(&self.ends)
+    }
+
+    /// Sets the guest's clock, once, before anybody else speaks with its agent. One that has no agent
+    /// keeps the time that it began with.
+    fn set_clock(self: &Arc<Self>, patience: Duration) {
+        let mut set = self.clock_set.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*set {
+            *set = command::set_clock(&mut Agent(Arc::clone(self)), patience).is_ok();
+        }
+    }
+
+    fn power_off(self: &Arc<Self>) -> Result<(), String> {
+        let asked = command::shut_down(&mut Agent(Arc::clone(self)), POWER_OFF_TIME);
+        asked.map_err(|error| {
+            format!("the guest's agent cannot be asked: {}", berth_daemon::failure::chain(&error))
+        })
+    }
+}
+
+/// The way to the agent.
+struct Agent(Arc<Control>);
+
+impl Dial for Agent {
+    fn dial(&mut self) -> io::Result<UnixStream> {
+        self.0.agent()
+    }
+
+    fn is_alive(&mut self) -> bool {
+        self.0.ending.outcome().is_none()
+    }
+}
+
+fn read_line(mut stream: &UnixStream) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while line.len() as u64 <= LINE_MAX {
+        stream.read_exact(&mut byte)?;
+        if byte == *b"\n" {
+            return Ok(line);
+        }
+        line.extend(byte);
+    }
+    Err(io::Error::other("the line is too long"))
+}
+
+fn answer(mut stream: &UnixStream, answer: &Answer) -> io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+/// Moves bytes both ways until both directions have ended.
+fn relay(client: &UnixStream, guest: &UnixStream) -> io::Result<()> {
+    client.set_read_timeout(None)?;
+    client.set_write_timeout(None)?;
+    let (mut from, mut to) = (client.try_clone()?, guest.try_clone()?);
+    let thread = thread::Builder::new().name("agent-relay".into());
+    let other = thread.spawn(move || {
+        let _ = io::copy(&mut from, &mut to);
+        let _ = to.shutdown(Shutdown::Write);
+    })?;
+    let _ = io::copy(&mut &*guest, &mut &*client);
+    let _ = client.shutdown(Shutdown::Both);
+    let _ = other.join();
+    Ok(())
+}

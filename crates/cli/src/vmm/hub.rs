@@ -1,0 +1,276 @@
+//! The console of a kept machine: what the guest prints goes into the log and to whoever is attached;
+//! what they type goes to the guest.
+//!
+//! The guest never waits for somebody who is attached: one who does not read loses the connection
+//! once so much is waiting for him.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use berth_daemon::folder::Folder;
+
+/// Bytes of a log before another one is begun; one old one is kept.
+const LOG_BYTES_MAX: u64 = 4 << 20;
+/// Bytes that are moved at once.
+const CHUNK: usize = 16 << 10;
+/// Chunks that wait for somebody who is attached.
+const CHUNKS_MAX: usize = 64;
+/// Who can be attached at once.
+const ATTACHED_MAX: usize = 32;
+
+/// The hub.
+pub struct Hub {
+    guest: UnixStream,
+    inner: Mutex<Inner>,
+    reader: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Inner {
+    log: Log,
+    attached: Vec<SyncSender<Arc<[u8]>>>,
+}
+
+/// The log and its size.
+struct Log {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    failed: bool,
+}
+
+impl Log {
+    fn open(path: PathBuf) -> io::Result<Self> {
+        let file = File::options().create(true).append(true).open(&path)?;
+        let len = file.metadata()?.len();
+        Ok(Self { path, file, len, failed: false })
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        let written = (|| {
+            if self.len > 0 && self.len + bytes.len() as u64 > LOG_BYTES_MAX {
+                fs::rename(&self.path, self.path.with_added_extension("1"))?;
+                *self = Self::open(self.path.clone())?;
+            }
+            self.file.write_all(bytes)?;
+            self.len += bytes.len() as u64;
+            Ok::<_, io::Error>(())
+        })();
+        match written {
+            Ok(()) => self.failed = false,
+            // A full disk does not stop the guest. Said once.
+            Err(error) if !std::mem::replace(&mut self.failed, true) => {
+                eprintln!("berth: the console's log cannot be written: {error}");
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// The last bytes of it.
+    fn tail(&self, bytes: u64) -> io::Result<Vec<u8>> {
+        let mut file = File::open(&self.path)?;
+        let end = file.seek(SeekFrom::End(0))?;
+        file.seek(SeekFrom::Start(end.saturating_sub(bytes)))?;
+        let mut text = Vec::new();
+        file.take(bytes).read_to_end(&mut text)?;
+        Ok(text)
+    }
+}
+
+impl Hub {
+    /// Begins to read what the guest prints.
+    ///
+    /// # Errors
+    /// The log cannot be opened, or there is no thread.
+    pub fn start(guest: UnixStream, folder: &Folder) -> io::Result<Arc<Self>> {
+        let log = Log::open(folder.file("console.log"))?;
+        let from = guest.try_clone()?;
+        let inner = Mutex::new(Inner { log, attached: Vec::new() });
+        let hub = Arc::new(Self { guest, inner, reader: Mutex::default() });
+        let reading = Arc::clone(&hub);
+        let thread = thread::Builder::new().name("console-hub".into());
+        let thread = thread.spawn(move || reading.read(from))?;
+        *hub.reader.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(hub)
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read(&self, mut from: UnixStream) {
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let count = match from.read(&mut chunk) {
+                Ok(0) => return,
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => return,
+            };
+            let bytes: Arc<[u8]> = chunk.get(..count).unwrap_or_default().into();
+            let mut inner = self.inner();
+            inner.log.write(&bytes);
+            // Who is gone or too slow is not attached any more.
+            inner.attached.retain(|to| to.try_send(Arc::clone(&bytes)).is_ok());
+        }
+    }
+
+    /// What is printed from now on is kept for somebody, after so many of the last bytes.
+    ///
+    /// # Errors
+    /// There are too many, or the log cannot be read.
+    pub fn attach(&self, backlog: u32) -> io::Result<Attached<'_>> {
+        let (sender, printed) = mpsc::sync_channel::<Arc<[u8]>>(CHUNKS_MAX);
+        let mut inner = self.inner();
+        if inner.attached.len() >= ATTACHED_MAX {
+            return Err(io::Error::other(format!("{ATTACHED_MAX} are attached already")));
+        }
+        let past = inner.log.tail(u64::from(backlog))?;
+        inner.attached.push(sender);
+        Ok(Attached { hub: self, past, printed })
+    }
+
+    fn type_in(&self, mut client: &UnixStream) {
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            match client.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(count) => {
+                    let bytes = chunk.get(..count).unwrap_or_default();
+                    if (&self.guest).write_all(bytes).is_err() {
+                        break;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+    }
+
+    /// Once the machine has ended: what it printed last is written.
+    pub fn finish(&self) {
+        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let _ = self.guest.shutdown(Shutdown::Write);
+        if let Some(reader) = reader {
+            // The machine has closed its end.
+            let _ = reader.join();
+        }
+        self.inner().attached.clear();
+    }
+}
+
+/// Somebody for whom output is kept.
+pub struct Attached<'a> {
+    hub: &'a Hub,
+    past: Vec<u8>,
+    printed: Receiver<Arc<[u8]>>,
+}
+
+impl Attached<'_> {
+    /// Moves bytes both ways until the client or the machine goes.
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub fn serve(self, client: &UnixStream) -> io::Result<()> {
+        let mut to = client.try_clone()?;
+        let writer = thread::Builder::new().name("console-client".into());
+        let writer = writer.spawn(move || {
+            let past = [Arc::from(self.past)];
+            for bytes in past.into_iter().chain(self.printed) {
+                if to.write_all(&bytes).is_err() {
+                    break;
+                }
+            }
+            // Wakes up whoever reads from it.
+            let _ = to.shutdown(Shutdown::Both);
+        })?;
+        self.hub.type_in(client);
+        // A writer that has nothing to write ends with the next that is printed.
+        drop(writer);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hub() -> (tempfile::TempDir, UnixStream, Arc<Hub>) {
+        let dir = tempfile::tempdir().unwrap();
+        let (guest, near) = UnixStream::pair().unwrap();
+        let hub = Hub::start(near, &Folder::at(dir.path())).unwrap();
+        (dir, guest, hub)
+    }
+
+    fn read(mut from: &UnixStream, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        from.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn several_read_and_type() {
+        let (dir, mut guest, hub) = hub();
+        guest.write_all(b"before").unwrap();
+        let log = dir.path().join("console.log");
+        while fs::read(&log).unwrap() != b"before" {
+            thread::yield_now();
+        }
+        let attach = |backlog| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let (hub, (told, attached)) = (Arc::clone(&hub), mpsc::channel());
+            thread::spawn(move || {
+                let there = hub.attach(backlog).unwrap();
+                told.send(()).unwrap();
+                there.serve(&theirs).unwrap();
+            });
+            attached.recv().unwrap();
+            ours
+        };
+        let (one, two) = (attach(3), attach(0));
+        guest.write_all(b"after").unwrap();
+        assert_eq!(read(&one, 8), b"oreafter");
+        assert_eq!(read(&two, 5), b"after");
+        (&one).write_all(b"typed").unwrap();
+        assert_eq!(read(&guest, 5), b"typed");
+        drop(one);
+        (&two).write_all(b"more").unwrap();
+        assert_eq!(read(&guest, 4), b"more");
+        drop(guest);
+        hub.finish();
+        assert_eq!(fs::read(&log).unwrap(), b"beforeafter");
+        // Whoever is attached is told that it is over.
+        assert_eq!((&two).read(&mut [0; 1]).unwrap(), 0);
+    }
+
+    #[test]
+    fn who_does_not_read_does_not_hold_up_the_guest() {
+        let (_dir, mut guest, hub) = hub();
+        let attached = hub.attach(0).unwrap();
+        guest.write_all(&vec![b'x'; 8 << 20]).unwrap();
+        drop(guest);
+        hub.finish();
+        let got: usize = attached.printed.iter().map(|bytes| bytes.len()).sum();
+        assert!(got < 8 << 20, "{got}");
+    }
+
+    #[test]
+    fn logs_are_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.log");
+        let mut log = Log::open(path.clone()).unwrap();
+        for i in 0..40u8 {
+            log.write(&vec![i; 1 << 18]);
+        }
+        let (old, new) = (path.with_added_extension("1"), path);
+        assert!(fs::metadata(&old).unwrap().len() <= LOG_BYTES_MAX);
+        assert_eq!(log.tail(1).unwrap(), [39]);
+        let both = fs::metadata(old).unwrap().len() + fs::metadata(new).unwrap().len();
+        assert!(both > LOG_BYTES_MAX && both <= 2 * LOG_BYTES_MAX);
+    }
+}

@@ -1,0 +1,222 @@
+//! `berth vmm DIR`: the process of one kept machine. The daemon starts it, and finds it again by the
+//! socket in the machine's folder; it needs no daemon to go on.
+//!
+//! ```text
+//! daemon ──► state/vmm.sock ──► control: pause, power off, kill, agent, console
+//!                                   │
+//! console.log ◄── hub ◄──► serial port of the machine
+//! ```
+//!
+//! Everything in the folder is reached through a descriptor of it, so that it may be renamed.
+
+mod control;
+mod hub;
+
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use berth_api::v1::machine::{Exit, MachineState};
+use berth_api::vmm::{Greeting, Status};
+use berth_daemon::folder::{Folder, FolderError, FolderLock};
+use berth_vmm::console::SignalWatch;
+use berth_vmm::devices::HostEnds;
+use berth_vmm::machine::{Machine, RunningMachine};
+use berth_vmm::outcome::{Ending, Outcome};
+use berth_vmm::virtio::net::device::Mac;
+use jiff::Timestamp;
+use rustix::fs::{Mode, OFlags};
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use crate::exit::ExitCode;
+use crate::machine::{Told, config, devices};
+use crate::plan::{Console, RunPlan};
+use crate::vmm::control::Control;
+use crate::vmm::hub::Hub;
+
+/// How long the process of an earlier run may take to be gone.
+const LOCK_TIME: Duration = Duration::from_secs(3);
+const LOCK_POLL: Duration = Duration::from_millis(10);
+/// What is noted until the machine has ended: it stays when the process is killed.
+const UNFINISHED: &str = "its process ended without saying why; it may have been killed";
+
+/// Runs the machine of a folder to its end.
+#[must_use]
+pub fn run(root: &Path, path: &Path) -> ExitCode {
+    // A session of its own: nobody's terminal ends it.
+    let _ = rustix::process::setsid();
+    match start(root, path) {
+        Ok(run) => run.finish(),
+        Err(error) => {
+            let why = berth_daemon::failure::chain(&*error);
+            eprintln!("berth: {why}");
+            greet(&Greeting::Failed(why));
+            ExitCode::Failure
+        }
+    }
+}
+
+/// Says to the daemon, if it is still there, how the start went.
+fn greet(greeting: &Greeting) {
+    let mut line = serde_json::to_vec(greeting).unwrap_or_default();
+    line.push(b'\n');
+    // A daemon that is gone finds out otherwise.
+    let _ = io::stdout().write_all(&line).and_then(|()| io::stdout().flush());
+}
+
+/// A machine that runs, with what has to live as long.
+struct Run {
+    machine: RunningMachine,
+    plan: RunPlan,
+    told: Told,
+    folder: Folder,
+    hub: Arc<Hub>,
+    _lock: FolderLock,
+}
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(path, flags, Mode::empty())
+        .map_err(|errno| format!("cannot open {}: {errno}", path.display()))?;
+    let folder = Folder::at(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+    // It is there as long as the process.
+    std::mem::forget(directory);
+    let lock = lock(&folder).map_err(|_| format!("{} is in use", path.display()))?;
+    let toml = folder.config()?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    folder.set_last_exit(Some(&Exit {
+        time: Timestamp::now(),
+        in_order: false,
+        reason: UNFINISHED.to_owned(),
+        status: 1,
+    }))?;
+    let begun = begin(root, &folder, &toml, &name);
+    let begun = begun.map(|(machine, plan, told, hub)| Run {
+        machine,
+        plan,
+        told,
+        folder: folder.clone(),
+        hub,
+        _lock: lock,
+    });
+    if let Err(error) = &begun {
+        folder.set_last_exit(Some(&Exit {
+            time: Timestamp::now(),
+            in_order: false,
+            reason: format!("not started: {}", berth_daemon::failure::chain(&**error)),
+            status: 1,
+        }))?;
+    }
+    begun
+}
+
+fn begin(
+    root: &Path,
+    folder: &Folder,
+    toml: &berth_daemon::folder::VmToml,
+    name: &str,
+) -> Result<(RunningMachine, RunPlan, Told, Arc<Hub>), Failure> {
+    // Before any thread exists, so that all of them leave the signals to the watcher.
+    let over: Arc<OnceLock<Arc<Ending>>> = Arc::default();
+    let ending = Arc::clone(&over);
+    SignalWatch::start(move |_| {
+        if let Some(ending) = ending.get() {
+            ending.end(Outcome::Stopped);
+        }
+    })?;
+    let (near, far) = UnixStream::pair()?;
+    let console = Console::Stream(Arc::new(far));
+    let plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console)?;
+    let ends = HostEnds::default();
+    let mut parts = devices(&plan);
+    parts.mac = Some(mac(toml.id));
+    let told = Told::new(&plan)?;
+    let hub = Hub::start(near, folder)?;
+    let machine = Machine::start_with(&config(&plan, &told), Some(parts.into_attach(&ends)))?;
+    // Set once.
+    let _ = over.set(machine.ending());
+    let status = Status {
+        state: MachineState::Running,
+        pid: std::process::id(),
+        started: Timestamp::now(),
+        accel: machine.accel().to_string(),
+    };
+    Control::start(folder, &machine, ends, Arc::clone(&hub), status.clone())?;
+    greet(&Greeting::Started(status));
+    Ok((machine, plan, told, hub))
+}
+
+/// Locks the folder; the process before this one may be about to end.
+fn lock(folder: &Folder) -> Result<FolderLock, FolderError> {
+    let began = Instant::now();
+    loop {
+        match folder.lock() {
+            Err(FolderError::Locked { .. }) if began.elapsed() < LOCK_TIME => {
+                std::thread::sleep(LOCK_POLL);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// A machine's hardware address: of its identity, so that it stays and no other machine has it.
+fn mac(id: Uuid) -> Mac {
+    let hash = Sha256::digest(id.as_bytes());
+    let mut bytes = [0; 6];
+    bytes.iter_mut().zip(hash).for_each(|(to, from)| *to = from);
+    // Locally administered, unicast.
+    bytes[0] = bytes[0] & 0xfc | 0x02;
+    Mac(bytes)
+}
+
+impl Run {
+    /// Waits for the end of the guest and notes it.
+    fn finish(self) -> ExitCode {
+        let outcome = self.machine.wait();
+        // With it goes the machine's end of the console.
+        drop(self.plan);
+        self.hub.finish();
+        let in_order =
+            matches!(outcome, Outcome::PoweredOff | Outcome::Stopped | Outcome::DebugExit(_));
+        let exit = Exit {
+            time: Timestamp::now(),
+            in_order,
+            reason: outcome.to_string(),
+            status: outcome.exit_status(),
+        };
+        let noted = self.folder.set_last_exit(Some(&exit));
+        if let Err(error) = noted {
+            eprintln!("berth: the end of the machine cannot be noted: {error}");
+        }
+        if let Err(error) = self.told.finish() {
+            eprintln!("berth: {error}");
+        }
+        eprintln!("berth: {outcome}");
+        ExitCode::Success
+    }
+}
+
+/// Where the machine's process listens.
+fn socket(folder: &Folder) -> PathBuf {
+    folder.file(berth_api::vmm::SOCKET)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hardware_addresses_stay_and_differ() {
+        let ids = [Uuid::from_u128(1), Uuid::from_u128(2)];
+        assert_eq!(mac(ids[0]), mac(ids[0]));
+        assert_ne!(mac(ids[0]), mac(ids[1]));
+        assert_eq!(mac(ids[0]).0[0] & 3, 2);
+    }
+}

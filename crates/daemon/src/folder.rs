@@ -1,0 +1,428 @@
+//! A machine is a folder. This module reads and writes it, so that at every instant it is as before
+//! a change or as after it.
+//!
+//! Files are written beside their place, synced, renamed over it, and the directory is synced. A
+//! folder that is made or removed has a name that begins with a dot until it is complete, or as soon
+//! as it is not any more; [`sweep`] removes what a crash left. `docs/formats/machine-folder.md`
+//! describes what is inside.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use berth_api::v1::machine::{Exit, MachineConfig};
+use berth_api::vmm;
+use jiff::Timestamp;
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// The version of `vm.toml` that is written.
+pub const VERSION: u32 = 1;
+/// The configuration's name.
+pub const CONFIG: &str = "vm.toml";
+/// Bytes a configuration may have.
+const CONFIG_MAX: u64 = 64 << 10;
+/// What a folder is called while it is made, and while it is removed.
+const UNFINISHED: [&str; 2] = [".new-", ".gone-"];
+
+/// What `vm.toml` says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmToml {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The machine's identity. Its hardware addresses come from it.
+    pub id: Uuid,
+    /// When it was created, or became a machine of its own.
+    pub created: Timestamp,
+    /// What it is made of.
+    pub machine: MachineConfig,
+}
+
+/// Why a folder is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// The system refused something.
+    #[error("{action} {path} failed", path = path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// `vm.toml` is not what it should be.
+    #[error("{path} cannot be understood: {reason}", path = path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Somebody works on it, or its machine runs.
+    #[error("{path} is in use by another process", path = path.display())]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// It is there already.
+    #[error("{path} is there already", path = path.display())]
+    Exists {
+        /// The folder.
+        path: PathBuf,
+    },
+}
+
+/// Makes an error of the system one of a file.
+pub fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FolderError {
+    let path = path.to_owned();
+    move |source| FolderError::File { action, path, source }
+}
+
+/// A machine's folder. Nothing is kept open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Folder {
+    path: PathBuf,
+}
+
+/// The right to change a folder, or to run its machine: nobody else has it meanwhile.
+#[derive(Debug)]
+pub struct FolderLock {
+    _file: File,
+}
+
+impl Folder {
+    /// The folder at a path, which need not exist.
+    #[must_use]
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The path of something in it, or of something elsewhere that is absolute.
+    #[must_use]
+    pub fn file(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Makes a folder in a directory: `fill` puts into it what it needs besides `vm.toml`; it is
+    /// there, complete, when this returns, or nothing is.
+    ///
+    /// # Errors
+    /// [`FolderError`]; of `fill` too.
+    pub fn create<E: From<FolderError>>(
+        machines: &Path,
+        name: &str,
+        config: &VmToml,
+        fill: impl FnOnce(&Self) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let target = machines.join(name);
+        if target.symlink_metadata().is_ok() {
+            return Err(FolderError::Exists { path: target }.into());
+        }
+        let made = Self::at(machines.join(format!("{}{}", UNFINISHED[0], Uuid::new_v4())));
+        let result = (|| {
+            fs::create_dir(&made.path).map_err(failed("creating", &made.path))?;
+            let state = made.file("state");
+            fs::create_dir(&state).map_err(failed("creating", &state))?;
+            fill(&made)?;
+            made.write_config(config)?;
+            sync(&made.path)?;
+            rename_new(&made.path, &target)?;
+            sync(machines)?;
+            Ok(Self::at(target))
+        })();
+        if result.is_err() {
+            // The next start of the daemon removes what cannot be removed now.
+            let _ = fs::remove_dir_all(&made.path);
+        }
+        result
+    }
+
+    /// Reads `vm.toml`.
+    ///
+    /// # Errors
+    /// [`FolderError::File`], [`FolderError::Config`].
+    pub fn config(&self) -> Result<VmToml, FolderError> {
+        let path = self.file(CONFIG);
+        let text = read_bounded(&path, CONFIG_MAX)?;
+        let refuse = |reason: String| FolderError::Config { path: path.clone(), reason };
+        // Of another version more may be different than what is not understood.
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let in_text = |error: toml::de::Error| refuse(located(&error, &text));
+        let version = toml::from_str::<Versioned>(&text).map_err(in_text)?.version;
+        if version != VERSION {
+            return Err(refuse(format!(
+                "its version is {version}, and this program knows {VERSION} only"
+            )));
+        }
+        toml::from_str(&text).map_err(in_text)
+    }
+
+    /// Writes `vm.toml`.
+    ///
+    /// # Errors
+    /// [`FolderError`]; then the old one is still there.
+    pub fn write_config(&self, config: &VmToml) -> Result<(), FolderError> {
+        let path = self.file(CONFIG);
+        let text = toml::to_string(config).map_err(|error| FolderError::Config {
+            path: path.clone(),
+            reason: error.to_string(),
+        })?;
+        replace(&path, text.as_bytes())
+    }
+
+    /// How the machine ended the last time; nothing if it never ran, or did not come to say.
+    #[must_use]
+    pub fn last_exit(&self) -> Option<Exit> {
+        let text = read_bounded(&self.file(vmm::EXIT_FILE), CONFIG_MAX).ok()?;
+        serde_json::from_str(&text).ok()
+    }
+
+    /// Notes how it ended, or that it runs again.
+    ///
+    /// # Errors
+    /// [`FolderError::File`].
+    pub fn set_last_exit(&self, exit: Option<&Exit>) -> Result<(), FolderError> {
+        let path = self.file(vmm::EXIT_FILE);
+        match exit {
+            Some(exit) => {
+                let text = serde_json::to_string(exit).unwrap_or_default();
+                replace(&path, text.as_bytes())
+            }
+            None => match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(failed("removing", &path)(error))
+                }
+                _ => Ok(()),
+            },
+        }
+    }
+
+    /// Locks it, without waiting. The lock ends with the process that has it.
+    ///
+    /// # Errors
+    /// [`FolderError::Locked`], [`FolderError::File`].
+    pub fn lock(&self) -> Result<FolderLock, FolderError> {
+        let path = self.file(vmm::LOCK);
+        let options = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = options.map_err(failed("opening", &path))?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(FolderLock { _file: file }),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                Err(FolderError::Locked { path: self.path.clone() })
+            }
+            Err(errno) => Err(failed("locking", &path)(errno.into())),
+        }
+    }
+
+    /// Gives it another name in the same directory.
+    ///
+    /// # Errors
+    /// [`FolderError::Exists`], [`FolderError::File`].
+    pub fn rename(&self, name: &str) -> Result<Self, FolderError> {
+        let parent = self.path.parent().unwrap_or(Path::new("/"));
+        let target = parent.join(name);
+        rename_new(&self.path, &target)?;
+        sync(parent)?;
+        Ok(Self::at(target))
+    }
+
+    /// Removes it with everything in it. One that is only linked to is forgotten: what was made
+    /// elsewhere stays there.
+    ///
+    /// # Errors
+    /// [`FolderError::File`]; it may be gone for all but the disk's space.
+    pub fn remove(self) -> Result<(), FolderError> {
+        let parent = self.path.parent().unwrap_or(Path::new("/")).to_owned();
+        let is_link = self.path.symlink_metadata().is_ok_and(|meta| meta.is_symlink());
+        if is_link {
+            fs::remove_file(&self.path).map_err(failed("removing", &self.path))?;
+            return sync(&parent);
+        }
+        let gone = parent.join(format!("{}{}", UNFINISHED[1], Uuid::new_v4()));
+        fs::rename(&self.path, &gone).map_err(failed("removing", &self.path))?;
+        sync(&parent)?;
+        fs::remove_dir_all(&gone).map_err(failed("removing", &gone))
+    }
+}
+
+/// Removes what a crash left of folders that were being made or removed.
+///
+/// # Errors
+/// [`FolderError::File`] when the directory cannot be read.
+pub fn sweep(machines: &Path) -> Result<(), FolderError> {
+    for entry in fs::read_dir(machines).map_err(failed("reading", machines))? {
+        let entry = entry.map_err(failed("reading", machines))?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if UNFINISHED.iter().any(|prefix| name.starts_with(prefix))
+            && let Err(error) = fs::remove_dir_all(entry.path())
+        {
+            tracing::warn!(%error, path = %entry.path().display(), "what is left cannot be removed");
+        }
+    }
+    Ok(())
+}
+
+/// An error of the reader in one line.
+fn located(error: &toml::de::Error, text: &str) -> String {
+    let before = error.span().and_then(|span| text.get(..span.start));
+    match before {
+        Some(before) => format!("line {}: {}", before.lines().count().max(1), error.message()),
+        None => error.message().to_owned(),
+    }
+}
+
+/// Renames, but never over something.
+fn rename_new(from: &Path, to: &Path) -> Result<(), FolderError> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::EXIST) => Err(FolderError::Exists { path: to.to_owned() }),
+        Err(errno) => Err(failed("renaming", from)(errno.into())),
+    }
+}
+
+/// Replaces a file as a whole.
+///
+/// # Errors
+/// [`FolderError::File`]; then it is as before.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
+    let beside = path.with_added_extension("new");
+    let written = (|| {
+        let mut file = File::create(&beside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&beside, path)
+    })();
+    written.map_err(|error| {
+        let _ = fs::remove_file(&beside);
+        failed("writing", path)(error)
+    })?;
+    sync(path.parent().unwrap_or(Path::new("/")))
+}
+
+/// Makes what was renamed or created in a directory last.
+///
+/// # Errors
+/// [`FolderError::File`].
+pub fn sync(directory: &Path) -> Result<(), FolderError> {
+    let synced = File::open(directory).and_then(|file| file.sync_all());
+    synced.map_err(failed("syncing", directory))
+}
+
+fn read_bounded(path: &Path, max: u64) -> Result<String, FolderError> {
+    use std::io::Read;
+    // Looked at first: opening a pipe would wait.
+    let meta = fs::metadata(path).map_err(failed("reading", path))?;
+    if !meta.is_file() || meta.len() > max {
+        let reason = format!("it is no regular file of at most {max} bytes");
+        return Err(FolderError::Config { path: path.to_owned(), reason });
+    }
+    let mut text = String::new();
+    let file = File::open(path).map_err(failed("reading", path))?;
+    file.take(max).read_to_string(&mut text).map_err(failed("reading", path))?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn toml() -> VmToml {
+        VmToml {
+            version: VERSION,
+            id: Uuid::new_v4(),
+            created: Timestamp::now(),
+            machine: MachineConfig { image: Some("debian:bookworm".into()), ..Default::default() },
+        }
+    }
+
+    fn create(machines: &Path, name: &str) -> Result<Folder, FolderError> {
+        Folder::create(machines, name, &toml(), |_| Ok::<_, FolderError>(()))
+    }
+
+    fn names(machines: &Path) -> Vec<String> {
+        let entries = fs::read_dir(machines).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = toml();
+        let folder =
+            Folder::create(dir.path(), "a", &config, |_| Ok::<_, FolderError>(())).unwrap();
+        assert_eq!(folder.config().unwrap(), config);
+        assert_eq!(folder.last_exit(), None);
+        let exit = Exit { time: Timestamp::now(), in_order: true, reason: "off".into(), status: 0 };
+        folder.set_last_exit(Some(&exit)).unwrap();
+        assert_eq!(folder.last_exit(), Some(exit));
+        folder.set_last_exit(None).unwrap();
+        folder.set_last_exit(None).unwrap();
+        assert_eq!(folder.last_exit(), None);
+    }
+
+    #[test]
+    fn folders_are_there_as_a_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = create(dir.path(), "a").unwrap();
+        assert!(matches!(create(dir.path(), "a"), Err(FolderError::Exists { .. })));
+        let fill = |_: &Folder| Err(FolderError::Locked { path: "x".into() });
+        assert!(Folder::create(dir.path(), "b", &toml(), fill).is_err());
+        assert_eq!(names(dir.path()), ["a"]);
+        create(dir.path(), "c").unwrap();
+        assert!(matches!(folder.rename("c"), Err(FolderError::Exists { .. })));
+        folder.rename("d").unwrap().remove().unwrap();
+        assert_eq!(names(dir.path()), ["c"]);
+        fs::create_dir(dir.path().join(".new-1")).unwrap();
+        fs::create_dir(dir.path().join(".gone-1")).unwrap();
+        sweep(dir.path()).unwrap();
+        assert_eq!(names(dir.path()), ["c"]);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = create(dir.path(), "a").unwrap();
+        let good = fs::read_to_string(folder.file(CONFIG)).unwrap();
+        for (from, to, says) in [
+            ("cpus = 1", "cpus = 1\nshoes = 2", "shoes"),
+            ("cpus = 1", "cpus = \"x\"", "cpus"),
+            ("version = 1", "version = 7", "version is 7"),
+            ("512M", "512Q", "512Q"),
+        ] {
+            fs::write(folder.file(CONFIG), good.replacen(from, to, 1)).unwrap();
+            let error = folder.config().unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        fs::write(folder.file(CONFIG), vec![b'#'; 1 << 20]).unwrap();
+        assert!(folder.config().is_err());
+        fs::remove_file(folder.file(CONFIG)).unwrap();
+        assert!(folder.config().is_err());
+    }
+
+    #[test]
+    fn a_lock_is_for_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = create(dir.path(), "a").unwrap();
+        let lock = folder.lock().unwrap();
+        assert!(matches!(folder.lock(), Err(FolderError::Locked { .. })));
+        drop(lock);
+        folder.lock().unwrap();
+    }
+}

@@ -1,0 +1,13 @@
+//! The daemon: keeps machines in folders, starts and watches a process for each that runs, and
+//! answers on a unix socket.
+//!
+//! It links no virtual machine monitor: a machine is a process of its own that goes on when the
+//! daemon ends, and is found again by the next one.
+#![forbid(unsafe_code)]
+
+pub mod events;
+pub mod failure;
+pub mod folder;
+pub mod machines;
+pub mod server;
+pub mod vmm;

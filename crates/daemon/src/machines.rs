@@ -1,0 +1,446 @@
+//! The machines there are, and what can be done with them.
+//!
+//! ```text
+//!             start                 pause
+//! stopped ───────────► running ◄──────────────► paused
+//!   ▲  ▲                  │        unpause         │
+//!   │  └── powers off, stop, kill ─────────────────┤
+//!   │ start                                        │
+//! failed ◄──── reset, panic, process lost ─────────┘
+//! ```
+//!
+//! Removing and adopting need a machine without a process; renaming does not. One operation at a time
+//! changes a machine; those that only look wait for none.
+
+mod create;
+mod load;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use berth_api::v1::error::{ApiError, ErrorCode};
+use berth_api::v1::event::EventKind;
+use berth_api::v1::machine::{Exit, Machine, MachineState, is_name};
+use berth_api::vmm::{Answer, Request, Status};
+use jiff::Timestamp;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::events::Events;
+use crate::failure::{Result, chain, conflict, error, invalid};
+use crate::folder::{Folder, VmToml};
+use crate::vmm::{self, VmmError};
+
+/// How long a killed machine may take to be gone.
+const KILL_TIME: Duration = Duration::from_secs(10);
+/// What is said of a machine whose process ended without a word.
+pub const LOST: &str = "its process ended without saying why; it may have been killed";
+
+/// Everything about machines.
+pub struct Machines {
+    /// The directory of their folders.
+    directory: PathBuf,
+    /// The state directory.
+    root: PathBuf,
+    /// The program that is the process of a machine.
+    program: PathBuf,
+    events: Events,
+    all: Mutex<BTreeMap<String, Arc<Entry>>>,
+}
+
+/// One machine.
+pub struct Entry {
+    id: Uuid,
+    /// Held by whoever changes it.
+    changing: tokio::sync::Mutex<()>,
+    live: Mutex<Live>,
+}
+
+/// What changes.
+struct Live {
+    name: String,
+    folder: Folder,
+    config: VmToml,
+    run: Option<Run>,
+    last_exit: Option<Exit>,
+}
+
+/// A process of a machine.
+struct Run {
+    status: Status,
+    paused: bool,
+    /// Becomes true when the process has ended.
+    ended: watch::Receiver<bool>,
+}
+
+impl Entry {
+    fn new(name: String, folder: Folder, config: VmToml) -> Arc<Self> {
+        let last_exit = folder.last_exit();
+        Arc::new(Self {
+            id: config.id,
+            changing: tokio::sync::Mutex::default(),
+            live: Mutex::new(Live { name, folder, config, run: None, last_exit }),
+        })
+    }
+
+    fn live(&self) -> MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn folder(&self) -> Folder {
+        self.live().folder.clone()
+    }
+
+    fn name(&self) -> String {
+        self.live().name.clone()
+    }
+
+    fn state(&self) -> MachineState {
+        self.live().state()
+    }
+
+    /// What becomes true when the process has ended, if there is one.
+    fn ended(&self) -> Option<watch::Receiver<bool>> {
+        self.live().run.as_ref().map(|run| run.ended.clone())
+    }
+
+    /// What is told of it.
+    #[must_use]
+    pub fn describe(&self) -> Machine {
+        let live = self.live();
+        Machine {
+            name: live.name.clone(),
+            id: self.id,
+            state: live.state(),
+            created: live.config.created,
+            started: live.run.as_ref().map(|run| run.status.started),
+            pid: live.run.as_ref().map(|run| run.status.pid),
+            last_exit: live.last_exit.clone().filter(|_| live.run.is_none()),
+            folder: live.folder.path().display().to_string(),
+            config: live.config.machine.clone(),
+        }
+    }
+}
+
+impl Live {
+    fn state(&self) -> MachineState {
+        match (&self.run, &self.last_exit) {
+            (Some(run), _) if run.paused => MachineState::Paused,
+            (Some(_), _) => MachineState::Running,
+            (None, Some(exit)) if !exit.in_order => MachineState::Failed,
+            (None, _) => MachineState::Stopped,
+        }
+    }
+}
+
+/// An error of a machine's process.
+fn of_vmm(name: &str, error: &VmmError) -> ApiError {
+    let code = match error {
+        VmmError::Refused(_) => ErrorCode::Conflict,
+        _ => ErrorCode::Failed,
+    };
+    ApiError { code, message: format!("{name}: {}", chain(error)) }
+}
+
+impl Machines {
+    /// What is told of machines.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// The state directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Entry>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All of them by name.
+    #[must_use]
+    pub fn list(&self) -> Vec<Machine> {
+        let entries: Vec<_> = self.all().values().cloned().collect();
+        entries.iter().map(|entry| entry.describe()).collect()
+    }
+
+    /// The machine of that name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(&self, name: &str) -> Result<Arc<Entry>> {
+        let found = self.all().get(name).cloned();
+        found.ok_or_else(|| {
+            let message = match self.directory.join(name).is_dir() && is_name(name) {
+                true => format!(
+                    "the folder {name} is there, but no machine; `berth vm adopt {}` makes it one, \
+                     or says why it cannot be",
+                    self.directory.join(name).display()
+                ),
+                false => format!("there is no machine {name}"),
+            };
+            error(ErrorCode::NotFound, message)
+        })
+    }
+
+    fn tell(&self, kind: EventKind, entry: &Entry, detail: Option<String>) {
+        self.events.tell(kind, &entry.name(), entry.id, detail);
+    }
+
+    /// Starts a machine.
+    ///
+    /// # Errors
+    /// It runs already, or cannot be started.
+    pub async fn start(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<()> {
+        let _changing = entry.changing.lock().await;
+        self.start_now(entry).await
+    }
+
+    async fn start_now(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<()> {
+        let (name, folder) = (entry.name(), entry.folder());
+        if entry.state().is_up() {
+            return Err(conflict(format!("{name} runs already")));
+        }
+        // What somebody wrote into it since.
+        let config = folder.config()?;
+        if config.id != entry.id {
+            return Err(conflict(format!("the folder of {name} is another machine's now")));
+        }
+        entry.live().config = config;
+        let started = vmm::start(&self.program, &self.root, &folder).await;
+        if started.is_err() {
+            // It says there what is told here.
+            entry.live().last_exit = folder.last_exit();
+        }
+        started.map_err(|error| of_vmm(&format!("{name} cannot be started"), &error))?;
+        let watched = vmm::watch(&folder).await;
+        let (stream, status) = watched.map_err(|error| of_vmm(&name, &error))?;
+        self.attend(entry, stream, status);
+        self.tell(EventKind::Started, entry, None);
+        Ok(())
+    }
+
+    /// Takes a process into account until it ends.
+    fn attend(self: &Arc<Self>, entry: &Arc<Entry>, mut stream: UnixStream, status: Status) {
+        let (over, ended) = watch::channel(false);
+        let paused = status.state == MachineState::Paused;
+        entry.live().run = Some(Run { status, paused, ended });
+        let (machines, entry) = (Arc::clone(self), Arc::clone(entry));
+        tokio::spawn(async move {
+            // Nothing comes but the end.
+            let mut nothing = [0; 64];
+            while matches!(stream.read(&mut nothing).await, Ok(count) if count > 0) {}
+            machines.ended(&entry);
+            let _ = over.send(true);
+        });
+    }
+
+    fn ended(&self, entry: &Entry) {
+        let folder = entry.folder();
+        let exit = folder.last_exit().unwrap_or_else(|| Exit {
+            time: Timestamp::now(),
+            in_order: false,
+            reason: LOST.to_owned(),
+            status: 1,
+        });
+        let kind = if exit.in_order { EventKind::Stopped } else { EventKind::Failed };
+        let reason = exit.reason.clone();
+        let mut live = entry.live();
+        live.run = None;
+        live.last_exit = Some(exit);
+        drop(live);
+        self.tell(kind, entry, Some(reason));
+    }
+
+    /// Asks the guest to power off, and ends the machine after that time.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be ended.
+    pub async fn stop(&self, entry: &Entry, patience: Duration) -> Result<()> {
+        let _changing = entry.changing.lock().await;
+        self.stop_now(entry, patience).await
+    }
+
+    async fn stop_now(&self, entry: &Entry, patience: Duration) -> Result<()> {
+        let (name, folder) = (entry.name(), entry.folder());
+        let Some(mut ended) = entry.ended() else {
+            return Err(conflict(format!("{name} does not run")));
+        };
+        if entry.state() == MachineState::Paused {
+            self.set_paused(entry, false).await?;
+        }
+        let asked = vmm::ask(&folder, &Request::PowerOff).await;
+        let waited = match asked {
+            Ok(()) => timeout(patience, ended.wait_for(|over| *over)).await.is_ok(),
+            // Whoever cannot be asked is ended.
+            Err(error) => {
+                tracing::warn!(machine = name, error = chain(&error), "not asked to power off");
+                false
+            }
+        };
+        if waited { Ok(()) } else { self.kill_now(entry).await }
+    }
+
+    /// Ends a machine at once.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be ended.
+    pub async fn kill(&self, entry: &Entry) -> Result<()> {
+        // Not behind a stop that waits for the guest: this is what one does when that takes too long.
+        self.kill_now(entry).await
+    }
+
+    async fn kill_now(&self, entry: &Entry) -> Result<()> {
+        let name = entry.name();
+        let Some(mut ended) = entry.ended() else {
+            return Err(conflict(format!("{name} does not run")));
+        };
+        let asked = vmm::ask(&entry.folder(), &Request::Kill).await;
+        if asked.is_ok() && timeout(KILL_TIME, ended.wait_for(|over| *over)).await.is_ok() {
+            return Ok(());
+        }
+        let pid = entry.live().run.as_ref().map(|run| run.status.pid);
+        let pid = pid.and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
+        if let Some(pid) = pid.filter(|_| !*ended.borrow()) {
+            tracing::warn!(machine = name, "killed by a signal, since it does not answer");
+            // It may have ended just now.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        match timeout(KILL_TIME, ended.wait_for(|over| *over)).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(error(ErrorCode::Failed, format!("{name} does not end"))),
+        }
+    }
+
+    /// Stops a machine as [`Self::stop`] if it runs, and starts it.
+    ///
+    /// # Errors
+    /// Of either.
+    pub async fn restart(self: &Arc<Self>, entry: &Arc<Entry>, patience: Duration) -> Result<()> {
+        let _changing = entry.changing.lock().await;
+        if entry.state().is_up() {
+            self.stop_now(entry, patience).await?;
+        }
+        self.start_now(entry).await
+    }
+
+    /// Makes the vCPUs of a machine stand still, or go on.
+    ///
+    /// # Errors
+    /// It does not run, or does so already.
+    pub async fn pause(&self, entry: &Entry, pause: bool) -> Result<()> {
+        let _changing = entry.changing.lock().await;
+        let name = entry.name();
+        match (entry.state(), pause) {
+            (MachineState::Running, true) | (MachineState::Paused, false) => {}
+            (MachineState::Paused, true) => {
+                return Err(conflict(format!("{name} is paused already")));
+            }
+            (MachineState::Running, false) => {
+                return Err(conflict(format!("{name} is not paused")));
+            }
+            _ => return Err(conflict(format!("{name} does not run"))),
+        }
+        self.set_paused(entry, pause).await
+    }
+
+    async fn set_paused(&self, entry: &Entry, pause: bool) -> Result<()> {
+        let request = if pause { Request::Pause } else { Request::Unpause };
+        let done = vmm::ask(&entry.folder(), &request).await;
+        done.map_err(|error| of_vmm(&entry.name(), &error))?;
+        if let Some(run) = &mut entry.live().run {
+            run.paused = pause;
+        }
+        let kind = if pause { EventKind::Paused } else { EventKind::Unpaused };
+        self.tell(kind, entry, None);
+        Ok(())
+    }
+
+    /// A connection to something of a machine that runs: its console, its agent.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub async fn connect(&self, entry: &Entry, request: &Request) -> Result<UnixStream> {
+        let name = entry.name();
+        if !entry.state().is_up() {
+            return Err(conflict(format!(
+                "{name} does not run; `berth vm start {name}` starts it"
+            )));
+        }
+        match vmm::open(&entry.folder(), request).await {
+            Ok((stream, Answer::Done)) => Ok(stream),
+            Ok((_, other)) => Err(of_vmm(&name, &VmmError::Strange(format!("{other:?}")))),
+            Err(error) => Err(of_vmm(&name, &error)),
+        }
+    }
+
+    /// Gives a machine another name.
+    ///
+    /// # Errors
+    /// The name is taken, or none.
+    pub async fn rename(&self, entry: &Arc<Entry>, name: &str) -> Result<()> {
+        check_name(name)?;
+        let _changing = entry.changing.lock().await;
+        let before = entry.name();
+        let mut all = self.all();
+        if all.contains_key(name) {
+            return Err(conflict(format!("there is a machine {name} already")));
+        }
+        let folder = entry.folder().rename(name)?;
+        let mut live = entry.live();
+        (live.folder, live.name) = (folder, name.to_owned());
+        drop(live);
+        all.remove(&before);
+        all.insert(name.to_owned(), Arc::clone(entry));
+        drop(all);
+        self.tell(EventKind::Renamed, entry, Some(before));
+        Ok(())
+    }
+
+    /// Removes a machine with all its files; `force` ends one that runs.
+    ///
+    /// # Errors
+    /// It runs, or something else uses its folder.
+    pub async fn remove(&self, entry: &Entry, force: bool) -> Result<()> {
+        let _changing = entry.changing.lock().await;
+        let name = entry.name();
+        if entry.state().is_up() {
+            if !force {
+                return Err(conflict(format!(
+                    "{name} runs; stop it first, or remove it with --force"
+                )));
+            }
+            self.kill_now(entry).await?;
+        }
+        let folder = entry.folder();
+        let removed = tokio::task::spawn_blocking(move || {
+            let _lock = load::lock_soon(&folder)?;
+            folder.remove()
+        });
+        // With its first step it is gone: what a failure leaves is removed by the next daemon.
+        let result = removed.await.map_err(|error| crate::failure::failed(&error))?;
+        if result.is_ok() || !entry.folder().path().exists() {
+            self.all().remove(&name);
+            self.tell(EventKind::Removed, entry, None);
+        }
+        Ok(result?)
+    }
+}
+
+/// Refuses what cannot be a name.
+fn check_name(name: &str) -> Result<()> {
+    if is_name(name) {
+        return Ok(());
+    }
+    Err(invalid(format!(
+        "`{name}` is no machine name: 1 to {} letters, digits and `-`, not first",
+        berth_api::v1::machine::NAME_MAX
+    )))
+}

@@ -1,0 +1,169 @@
+//! New machines.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use berth_api::v1::error::ApiError;
+use berth_api::v1::event::EventKind;
+use berth_api::v1::machine::{CreateMachine, Disk, MachineConfig, NewDisk};
+use berth_image::disk::copy_sparse;
+use berth_image::store::{Image, ImageName, Store};
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::failure::{Result, conflict, failed, invalid, of_store};
+use crate::folder::{self, Folder, VERSION, VmToml};
+use crate::machines::{Entry, Machines, check_name, load};
+
+/// Most vCPUs.
+const CPUS_MAX: u8 = 16;
+/// Least memory: what the machine needs for itself.
+const MEMORY_MIN: u64 = 4 << 20;
+/// Memory is in whole pages.
+const PAGE: u64 = 4096;
+/// Disks are in whole sectors.
+const SECTOR: u64 = 512;
+/// Most disks.
+const DISKS_MAX: usize = 16;
+
+impl Machines {
+    /// Creates a machine.
+    ///
+    /// # Errors
+    /// The name is taken, or what was asked for cannot be; then there is nothing of it.
+    pub async fn create(self: &Arc<Self>, request: CreateMachine) -> Result<Arc<Entry>> {
+        check_name(&request.name)?;
+        check(&request.config)?;
+        if self.all().contains_key(&request.name) {
+            return Err(conflict(format!("there is a machine {} already", request.name)));
+        }
+        let machines = Arc::clone(self);
+        // Copying a disk takes its time.
+        let made = tokio::task::spawn_blocking(move || machines.make(request));
+        let entry = made.await.map_err(|error| failed(&error))??;
+        self.tell(EventKind::Created, &entry, None);
+        Ok(entry)
+    }
+
+    fn make(&self, request: CreateMachine) -> Result<Arc<Entry>> {
+        let image = self.image(&request.config)?;
+        let mut machine = request.config;
+        let mut fills = Vec::new();
+        if let Some(image) = image {
+            let disk = Disk { file: format!("disk{}.raw", fills.len()).into(), read_only: false };
+            fills.push((disk.file.clone(), Fill::Copy(image.root_disk())));
+            machine.disks.insert(0, disk);
+        }
+        for new in request.disks {
+            machine.disks.push(match new {
+                NewDisk::File(disk) => disk,
+                NewDisk::Size(size)
+                    if size.bytes() == 0 || !size.bytes().is_multiple_of(SECTOR) =>
+                {
+                    return Err(invalid(format!(
+                        "a disk cannot have {size}: it must be a multiple of {SECTOR} bytes"
+                    )));
+                }
+                NewDisk::Size(size) => {
+                    let file = PathBuf::from(format!("disk{}.raw", fills.len()));
+                    fills.push((file.clone(), Fill::Empty(size.bytes())));
+                    Disk { file, read_only: false }
+                }
+            });
+        }
+        check_disks(&machine.disks, &fills)?;
+        let config =
+            VmToml { version: VERSION, id: Uuid::new_v4(), created: Timestamp::now(), machine };
+        let folder = Folder::create(&self.directory, &request.name, &config, |folder| {
+            for (file, fill) in &fills {
+                fill.make(&folder.file(file))?;
+            }
+            load::note_place(folder)?;
+            Ok::<_, ApiError>(())
+        })?;
+        let entry = Entry::new(request.name.clone(), folder, config);
+        self.all().insert(request.name, Arc::clone(&entry));
+        Ok(entry)
+    }
+
+    fn image(&self, config: &MachineConfig) -> Result<Option<Image>> {
+        let Some(name) = &config.image else { return Ok(None) };
+        let name = ImageName::parse(name).map_err(|error| of_store(&error))?;
+        let store = Store::open(&self.root).map_err(|error| of_store(&error))?;
+        store.find(&name).map(Some).map_err(|error| of_store(&error))
+    }
+}
+
+/// What a disk begins with.
+enum Fill {
+    Copy(PathBuf),
+    Empty(u64),
+}
+
+impl Fill {
+    fn make(&self, path: &Path) -> std::result::Result<(), folder::FolderError> {
+        let made = (|| {
+            let file = File::options().read(true).write(true).create_new(true).open(path)?;
+            match self {
+                Self::Copy(from) => copy_sparse(&File::open(from)?, &file)?,
+                Self::Empty(bytes) => file.set_len(*bytes)?,
+            }
+            file.sync_all()
+        })();
+        made.map_err(folder::failed("making the disk", path))
+    }
+}
+
+/// What can be said before anything is made. The rest is said at the start.
+fn check(config: &MachineConfig) -> Result<()> {
+    if !(1..=CPUS_MAX).contains(&config.cpus) {
+        let message = format!("a machine has 1 to {CPUS_MAX} processors, not {}", config.cpus);
+        return Err(invalid(message));
+    }
+    let memory = config.memory.bytes();
+    if memory < MEMORY_MIN || !memory.is_multiple_of(PAGE) {
+        return Err(invalid(format!(
+            "a machine cannot have {} of memory: at least 4M, in multiples of {PAGE} bytes",
+            config.memory
+        )));
+    }
+    if config.image.is_none() && config.kernel.is_none() {
+        return Err(invalid("a machine needs an image or a kernel"));
+    }
+    if config.image.is_some() && config.kernel.is_some() && config.initrd.is_none() {
+        return Err(invalid(
+            "a kernel besides an image needs an initrd too: the image's modules fit its own only",
+        ));
+    }
+    if config.kernel.is_none() && config.initrd.is_some() {
+        return Err(invalid("an initrd needs a kernel"));
+    }
+    for (file, role) in [(&config.kernel, "a kernel"), (&config.initrd, "an initrd")] {
+        if let Some(file) = file
+            && !file.is_absolute()
+        {
+            return Err(invalid(format!("{} as {role} is no absolute path", file.display())));
+        }
+    }
+    Ok(())
+}
+
+fn check_disks(disks: &[Disk], made: &[(PathBuf, Fill)]) -> Result<()> {
+    if disks.len() > DISKS_MAX {
+        return Err(invalid(format!("{} disks; {DISKS_MAX} are the most", disks.len())));
+    }
+    for disk in disks.iter().filter(|disk| made.iter().all(|(file, _)| *file != disk.file)) {
+        let shown = disk.file.display();
+        if !disk.file.is_absolute() {
+            return Err(invalid(format!("{shown} as a disk is no absolute path")));
+        }
+        let meta = disk.file.metadata().map_err(folder::failed("reading", &disk.file))?;
+        if !meta.is_file() || meta.len() == 0 || !meta.len().is_multiple_of(SECTOR) {
+            return Err(invalid(format!(
+                "{shown} is no disk: it must be a file of some sectors of {SECTOR} bytes"
+            )));
+        }
+    }
+    Ok(())
+}

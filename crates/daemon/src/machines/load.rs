@@ -1,0 +1,201 @@
+//! Machines that are there when the daemon starts, and folders that become machines.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use berth_api::v1::event::EventKind;
+use berth_api::v1::machine::{AdoptMachine, is_name};
+use berth_api::vmm as socket;
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::events::Events;
+use crate::failure::{Result, conflict, invalid};
+use crate::folder::{self, Folder, FolderError, FolderLock};
+use crate::machines::{Entry, Machines, check_name};
+use crate::vmm::{self, VmmError};
+
+/// How long a process that has just ended may keep its lock, and one that starts needs until it
+/// listens.
+const SETTLE: Duration = Duration::from_secs(2);
+const POLL: Duration = Duration::from_millis(20);
+/// Where a folder was when it became a machine: a copy is somewhere else.
+const PLACE: &str = "state/place";
+
+/// Locks a folder whose process may be about to end.
+pub(super) fn lock_soon(folder: &Folder) -> std::result::Result<FolderLock, FolderError> {
+    let began = Instant::now();
+    loop {
+        match folder.lock() {
+            Err(FolderError::Locked { .. }) if began.elapsed() < SETTLE => {
+                std::thread::sleep(POLL);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Device and inode of a folder.
+fn place(path: &Path) -> std::result::Result<String, FolderError> {
+    let meta = fs::metadata(path).map_err(folder::failed("reading", path))?;
+    Ok(format!("{}:{}\n", meta.dev(), meta.ino()))
+}
+
+/// Notes where a folder is.
+pub(super) fn note_place(folder: &Folder) -> std::result::Result<(), FolderError> {
+    folder::replace(&folder.file(PLACE), place(folder.path())?.as_bytes())
+}
+
+/// Whether it is where it became a machine.
+fn is_in_place(folder: &Folder) -> bool {
+    let noted = fs::read_to_string(folder.file(PLACE));
+    noted.is_ok_and(|noted| place(folder.path()).is_ok_and(|now| now == noted))
+}
+
+impl Machines {
+    /// Looks what machines there are, and finds the processes of those that run. `program` is
+    /// started for each that is to run.
+    ///
+    /// # Errors
+    /// The state directory cannot be used.
+    pub async fn load(root: &Path, program: PathBuf, events: Events) -> Result<Arc<Self>> {
+        let directory = root.join("machines");
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(&directory).map_err(folder::failed("creating", &directory))?;
+        folder::sweep(&directory)?;
+        let machines = Arc::new(Self {
+            root: root.to_owned(),
+            program,
+            events,
+            all: Mutex::default(),
+            directory,
+        });
+        let mut found = machines.read_all()?;
+        // Originals before copies.
+        found.sort_by_key(|(_, folder, _)| !is_in_place(folder));
+        let mut known: BTreeMap<Uuid, String> = BTreeMap::new();
+        for (name, folder, config) in found {
+            if let Some(original) = known.get(&config.id) {
+                let path = folder.path().display();
+                tracing::warn!(
+                    "{path} is a copy of {original}; `berth vm adopt {path}` makes it a machine"
+                );
+                continue;
+            }
+            known.insert(config.id, name.clone());
+            if !is_in_place(&folder) {
+                note_place(&folder)?;
+            }
+            let entry = Entry::new(name.clone(), folder, config);
+            machines.find_process(&entry).await;
+            machines.all().insert(name, entry);
+        }
+        Ok(machines)
+    }
+
+    /// All folders that can be understood; the others are reported.
+    fn read_all(&self) -> Result<Vec<(String, Folder, folder::VmToml)>> {
+        let mut found = Vec::new();
+        let entries = fs::read_dir(&self.directory);
+        let mut names = Vec::new();
+        for entry in entries.map_err(folder::failed("reading", &self.directory))? {
+            let entry = entry.map_err(folder::failed("reading", &self.directory))?;
+            names.extend(entry.file_name().into_string());
+        }
+        names.sort();
+        for name in names.into_iter().filter(|name| is_name(name)) {
+            let folder = Folder::at(self.directory.join(&name));
+            match folder.config() {
+                Ok(config) => found.push((name, folder, config)),
+                Err(error) => tracing::error!("{name} is left out: {error}"),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Finds the process of a machine that runs.
+    async fn find_process(self: &Arc<Self>, entry: &Arc<Entry>) {
+        let (name, folder) = (entry.name(), entry.folder());
+        let began = Instant::now();
+        loop {
+            match vmm::watch(&folder).await {
+                Ok((stream, status)) => {
+                    tracing::info!(machine = name, pid = status.pid, "found running");
+                    return self.attend(entry, stream, status);
+                }
+                // One that is about to start holds the lock and does not listen yet.
+                Err(VmmError::Absent(_)) => match folder.lock() {
+                    Err(FolderError::Locked { .. }) if began.elapsed() < SETTLE => {
+                        tokio::time::sleep(POLL).await;
+                    }
+                    Err(error) => {
+                        return tracing::error!(machine = name, %error, "its process is not found");
+                    }
+                    Ok(_lock) => return,
+                },
+                Err(error) => {
+                    return tracing::error!(machine = name, %error, "its process is not understood");
+                }
+            }
+        }
+    }
+
+    /// Makes a folder a machine of its own, with an identity of its own.
+    ///
+    /// # Errors
+    /// It is a machine already, is in use, or its `vm.toml` is not understood.
+    pub async fn adopt(&self, request: AdoptMachine) -> Result<Arc<Entry>> {
+        let path = request.folder;
+        if !path.is_absolute() {
+            return Err(invalid(format!("{} is no absolute path", path.display())));
+        }
+        let path = fs::canonicalize(&path).map_err(folder::failed("finding", &path))?;
+        let own = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let name = request.name.unwrap_or_else(|| own.to_owned());
+        check_name(&name)?;
+        let home = fs::canonicalize(&self.directory);
+        let home = home.map_err(folder::failed("finding", &self.directory))?;
+        let is_here = path.parent() == Some(&home);
+        let folder = Folder::at(&path);
+        let mut config = folder.config()?;
+        let _lock = folder.lock()?;
+        let mut all = self.all();
+        for entry in all.values() {
+            let theirs = entry.folder();
+            if fs::canonicalize(theirs.path()).is_ok_and(|theirs| theirs == path) {
+                let message = format!("{} is the machine {} already", path.display(), entry.name());
+                return Err(conflict(message));
+            }
+        }
+        if all.contains_key(&name) {
+            return Err(conflict(format!("there is a machine {name} already; try --name")));
+        }
+        (config.id, config.created) = (Uuid::new_v4(), Timestamp::now());
+        // What was left of the original's run.
+        let _ = fs::remove_file(folder.file(socket::SOCKET));
+        folder.set_last_exit(None)?;
+        note_place(&folder)?;
+        folder.write_config(&config)?;
+        let target = self.directory.join(&name);
+        let folder = match is_here {
+            true if own == name => folder,
+            true => folder.rename(&name)?,
+            false => {
+                let link = std::os::unix::fs::symlink(&path, &target);
+                link.map_err(folder::failed("linking", &target))?;
+                folder::sync(&self.directory)?;
+                Folder::at(target)
+            }
+        };
+        let entry = Entry::new(name.clone(), folder, config);
+        all.insert(name, Arc::clone(&entry));
+        drop(all);
+        self.tell(EventKind::Adopted, &entry, None);
+        Ok(entry)
+    }
+}

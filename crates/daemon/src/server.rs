@@ -1,0 +1,203 @@
+//! The HTTP interface on a unix socket.
+//!
+//! The OpenAPI document is made from the handlers and served at `/berth/v1/openapi.json`.
+
+mod extract;
+#[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
+mod machines;
+mod metrics;
+#[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
+mod stream;
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use berth_api::v1::error::{ErrorBody, ErrorCode};
+use berth_api::v1::info::Info;
+use berth_api::v1::routes::PREFIX;
+use jiff::Timestamp;
+use tokio::net::{UnixListener, UnixStream};
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::events::Events;
+use crate::failure::error;
+use crate::folder::{Folder, FolderError, FolderLock};
+use crate::machines::Machines;
+
+/// What the daemon is told when it starts.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The state directory.
+    pub root: PathBuf,
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// The program that is the process of a machine.
+    pub program: PathBuf,
+}
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Another one has the state directory.
+    #[error("another daemon keeps {} already", root.display())]
+    Running {
+        /// The state directory.
+        root: PathBuf,
+    },
+    /// The state directory cannot be used.
+    #[error("{0}")]
+    State(String),
+    /// The socket.
+    #[error("cannot listen at {}", path.display())]
+    Listen {
+        /// Its path.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Answering.
+    #[error("serving failed")]
+    Serve(#[source] io::Error),
+}
+
+/// What handlers need.
+#[derive(Clone)]
+struct Daemon {
+    machines: Arc<Machines>,
+    started: Timestamp,
+}
+
+/// The document's head.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Berth",
+        description = "Machines: created, started, frozen, copied. On a unix socket.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    components(schemas(ErrorBody))
+)]
+struct Document;
+
+/// Keeps the machines of a state directory until `over` says so. Machines that run go on.
+///
+/// # Errors
+/// [`DaemonError`].
+pub async fn serve(
+    config: &Config,
+    over: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), DaemonError> {
+    let _lock = lock(&config.root)?;
+    let listener = listen(&config.socket)?;
+    let machines = Machines::load(&config.root, config.program.clone(), Events::default())
+        .await
+        .map_err(|error| DaemonError::State(error.message))?;
+    let daemon = Daemon { machines, started: Timestamp::now() };
+    tracing::info!(socket = %config.socket.display(), "listening");
+    let app = router(daemon);
+    let result = axum::serve(listener, app).with_graceful_shutdown(over).await;
+    // Others do not find a socket at which nobody listens.
+    let _ = std::fs::remove_file(&config.socket);
+    result.map_err(DaemonError::Serve)
+}
+
+/// One daemon for a state directory.
+fn lock(root: &Path) -> Result<FolderLock, DaemonError> {
+    let mut builder = std::fs::DirBuilder::new();
+    let made = builder.recursive(true).mode(0o700).create(root);
+    made.map_err(|error| DaemonError::State(format!("{}: {error}", root.display())))?;
+    Folder::at(root).lock().map_err(|error| match error {
+        FolderError::Locked { .. } => DaemonError::Running { root: root.to_owned() },
+        error => DaemonError::State(crate::failure::chain(&error)),
+    })
+}
+
+/// Listens for this user only. A socket that a daemon left which was killed is replaced: nobody else
+/// has the lock.
+fn listen(path: &Path) -> Result<UnixListener, DaemonError> {
+    let failed = |source| DaemonError::Listen { path: path.to_owned(), source };
+    if let Some(parent) = path.parent() {
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(parent).map_err(failed)?;
+    }
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(failed(io::ErrorKind::AddrInUse.into()));
+    }
+    let is_socket = path.symlink_metadata().is_ok_and(|meta| {
+        use std::os::unix::fs::FileTypeExt;
+        meta.file_type().is_socket()
+    });
+    if is_socket {
+        std::fs::remove_file(path).map_err(failed)?;
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+fn router(daemon: Daemon) -> Router {
+    let (router, document) = OpenApiRouter::with_openapi(Document::openapi())
+        .nest(
+            PREFIX,
+            OpenApiRouter::new()
+                .routes(routes!(info))
+                .routes(routes!(stream::events))
+                .merge(machines::router()),
+        )
+        .split_for_parts();
+    let document = Arc::new(document);
+    router
+        .route(
+            &format!("{PREFIX}/openapi.json"),
+            get(move || async move { Json((*document).clone()) }),
+        )
+        .route("/metrics", get(metrics::metrics))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .with_state(daemon)
+}
+
+async fn no_route(uri: axum::http::Uri) -> Response {
+    failure(error(ErrorCode::NotFound, format!("there is nothing at {}", uri.path())))
+}
+
+async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> Response {
+    let message = format!("{} does not take {method}", uri.path());
+    let mut response = failure(error(ErrorCode::Invalid, message));
+    *response.status_mut() = axum::http::StatusCode::METHOD_NOT_ALLOWED;
+    response
+}
+
+/// An error as an answer.
+fn failure(error: berth_api::v1::error::ApiError) -> Response {
+    let status = axum::http::StatusCode::from_u16(error.code.status()).unwrap_or_default();
+    (status, Json(ErrorBody { error })).into_response()
+}
+
+/// The daemon itself.
+#[utoipa::path(get, path = "/info", responses((status = 200, body = Info)))]
+async fn info(State(daemon): State<Daemon>) -> Json<Info> {
+    let machines = daemon.machines.list();
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    Json(Info {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        root: daemon.machines.root().display().to_string(),
+        started: daemon.started,
+        machines: count(machines.len()),
+        running: count(machines.iter().filter(|machine| machine.state.is_up()).count()),
+    })
+}
+
+/// Whether anybody listens there.
+pub async fn answers(socket: &Path) -> bool {
+    UnixStream::connect(socket).await.is_ok()
+}

@@ -1,0 +1,270 @@
+//! `/machines`.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use berth_api::v1::error::ErrorBody;
+use berth_api::v1::machine::{AdoptMachine, CreateMachine, Machine, RenameMachine};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::failure::invalid;
+use crate::server::extract::{Body, Failure, Query};
+use crate::server::{Daemon, stream};
+
+type Answer<T> = Result<T, Failure>;
+
+/// How long a guest has to power off, unless the request says otherwise.
+const PATIENCE: f64 = 30.0;
+/// The most it may say, in seconds.
+const PATIENCE_MAX: f64 = 86_400.0;
+
+pub(super) fn router() -> OpenApiRouter<Daemon> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(adopt))
+        .routes(routes!(inspect, remove))
+        .routes(routes!(start))
+        .routes(routes!(stop))
+        .routes(routes!(kill))
+        .routes(routes!(restart))
+        .routes(routes!(pause))
+        .routes(routes!(unpause))
+        .routes(routes!(rename))
+        .routes(routes!(stream::logs))
+        .routes(routes!(stream::console))
+        .routes(routes!(stream::agent))
+}
+
+/// How long to wait for a guest.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Patience {
+    /// Seconds the guest has to power off before it is ended; 30 when absent.
+    #[param(minimum = 0, maximum = 86400)]
+    timeout: Option<f64>,
+}
+
+impl Patience {
+    fn duration(&self) -> Answer<Duration> {
+        let seconds = self.timeout.unwrap_or(PATIENCE);
+        if !(0.0..=PATIENCE_MAX).contains(&seconds) {
+            let message = format!("timeout={seconds}: 0 to {PATIENCE_MAX} seconds are possible");
+            return Err(invalid(message).into());
+        }
+        Ok(Duration::from_secs_f64(seconds))
+    }
+}
+
+/// Whether a machine that runs is removed too.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Force {
+    /// Ends a machine that runs.
+    #[serde(default)]
+    force: bool,
+}
+
+/// All machines, by name.
+#[utoipa::path(get, path = "/machines", responses((status = 200, body = Vec<Machine>)))]
+async fn list(State(daemon): State<Daemon>) -> Json<Vec<Machine>> {
+    Json(daemon.machines.list())
+}
+
+/// Creates a machine. It does not run yet.
+#[utoipa::path(post, path = "/machines", request_body = CreateMachine, responses(
+    (status = 201, body = Machine),
+    (status = "4XX", body = ErrorBody),
+    (status = "5XX", body = ErrorBody),
+))]
+async fn create(
+    State(daemon): State<Daemon>,
+    Body(request): Body<CreateMachine>,
+) -> Answer<(StatusCode, Json<Machine>)> {
+    let entry = daemon.machines.create(request).await?;
+    Ok((StatusCode::CREATED, Json(entry.describe())))
+}
+
+/// Makes a folder, a copy of a machine's for example, a machine of its own.
+#[utoipa::path(post, path = "/machines/adopt", request_body = AdoptMachine, responses(
+    (status = 201, body = Machine),
+    (status = "4XX", body = ErrorBody),
+    (status = "5XX", body = ErrorBody),
+))]
+async fn adopt(
+    State(daemon): State<Daemon>,
+    Body(request): Body<AdoptMachine>,
+) -> Answer<(StatusCode, Json<Machine>)> {
+    let entry = daemon.machines.adopt(request).await?;
+    Ok((StatusCode::CREATED, Json(entry.describe())))
+}
+
+/// A machine.
+#[utoipa::path(get, path = "/machines/{name}", params(("name", description = "its name")), responses(
+    (status = 200, body = Machine),
+    (status = 404, body = ErrorBody),
+))]
+async fn inspect(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
+    Ok(Json(daemon.machines.find(&name)?.describe()))
+}
+
+/// Removes a machine with all its files.
+#[utoipa::path(
+    delete,
+    path = "/machines/{name}",
+    params(("name", description = "its name"), Force),
+    responses(
+        (status = 204),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn remove(
+    State(daemon): State<Daemon>,
+    Path(name): Path<String>,
+    Query(query): Query<Force>,
+) -> Answer<StatusCode> {
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.remove(&entry, query.force).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Starts a machine; answers when its guest runs.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/start",
+    params(("name", description = "its name")),
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn start(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.start(&entry).await?;
+    Ok(Json(entry.describe()))
+}
+
+/// Asks the guest to power off, and ends it if it does not in time.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/stop",
+    params(("name", description = "its name"), Patience),
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn stop(
+    State(daemon): State<Daemon>,
+    Path(name): Path<String>,
+    Query(query): Query<Patience>,
+) -> Answer<Json<Machine>> {
+    let patience = query.duration()?;
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.stop(&entry, patience).await?;
+    Ok(Json(entry.describe()))
+}
+
+/// Ends a machine at once.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/kill",
+    params(("name", description = "its name")),
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn kill(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.kill(&entry).await?;
+    Ok(Json(entry.describe()))
+}
+
+/// Stops a machine if it runs, and starts it.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/restart",
+    params(("name", description = "its name"), Patience),
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn restart(
+    State(daemon): State<Daemon>,
+    Path(name): Path<String>,
+    Query(query): Query<Patience>,
+) -> Answer<Json<Machine>> {
+    let patience = query.duration()?;
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.restart(&entry, patience).await?;
+    Ok(Json(entry.describe()))
+}
+
+/// Lets the vCPUs of a machine stand still.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/pause",
+    params(("name", description = "its name")),
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn pause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.pause(&entry, true).await?;
+    Ok(Json(entry.describe()))
+}
+
+/// Lets them go on.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/unpause",
+    params(("name", description = "its name")),
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn unpause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.pause(&entry, false).await?;
+    Ok(Json(entry.describe()))
+}
+
+/// Gives a machine another name.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/rename",
+    params(("name", description = "its name")),
+    request_body = RenameMachine,
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn rename(
+    State(daemon): State<Daemon>,
+    Path(name): Path<String>,
+    Body(request): Body<RenameMachine>,
+) -> Answer<Json<Machine>> {
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.rename(&entry, &request.name).await?;
+    Ok(Json(entry.describe()))
+}

@@ -1,0 +1,176 @@
+//! The process of a machine, seen from the daemon: it is started here, and spoken with on the socket
+//! in the machine's folder.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use berth_api::vmm::{Answer, Greeting, LINE_MAX, Request, SOCKET, Status};
+use rustix::fs::{Mode, OFlags};
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use crate::folder::Folder;
+
+/// How long the process of a machine may take for an answer.
+const ANSWER_TIME: Duration = Duration::from_secs(10);
+/// How long it may take until the guest runs; the initramfs may have to be made first.
+const START_TIME: Duration = Duration::from_secs(120);
+/// The log of the process, in the folder.
+pub const LOG: &str = "vmm.log";
+/// How much of the log is shown when the process says nothing itself.
+const LOG_TAIL: u64 = 2048;
+
+/// Why a process cannot be spoken with.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// Nobody listens: there is no process.
+    #[error("the machine's process does not answer")]
+    Absent(#[source] io::Error),
+    /// It took too long.
+    #[error("the machine's process did not answer within {} s", ANSWER_TIME.as_secs())]
+    Late,
+    /// It said something that is not an answer.
+    #[error("the machine's process answered what is not understood: {0}")]
+    Strange(String),
+    /// It did not do what was asked.
+    #[error("{0}")]
+    Refused(String),
+    /// It could not be started.
+    #[error("{0}")]
+    NotStarted(String),
+}
+
+/// Where the process of a machine listens.
+async fn connect(folder: &Folder) -> io::Result<UnixStream> {
+    let direct = folder.file(SOCKET);
+    // Longer paths do not fit into an address; through the directory they do.
+    let (_held, path): (Option<OwnedFd>, PathBuf) = if direct.as_os_str().len() < 100 {
+        (None, direct)
+    } else {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let held = rustix::fs::open(folder.path(), flags, Mode::empty())?;
+        let path = format!("/proc/self/fd/{}/{SOCKET}", held.as_raw_fd());
+        (Some(held), path.into())
+    };
+    UnixStream::connect(path).await
+}
+
+/// Reads a line of JSON, and not a byte more.
+async fn read_line<T: DeserializeOwned>(
+    from: &mut (impl AsyncRead + Unpin),
+) -> Result<T, VmmError> {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        if line.len() as u64 >= LINE_MAX {
+            return Err(VmmError::Strange("a line without an end".into()));
+        }
+        line.push(from.read_u8().await.map_err(VmmError::Absent)?);
+    }
+    serde_json::from_slice(&line).map_err(|error| VmmError::Strange(error.to_string()))
+}
+
+/// Connects, asks and reads the answer; what comes after it is the caller's.
+///
+/// # Errors
+/// [`VmmError`].
+pub async fn open(folder: &Folder, request: &Request) -> Result<(UnixStream, Answer), VmmError> {
+    let work = async {
+        let mut stream = connect(folder).await.map_err(VmmError::Absent)?;
+        let mut line = serde_json::to_vec(request).unwrap_or_default();
+        line.push(b'\n');
+        stream.write_all(&line).await.map_err(VmmError::Absent)?;
+        match read_line(&mut stream).await? {
+            Answer::Refused(why) => Err(VmmError::Refused(why)),
+            answer => Ok((stream, answer)),
+        }
+    };
+    timeout(ANSWER_TIME, work).await.map_err(|_| VmmError::Late)?
+}
+
+/// Asks for something that is done when it is answered.
+///
+/// # Errors
+/// [`VmmError`].
+pub async fn ask(folder: &Folder, request: &Request) -> Result<(), VmmError> {
+    open(folder, request).await.map(|_| ())
+}
+
+/// Finds the process of a machine; the stream ends when it ends.
+///
+/// # Errors
+/// [`VmmError`]; [`VmmError::Absent`] when there is none.
+pub async fn watch(folder: &Folder) -> Result<(UnixStream, Status), VmmError> {
+    match open(folder, &Request::Watch).await? {
+        (stream, Answer::Status(status)) => Ok((stream, status)),
+        (_, other) => Err(VmmError::Strange(format!("{other:?}"))),
+    }
+}
+
+/// Starts the process of a machine; returns once the guest runs.
+///
+/// # Errors
+/// [`VmmError::NotStarted`] with the reason it gave.
+pub async fn start(program: &Path, root: &Path, folder: &Folder) -> Result<(), VmmError> {
+    let not = |what: &str, error: &dyn std::fmt::Display| {
+        VmmError::NotStarted(format!("{what}: {error}"))
+    };
+    let path = folder.file(LOG);
+    let log = File::options().create(true).append(true).open(&path);
+    let log = log.map_err(|error| not(&path.display().to_string(), &error))?;
+    let mut child = Command::new(program)
+        .arg("--root")
+        .arg(root)
+        .arg("vmm")
+        .arg(folder.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .process_group(0)
+        .spawn()
+        .map_err(|error| not(&program.display().to_string(), &error))?;
+    let Some(mut greetings) = child.stdout.take() else {
+        return Err(VmmError::NotStarted("its standard output is missing".into()));
+    };
+    // The child is not ended with its handle; whoever waits for it here keeps it from becoming a
+    // zombie.
+    tokio::spawn(async move { child.wait().await });
+    match timeout(START_TIME, read_line(&mut greetings)).await {
+        Ok(Ok(Greeting::Started(_))) => Ok(()),
+        Ok(Ok(Greeting::Failed(why))) => Err(VmmError::NotStarted(why)),
+        Ok(Err(VmmError::Absent(_))) => Err(VmmError::NotStarted(format!(
+            "its process ended at once; {} ends with: {}",
+            path.display(),
+            tail(&path)
+        ))),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(VmmError::NotStarted(format!(
+            "its guest did not run within {} s; see {}",
+            START_TIME.as_secs(),
+            path.display()
+        ))),
+    }
+}
+
+/// The end of a log, as one line.
+fn tail(path: &Path) -> String {
+    use std::io::{Read, Seek, SeekFrom};
+    let mut text = Vec::new();
+    let read = File::open(path).and_then(|mut file| {
+        let end = file.seek(SeekFrom::End(0))?;
+        file.seek(SeekFrom::Start(end.saturating_sub(LOG_TAIL)))?;
+        file.take(LOG_TAIL).read_to_end(&mut text)
+    });
+    let text = String::from_utf8_lossy(&text);
+    match (read, text.lines().next_back()) {
+        (Ok(_), Some(line)) => line.chars().filter(|c| !c.is_control()).collect(),
+        (Ok(_), None) => "nothing".into(),
+        (Err(error), _) => error.to_string(),
+    }
+}

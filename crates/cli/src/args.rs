@@ -315,7 +315,7 @@ pub struct RunArgs {
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]
     pub accel: Accel,
     /// Translated code kept for each processor, 4M to 512M; what is noted of it takes as much again.
-    /// More is faster for guests that run much different code, as compilers do [default: 18M]
+    /// More is faster for guests that run much different code, as compilers do [default: 16M]
     #[arg(long, value_name = "SIZE")]
     pub code_cache: Option<Size>,
     /// What the translator does for speed, to find a mistake in it: names with commas between, with

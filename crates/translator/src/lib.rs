@@ -86,7 +86,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            code_cache_bytes: 18 << 20,
+            code_cache_bytes: 16 << 20,
             address_spaces: 6,
             guarded_pages: 20_000,
             optimizations: Optimizations::all(),

@@ -15,6 +15,8 @@ pub const SOCKET: &str = "state/vmm.sock";
 pub const EXIT_FILE: &str = "state/exit.json";
 /// Locked by the process of the machine, and by whoever changes the folder.
 pub const LOCK: &str = "lock";
+/// A machine that was suspended: what it is to go on with.
+pub const SUSPENDED: &str = "state/suspended";
 /// Bytes a line may have.
 pub const LINE_MAX: u64 = 64 << 10;
 
@@ -30,6 +32,8 @@ pub enum Request {
     Pause,
     /// They go on.
     Unpause,
+    /// Stores the machine in [`SUSPENDED`] and ends it. Answered when it is stored.
+    Suspend,
     /// Asks the guest to power off: the agent, and by the power button.
     PowerOff,
     /// Ends the machine at once.

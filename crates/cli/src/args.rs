@@ -118,6 +118,10 @@ pub enum VmCommand {
     Pause(Names),
     /// Let them go on
     Unpause(Names),
+    /// Store machines on the disk and end them; `start` or `resume` lets them go on
+    Suspend(Names),
+    /// Let machines go on that are suspended
+    Resume(Names),
     /// Remove machines with all their files
     Rm(RmArgs),
     /// List the machines

@@ -77,6 +77,8 @@ fn kept(client: &Client, command: &VmCommand) -> Result<ExitCode, CliError> {
         VmCommand::Restart(stop) => vm::stop(client, stop, "restart"),
         VmCommand::Pause(names) => vm::act(client, &names.names, "pause"),
         VmCommand::Unpause(names) => vm::act(client, &names.names, "unpause"),
+        VmCommand::Suspend(names) => vm::act(client, &names.names, "suspend"),
+        VmCommand::Resume(names) => vm::act(client, &names.names, "resume"),
         VmCommand::Rm(remove) => vm::remove(client, remove),
         VmCommand::Ls(list) => vm::list(client, list.json),
         VmCommand::Inspect(names) => vm::inspect(client, &names.names),

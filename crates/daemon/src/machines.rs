@@ -6,7 +6,10 @@
 //!   ▲  ▲                  │        unpause         │
 //!   │  └── powers off, stop, kill ─────────────────┤
 //!   │ start                                        │
-//! failed ◄──── reset, panic, process lost ─────────┘
+//! failed ◄──── reset, panic, process lost ─────────┤
+//!                                                  │
+//! suspended ◄───── suspend ────────────────────────┘
+//!     └──────────► running, by start or resume
 //! ```
 //!
 //! Removing and adopting need a machine without a process; renaming does not. One operation at a time
@@ -23,7 +26,7 @@ use std::time::Duration;
 use berth_api::v1::error::{ApiError, ErrorCode};
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{Exit, Machine, MachineState, is_name};
-use berth_api::vmm::{Answer, Request, Status};
+use berth_api::vmm::{Answer, Request, SUSPENDED, Status};
 use jiff::Timestamp;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
@@ -36,6 +39,8 @@ use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{Folder, VmToml};
 use crate::vmm::{self, VmmError};
 
+/// How long storing a machine may take.
+const SUSPEND_TIME: Duration = Duration::from_secs(600);
 /// How long a killed machine may take to be gone.
 const KILL_TIME: Duration = Duration::from_secs(10);
 /// What is said of a machine whose process ended without a word.
@@ -132,6 +137,7 @@ impl Live {
         match (&self.run, &self.last_exit) {
             (Some(run), _) if run.paused => MachineState::Paused,
             (Some(_), _) => MachineState::Running,
+            _ if self.folder.file(SUSPENDED).is_dir() => MachineState::Suspended,
             (None, Some(exit)) if !exit.in_order => MachineState::Failed,
             (None, _) => MachineState::Stopped,
         }
@@ -250,7 +256,11 @@ impl Machines {
             reason: LOST.to_owned(),
             status: 1,
         });
-        let kind = if exit.in_order { EventKind::Stopped } else { EventKind::Failed };
+        let kind = match (exit.in_order, folder.file(SUSPENDED).is_dir()) {
+            (_, true) => EventKind::Suspended,
+            (true, _) => EventKind::Stopped,
+            (false, _) => EventKind::Failed,
+        };
         let reason = exit.reason.clone();
         let mut live = entry.live();
         live.run = None;
@@ -317,6 +327,36 @@ impl Machines {
             Ok(_) => Ok(()),
             Err(_) => Err(error(ErrorCode::Failed, format!("{name} does not end"))),
         }
+    }
+
+    /// Stores a machine and ends it.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be stored; then it goes on as before.
+    pub async fn suspend(&self, entry: &Entry) -> Result<()> {
+        let _changing = entry.changing.lock().await;
+        let name = entry.name();
+        let Some(mut ended) = entry.ended() else {
+            return Err(conflict(format!("{name} does not run")));
+        };
+        let stored = vmm::ask_within(&entry.folder(), &Request::Suspend, SUSPEND_TIME).await;
+        stored.map_err(|error| of_vmm(&name, &error))?;
+        match timeout(KILL_TIME, ended.wait_for(|over| *over)).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(error(ErrorCode::Failed, format!("{name} does not end"))),
+        }
+    }
+
+    /// Starts a machine that is suspended.
+    ///
+    /// # Errors
+    /// It is not.
+    pub async fn resume(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<()> {
+        let _changing = entry.changing.lock().await;
+        if entry.state() != MachineState::Suspended {
+            return Err(conflict(format!("{} is not suspended", entry.name())));
+        }
+        self.start_now(entry).await
     }
 
     /// Stops a machine as [`Self::stop`] if it runs, and starts it.

@@ -34,8 +34,8 @@ pub enum VmmError {
     #[error("the machine's process does not answer")]
     Absent(#[source] io::Error),
     /// It took too long.
-    #[error("the machine's process did not answer within {} s", ANSWER_TIME.as_secs())]
-    Late,
+    #[error("the machine's process did not answer within {} s", .0.as_secs())]
+    Late(Duration),
     /// It said something that is not an answer.
     #[error("the machine's process answered what is not understood: {0}")]
     Strange(String),
@@ -81,6 +81,14 @@ async fn read_line<T: DeserializeOwned>(
 /// # Errors
 /// [`VmmError`].
 pub async fn open(folder: &Folder, request: &Request) -> Result<(UnixStream, Answer), VmmError> {
+    open_within(folder, request, ANSWER_TIME).await
+}
+
+async fn open_within(
+    folder: &Folder,
+    request: &Request,
+    patience: Duration,
+) -> Result<(UnixStream, Answer), VmmError> {
     let work = async {
         let mut stream = connect(folder).await.map_err(VmmError::Absent)?;
         let mut line = serde_json::to_vec(request).unwrap_or_default();
@@ -91,7 +99,7 @@ pub async fn open(folder: &Folder, request: &Request) -> Result<(UnixStream, Ans
             answer => Ok((stream, answer)),
         }
     };
-    timeout(ANSWER_TIME, work).await.map_err(|_| VmmError::Late)?
+    timeout(patience, work).await.map_err(|_| VmmError::Late(patience))?
 }
 
 /// Asks for something that is done when it is answered.
@@ -100,6 +108,18 @@ pub async fn open(folder: &Folder, request: &Request) -> Result<(UnixStream, Ans
 /// [`VmmError`].
 pub async fn ask(folder: &Folder, request: &Request) -> Result<(), VmmError> {
     open(folder, request).await.map(|_| ())
+}
+
+/// Asks for something that takes its time.
+///
+/// # Errors
+/// [`VmmError`].
+pub async fn ask_within(
+    folder: &Folder,
+    request: &Request,
+    patience: Duration,
+) -> Result<(), VmmError> {
+    open_within(folder, request, patience).await.map(|_| ())
 }
 
 /// Finds the process of a machine; the stream ends when it ends.

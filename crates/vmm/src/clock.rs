@@ -3,9 +3,12 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::time::{ClockId, clock_gettime};
+
 /// Time as chips see it; a trait so that tests can let it pass.
 pub trait Clock: Send + Sync {
-    /// Nanoseconds of a clock that never steps; its zero is anywhere.
+    /// Nanoseconds of a clock that never steps; its zero is anywhere, the same for all processes of one
+    /// boot of the host.
     fn now_ns(&self) -> u64;
     /// The host's time-stamp counter.
     fn tsc(&self) -> u64;
@@ -17,7 +20,6 @@ pub trait Clock: Send + Sync {
 
 /// The clocks of the host.
 pub struct HostClock {
-    start: Instant,
     tsc_hz: u64,
 }
 
@@ -26,7 +28,7 @@ impl HostClock {
     #[must_use]
     pub fn new() -> Self {
         static HZ: OnceLock<u64> = OnceLock::new();
-        Self { start: Instant::now(), tsc_hz: *HZ.get_or_init(tsc_frequency) }
+        Self { tsc_hz: *HZ.get_or_init(tsc_frequency) }
     }
 }
 
@@ -38,7 +40,9 @@ impl Default for HostClock {
 
 impl Clock for HostClock {
     fn now_ns(&self) -> u64 {
-        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        let now = clock_gettime(ClockId::Monotonic);
+        // It counts from the boot.
+        now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
     }
 
     fn tsc(&self) -> u64 {

@@ -6,6 +6,7 @@ use crate::bus::BusError;
 use crate::console::ConsoleError;
 use crate::limits::CPUS_MAX;
 use crate::memory::MemoryError;
+use crate::state::StateError;
 use crate::timer::TimerError;
 use crate::vcpu::VcpuError;
 use crate::vcpu::kvm::vm::KvmError;
@@ -37,6 +38,9 @@ pub enum MachineError {
     /// A vCPU.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A machine that was stored cannot go on.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// KVM was asked for and cannot be had.
     #[error("no machine by KVM; try --accel translate")]
     Kvm(#[from] KvmError),

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod outcome;
 pub mod pci;
 pub mod pvclock;
+pub mod state;
 pub mod timer;
 pub mod vcpu;
 pub mod virtio;

@@ -10,6 +10,7 @@
 //! A reset ends the machine too: whoever started it decides whether to start it again.
 
 mod chips;
+mod stored;
 mod threads;
 
 use std::path::PathBuf;
@@ -30,10 +31,13 @@ use crate::console::{Console, Consoles, SerialConfig};
 use crate::error::MachineError;
 use crate::irq::InterruptSink;
 use crate::limits::CPUS_MAX;
+use crate::machine::stored::Resumed;
+pub use crate::machine::stored::Storer;
 use crate::machine::threads::Runner;
 use crate::memory::{GuestRam, Memory};
 use crate::outcome::{Ending, Outcome};
 use crate::pvclock::PvClock;
+use crate::state::load_memory;
 use crate::timer::TimerThread;
 use crate::vcpu::kvm::vm::KvmVm;
 use crate::vcpu::mailbox::Mailbox;
@@ -63,6 +67,8 @@ pub struct MachineConfig {
     pub debug_exit: bool,
     /// Limits of the translator.
     pub translator: berth_translator::Config,
+    /// The directory of a machine that was stored: it goes on instead of booting.
+    pub resume: Option<PathBuf>,
 }
 
 impl MachineConfig {
@@ -79,6 +85,7 @@ impl MachineConfig {
             serial: SerialConfig::Stdio,
             debug_exit: false,
             translator: berth_translator::Config::default(),
+            resume: None,
         }
     }
 }
@@ -119,6 +126,7 @@ pub struct RunningMachine {
     threads: Vec<JoinHandle<()>>,
     console: Console,
     pauser: Pauser,
+    storer: Option<Arc<Storer>>,
     /// Devices and timers live as long as the machine.
     _timers: TimerThread,
     context: DeviceContext,
@@ -149,8 +157,8 @@ impl Pauser {
     }
 }
 
-/// A vCPU and its local APIC, unless that is inside.
-type Processor = (Box<dyn Vcpu>, Option<Arc<Lapic>>);
+/// A vCPU and its local APIC, unless that is inside; whether it waits for a start-up message.
+type Processor = (Box<dyn Vcpu>, Option<Arc<Lapic>>, bool);
 
 /// What is there before the first vCPU.
 struct Board {
@@ -189,6 +197,17 @@ impl Machine {
             AccelChoice::Kvm => Accel::Kvm,
         };
         let ram = GuestRam::new(config.memory_bytes)?;
+        if let Some(directory) = &config.resume {
+            let state = stored::read(config, accel, directory)?;
+            load_memory(&ram, directory)?;
+            tracing::info!(cpus = config.cpus, "a stored machine goes on");
+            return start_translated(
+                config,
+                Board::new(ram, config.cpus)?,
+                &Begin::Stored(state),
+                attach,
+            );
+        }
         let files = BootFiles {
             kernel: &config.kernel,
             modules: &config.modules,
@@ -206,37 +225,70 @@ impl Machine {
             },
         )?;
         tracing::info!(kind = ?loaded.kind, %accel, cpus = config.cpus, "starting a machine");
-        let board = Board {
+        let board = Board::new(ram, config.cpus)?;
+        let begin = Begin::Entry(Box::new(loaded.entry));
+        match accel {
+            Accel::Translate => start_translated(config, board, &begin, attach),
+            Accel::Kvm => start_kvm(config, board, &begin, attach),
+        }
+    }
+}
+
+impl Board {
+    fn new(ram: GuestRam, cpus: u32) -> Result<Self, MachineError> {
+        Ok(Self {
             ram,
             clock: Arc::new(HostClock::new()),
             timers: TimerThread::start()?,
             ending: Arc::new(Ending::default()),
             mmio: Arc::new(Bus::new()),
             ports: Arc::new(Bus::new()),
-            mailboxes: (0..config.cpus).map(|_| Arc::new(Mailbox::default())).collect(),
-        };
-        match accel {
-            Accel::Translate => start_translated(config, board, &loaded.entry, attach),
-            Accel::Kvm => start_kvm(config, board, &loaded.entry, attach),
+            mailboxes: (0..cpus).map(|_| Arc::new(Mailbox::default())).collect(),
+        })
+    }
+}
+
+/// How the vCPUs begin.
+enum Begin {
+    /// The first at the guest's entry, the others after power-up, waiting for a start-up message.
+    Entry(Box<CpuState>),
+    /// As they were stored.
+    Stored(Box<Resumed>),
+}
+
+impl Begin {
+    fn state(&self, index: u32) -> CpuState {
+        match self {
+            Self::Entry(entry) if index == 0 => CpuState::clone(entry),
+            Self::Entry(_) => reset::power_up(),
+            Self::Stored(resumed) => resumed.cpu_state(index),
+        }
+    }
+
+    fn is_waiting(&self, index: u32) -> bool {
+        match self {
+            Self::Entry(_) => index != 0,
+            Self::Stored(resumed) => resumed.is_waiting(index),
+        }
+    }
+
+    fn tsc_khz(&self, clock: &dyn Clock) -> u32 {
+        match self {
+            Self::Entry(_) => u32::try_from(clock.tsc_hz() / 1000).unwrap_or(u32::MAX),
+            Self::Stored(resumed) => resumed.state.tsc_khz,
         }
     }
 }
 
-/// The state in which a vCPU is made: the first one at the guest's entry, others after power-up.
-fn initial_state(index: u32, entry: &CpuState) -> CpuState {
-    if index == 0 { entry.clone() } else { reset::power_up() }
-}
-
 /// What CPUID tells vCPU `index` of `count`, the same under both processors.
-fn cpuid_table(clock: &dyn Clock, index: u32, count: u32) -> CpuidTable {
-    let khz = u32::try_from(clock.tsc_hz() / 1000).unwrap_or(u32::MAX);
+fn cpuid_table(khz: u32, index: u32, count: u32) -> CpuidTable {
     CpuidTable::new(&berth_translator::host_cpuid(), Topology { index, count }, khz)
 }
 
 fn start_translated(
     config: &MachineConfig,
     board: Board,
-    entry: &CpuState,
+    begin: &Begin,
     attach: Option<AttachPci>,
 ) -> Result<RunningMachine, MachineError> {
     let apics = board.mailboxes.iter().zip(0..).map(|(mailbox, id)| {
@@ -257,50 +309,72 @@ fn start_translated(
         return Err(MachineError::Cpus(0));
     };
     let chipset = Chipset::new(Arc::new(ApicBus::new(apics.clone())), boot_cpu);
-    chips::add_interrupt_chips(&board, &chipset)?;
+    let pit = chips::add_interrupt_chips(&board, &chipset)?;
     let interrupts = Arc::clone(&chipset) as Arc<dyn InterruptSink>;
-    let (context, console) = chips::add_devices(config, &board, &interrupts, attach)?;
+    let (context, console, devices) = chips::add_devices(config, &board, &interrupts, attach)?;
 
     let shared = translated::share(&board.ram, config.translator.clone())
         .map_err(MachineError::Translator)?;
-    let memory = board.ram.memory().clone();
-    let pvclock = Arc::new(PvClock::new(Arc::clone(&board.clock), memory));
+    let (clock, memory) = (Arc::clone(&board.clock), board.ram.memory().clone());
+    let pvclock = Arc::new(match begin {
+        Begin::Entry(_) => PvClock::new(clock, memory),
+        Begin::Stored(resumed) => resumed.pvclock(clock, memory),
+    });
     let around = Surroundings {
         chipset,
         mmio: Arc::clone(&board.mmio),
         ports: Arc::clone(&board.ports),
         pvclock: Arc::clone(&pvclock),
     };
-    let mut vcpus: Vec<Processor> = Vec::new();
-    for (index, apic) in (0..).zip(&apics) {
-        let platform = Box::new(VcpuPlatform::new(around.clone(), Arc::clone(apic)));
-        let state = initial_state(index, entry);
-        let cpuid = cpuid_table(&*board.clock, index, config.cpus);
-        let vcpu = Translated::new(index, Arc::clone(&shared), state, cpuid, platform)?;
-        vcpus.push((Box::new(vcpu), Some(Arc::clone(apic))));
+    let tsc_khz = begin.tsc_khz(&*board.clock);
+    let storer = Storer {
+        clock: Arc::clone(&board.clock),
+        ram: board.ram.clone(),
+        mailboxes: board.mailboxes.clone(),
+        apics: apics.clone(),
+        chipset: Arc::clone(&around.chipset),
+        pit,
+        devices,
+        pvclock: Arc::clone(&pvclock),
+        msrs: apics.iter().map(|_| Arc::default()).collect(),
+        tsc_khz,
+    };
+    if let Begin::Stored(resumed) = begin {
+        storer.restore(resumed)?;
     }
-    finish(board, Accel::Translate, vcpus, Some(pvclock), (context, console))
+    let mut vcpus: Vec<Processor> = Vec::new();
+    for ((index, apic), msrs) in (0..).zip(&apics).zip(&storer.msrs) {
+        let platform = VcpuPlatform::new(around.clone(), Arc::clone(apic));
+        let platform = Box::new(platform.with_msrs(Arc::clone(msrs)));
+        let cpuid = cpuid_table(tsc_khz, index, config.cpus);
+        let state = begin.state(index);
+        let vcpu = Translated::new(index, Arc::clone(&shared), state, cpuid, platform)?;
+        vcpus.push((Box::new(vcpu), Some(Arc::clone(apic)), begin.is_waiting(index)));
+    }
+    finish(board, Accel::Translate, vcpus, Some(Arc::new(storer)), (context, console))
 }
 
 fn start_kvm(
     config: &MachineConfig,
     board: Board,
-    entry: &CpuState,
+    begin: &Begin,
     attach: Option<AttachPci>,
 ) -> Result<RunningMachine, MachineError> {
     let mut vm = KvmVm::new(&board.ram)?;
     let interrupts = vm.add_irqchip()?;
-    let (context, console) = chips::add_devices(config, &board, &interrupts, attach)?;
+    let (context, console, _) = chips::add_devices(config, &board, &interrupts, attach)?;
     let mut vcpus: Vec<Processor> = Vec::new();
+    let tsc_khz = begin.tsc_khz(&*board.clock);
     for index in 0..config.cpus {
         let (mmio, ports) = (Arc::clone(&board.mmio), Arc::clone(&board.ports));
-        let cpuid = cpuid_table(&*board.clock, index, config.cpus);
+        let cpuid = cpuid_table(tsc_khz, index, config.cpus);
         let mut vcpu = vm.add_vcpu(index, &cpuid, mmio, ports)?;
         // Others wait for INIT and start-up inside KVM.
         if index == 0 {
-            vcpu.set_state(entry)?;
+            vcpu.set_state(&begin.state(0))?;
         }
-        vcpus.push((Box::new(vcpu), None));
+        // Waiting for a start-up message happens inside.
+        vcpus.push((Box::new(vcpu), None, false));
     }
     finish(board, Accel::Kvm, vcpus, None, (context, console))
 }
@@ -310,11 +384,13 @@ fn finish(
     board: Board,
     accel: Accel,
     vcpus: Vec<Processor>,
-    clock: Option<Arc<PvClock>>,
+    storer: Option<Arc<Storer>>,
     (context, console): (DeviceContext, Console),
 ) -> Result<RunningMachine, MachineError> {
-    for ((vcpu, _), mailbox) in vcpus.iter().zip(&board.mailboxes) {
+    for ((vcpu, ..), mailbox) in vcpus.iter().zip(&board.mailboxes) {
         mailbox.connect(vcpu.handle());
+        // What is pending in a machine that goes on.
+        mailbox.interrupt();
     }
     let mailboxes = board.mailboxes.clone();
     board.ending.set_on_end(move || {
@@ -327,13 +403,18 @@ fn finish(
         accel,
         threads: Vec::new(),
         console,
-        pauser: Pauser { mailboxes: board.mailboxes.clone().into(), clock },
+        pauser: Pauser {
+            mailboxes: board.mailboxes.clone().into(),
+            clock: storer.as_ref().map(|storer| Arc::clone(&storer.pvclock)),
+        },
+        storer,
         _timers: board.timers,
         context,
     };
-    for (((vcpu, apic), mailbox), index) in vcpus.into_iter().zip(board.mailboxes).zip(0..) {
+    let vcpus = vcpus.into_iter().zip(board.mailboxes).zip(0..);
+    for (((vcpu, apic, waiting), mailbox), index) in vcpus {
         let ending = Arc::clone(&board.ending);
-        let runner = Runner { index, vcpu, apic, mailbox, ending };
+        let runner = Runner { index, vcpu, apic, mailbox, ending, waiting };
         // On an error, dropping the machine stops those that run.
         machine.threads.push(runner.spawn()?);
     }
@@ -351,6 +432,12 @@ impl RunningMachine {
     #[must_use]
     pub fn pauser(&self) -> Pauser {
         self.pauser.clone()
+    }
+
+    /// What stores it; none under KVM.
+    #[must_use]
+    pub fn storer(&self) -> Option<Arc<Storer>> {
+        self.storer.clone()
     }
 
     /// What ends the machine from elsewhere, for signal handlers and servers.

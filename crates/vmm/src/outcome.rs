@@ -16,6 +16,8 @@ pub enum Outcome {
     DebugExit(u8),
     /// Stopped from outside.
     Stopped,
+    /// Stored, to go on later.
+    Suspended,
     /// The host could not go on with it.
     Failed(String),
 }
@@ -26,7 +28,7 @@ impl Outcome {
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
-            Self::PoweredOff => 0,
+            Self::PoweredOff | Self::Suspended => 0,
             Self::DebugExit(value) => value << 1 | 1,
             Self::Reset | Self::TripleFault | Self::Stopped | Self::Failed(_) => 1,
         }
@@ -41,6 +43,7 @@ impl std::fmt::Display for Outcome {
             Self::TripleFault => write!(f, "the guest stopped with a triple fault"),
             Self::DebugExit(value) => write!(f, "the guest wrote {value} to the debug-exit port"),
             Self::Stopped => write!(f, "the machine was stopped"),
+            Self::Suspended => write!(f, "the machine was suspended"),
             Self::Failed(why) => write!(f, "the machine failed: {why}"),
         }
     }

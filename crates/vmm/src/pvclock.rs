@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::clock::Clock;
@@ -62,7 +63,44 @@ fn rate(hz: u64) -> (u32, i8) {
     (u32::try_from(scaled(shift)).unwrap_or(u32::MAX), shift)
 }
 
+/// A clock as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stored {
+    origin_tsc: u64,
+    wall_at_origin_ns: u64,
+    multiplier: u32,
+    shift: i8,
+    pages: BTreeMap<u32, u64>,
+}
+
 impl PvClock {
+    /// What is to be stored.
+    #[must_use]
+    pub fn save(&self) -> Stored {
+        Stored {
+            origin_tsc: self.origin_tsc,
+            wall_at_origin_ns: u64::try_from(self.wall_at_origin.as_nanos()).unwrap_or(u64::MAX),
+            multiplier: self.multiplier,
+            shift: self.shift,
+            pages: self.pages.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
+    }
+
+    /// One that was stored, and goes on. `back` is how far the host's counter was set back since.
+    #[must_use]
+    pub fn restored(clock: Arc<dyn Clock>, memory: Memory, stored: &Stored, back: u64) -> Self {
+        Self {
+            clock,
+            memory,
+            origin_tsc: stored.origin_tsc.wrapping_sub(back),
+            wall_at_origin: Duration::from_nanos(stored.wall_at_origin_ns),
+            multiplier: stored.multiplier,
+            shift: stored.shift.clamp(-31, 31),
+            pages: Mutex::new(stored.pages.clone()),
+        }
+    }
+
     /// Starts at zero now.
     #[must_use]
     pub fn new(clock: Arc<dyn Clock>, memory: Memory) -> Self {

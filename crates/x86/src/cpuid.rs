@@ -13,6 +13,8 @@
 //! are translated in software), so the table says that these are absent and kernels leave page-table
 //! isolation off.
 
+use serde::{Deserialize, Serialize};
+
 use crate::state::{CodeSize, CpuState, cr4};
 
 /// Who made the host's processor, and so the guest's.
@@ -172,7 +174,8 @@ impl Topology {
 }
 
 /// One row of the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CpuidEntry {
     /// EAX of the query.
     pub leaf: u32,

@@ -4,6 +4,9 @@
 //! the translated processor and the exchange format with KVM; snapshots serialize it field by field
 //! (never as raw memory).
 
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 /// Index of a general register in [`CpuState::gpr`] (the hardware encoding).
 pub mod reg {
     #![allow(missing_docs, reason = "the names are the register names")]
@@ -104,7 +107,8 @@ pub mod efer {
 
 /// A segment register with its hidden part, or TR or LDTR.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Segment {
     /// Linear base address.
     pub base: u64,
@@ -156,13 +160,15 @@ impl Segment {
 
 /// GDTR or IDTR.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TableReg {
     /// Linear base address.
     pub base: u64,
     /// Limit in bytes, inclusive.
     pub limit: u32,
     /// Keeps the layout explicit; always zero.
+    #[serde(skip)]
     pub pad: u32,
 }
 
@@ -184,6 +190,29 @@ impl Default for XsaveArea {
         area[28..32].copy_from_slice(&0xffffu32.to_le_bytes());
         area[512] = 7;
         Self(area)
+    }
+}
+
+/// As hexadecimal digits.
+impl Serialize for XsaveArea {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let digits: String = self.0.iter().map(|byte| format!("{byte:02x}")).collect();
+        serializer.serialize_str(&digits)
+    }
+}
+
+impl<'de> Deserialize<'de> for XsaveArea {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let digits = String::deserialize(deserializer)?;
+        let mut area = Self([0; XSAVE_SIZE]);
+        let pair = |at: usize| u8::from_str_radix(digits.get(2 * at..2 * at + 2)?, 16).ok();
+        let whole = digits.len() == 2 * XSAVE_SIZE;
+        for (at, byte) in area.0.iter_mut().enumerate() {
+            *byte = pair(at).filter(|_| whole).ok_or_else(|| {
+                D::Error::custom(format!("no area of {XSAVE_SIZE} bytes in hexadecimal"))
+            })?;
+        }
+        Ok(area)
     }
 }
 
@@ -301,7 +330,8 @@ impl Exception {
 ///
 /// RFLAGS is complete (arithmetic flags included) whenever translated code is not running.
 #[repr(C)]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CpuState {
     /// General registers in encoding order (see [`reg`]).
     pub gpr: [u64; 16],

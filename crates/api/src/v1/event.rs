@@ -36,6 +36,8 @@ pub enum EventKind {
     Paused,
     /// They go on.
     Unpaused,
+    /// It was stored and ended; it goes on when it is started.
+    Suspended,
     /// It ended in order: powered off or stopped.
     Stopped,
     /// It ended otherwise; the detail says how.

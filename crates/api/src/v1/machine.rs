@@ -204,6 +204,8 @@ pub enum MachineState {
     Paused,
     /// Nothing, and its last run ended in a failure.
     Failed,
+    /// Nothing, and it goes on where it was when it is started.
+    Suspended,
 }
 
 impl MachineState {
@@ -221,6 +223,7 @@ impl MachineState {
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Failed => "failed",
+            Self::Suspended => "suspended",
         }
     }
 }

@@ -10,10 +10,10 @@ use std::thread;
 use std::time::Duration;
 
 use berth_api::v1::machine::MachineState;
-use berth_api::vmm::{Answer, LINE_MAX, Request, Status};
+use berth_api::vmm::{Answer, LINE_MAX, Request, SUSPENDED, Status};
 use berth_daemon::folder::Folder;
 use berth_vmm::devices::HostEnds;
-use berth_vmm::machine::{Pauser, RunningMachine};
+use berth_vmm::machine::{Pauser, RunningMachine, Storer};
 use berth_vmm::outcome::{Ending, Outcome};
 
 use crate::command::{self, AGENT_WAIT, Dial};
@@ -25,6 +25,8 @@ use crate::vmm::socket;
 const REQUEST_TIME: Duration = Duration::from_secs(5);
 /// How long a guest that is still starting is asked to power off.
 const POWER_OFF_TIME: Duration = Duration::from_secs(5);
+/// Where a machine is stored while that is not complete.
+const UNFINISHED: &str = "state/.suspending";
 /// Connections at once.
 const CONNECTIONS_MAX: usize = 128;
 
@@ -34,6 +36,8 @@ pub(super) struct Control {
     ending: Arc<Ending>,
     pauser: Pauser,
     hub: Arc<Hub>,
+    storer: Option<Arc<Storer>>,
+    folder: Folder,
     status: Mutex<Status>,
     /// The guest's clock was set.
     clock_set: Mutex<bool>,
@@ -64,6 +68,8 @@ impl Control {
             ending: machine.ending(),
             pauser: machine.pauser(),
             hub,
+            storer: machine.storer(),
+            folder: folder.clone(),
             status: Mutex::new(status),
             clock_set: Mutex::new(false),
             connections: AtomicUsize::new(0),
@@ -134,6 +140,14 @@ impl Control {
                 self.pause(false);
                 answer(stream, &Answer::Done)
             }
+            Request::Suspend => match self.suspend() {
+                Ok(()) => {
+                    let done = answer(stream, &Answer::Done);
+                    self.ending.end(Outcome::Suspended);
+                    done
+                }
+                Err(why) => refuse(why),
+            },
             Request::PowerOff => match self.power_off() {
                 Ok(()) => answer(stream, &Answer::Done),
                 Err(why) => refuse(why),
@@ -183,6 +197,20 @@ impl Control {
         }
     }
 
+    /// Stores the machine, which then stands still; if that fails, it is as before.
+    fn suspend(&self) -> Result<(), String> {
+        let Some(storer) = &self.storer else {
+            return Err("a machine under KVM cannot be stored yet; try --accel translate".into());
+        };
+        let status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        self.pauser.pause();
+        let stored = store(storer, &self.folder);
+        if stored.is_err() && status.state == MachineState::Running {
+            self.pauser.unpause();
+        }
+        stored.map_err(|error| berth_daemon::failure::chain(&*error))
+    }
+
     fn agent(&self) -> io::Result<UnixStream> {
         connect_agent(&self.ends)
     }
@@ -202,6 +230,26 @@ impl Control {
             format!("the guest's agent cannot be asked: {}", berth_daemon::failure::chain(&error))
         })
     }
+}
+
+/// Stores a machine that stands still, as a whole or not at all.
+fn store(storer: &Storer, folder: &Folder) -> Result<(), Box<dyn std::error::Error>> {
+    let (made, target) = (folder.file(UNFINISHED), folder.file(SUSPENDED));
+    let store = || -> Result<(), Box<dyn std::error::Error>> {
+        match std::fs::remove_dir_all(&made) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        std::fs::create_dir(&made)?;
+        storer.store(&made)?;
+        std::fs::rename(&made, &target)?;
+        berth_daemon::folder::sync(&folder.file("state"))?;
+        Ok(())
+    };
+    store().inspect_err(|_| {
+        // The next one removes what cannot be removed now.
+        let _ = std::fs::remove_dir_all(&made);
+    })
 }
 
 /// The way to the agent.

@@ -21,7 +21,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use berth_api::v1::machine::{Exit, MachineState};
-use berth_api::vmm::{Greeting, Status};
+use berth_api::vmm::{Greeting, SUSPENDED, Status};
 use berth_daemon::folder::{Folder, FolderError, FolderLock};
 use berth_vmm::console::SignalWatch;
 use berth_vmm::devices::HostEnds;
@@ -139,7 +139,16 @@ fn begin(
     parts.mac = Some(mac(toml.id));
     let told = Told::new(&plan)?;
     let hub = Hub::start(near, folder)?;
-    let machine = Machine::start_with(&config(&plan, &told), Some(parts.into_attach(&ends)))?;
+    let mut config = config(&plan, &told);
+    let suspended = folder.file(SUSPENDED);
+    if suspended.is_dir() {
+        config.resume = Some(suspended.clone());
+    }
+    let machine = Machine::start_with(&config, Some(parts.into_attach(&ends)))?;
+    if config.resume.is_some() {
+        // From here on it is not what would go on.
+        std::fs::remove_dir_all(&suspended)?;
+    }
     // Set once.
     let _ = over.set(machine.ending());
     let status = Status {
@@ -183,8 +192,10 @@ impl Run {
         // With it goes the machine's end of the console.
         drop(self.plan);
         self.hub.finish();
-        let in_order =
-            matches!(outcome, Outcome::PoweredOff | Outcome::Stopped | Outcome::DebugExit(_));
+        let in_order = matches!(
+            outcome,
+            Outcome::PoweredOff | Outcome::Stopped | Outcome::Suspended | Outcome::DebugExit(_)
+        );
         let exit = Exit {
             time: Timestamp::now(),
             in_order,

@@ -327,10 +327,57 @@ fn machines_outlive_their_daemon() {
     assert_eq!(cloud.state("a"), "running");
 }
 
+#[test]
+fn what_is_suspended_goes_on() {
+    let cloud = Cloud::new();
+    cloud.create("a", &ECHO);
+    cloud.ok("vm start a");
+    let mut console = cloud.console("a");
+    console.exchange(b"ab", b"bc");
+    cloud.ok("vm suspend a");
+    assert_eq!(cloud.state("a"), "suspended");
+    assert_eq!(console.running.wait(LIMIT), Some(0));
+    cloud.fails("vm suspend a", &["a does not run"]);
+    cloud.kill_daemon();
+    assert_eq!(cloud.state("a"), "suspended");
+    let stored = cloud.root().join("machines/a/state/suspended");
+    let memory = fs::metadata(stored.join("memory")).unwrap();
+    assert_eq!(memory.len(), 64 << 20);
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&memory);
+    assert!(blocks * 512 < 1 << 20, "{blocks} blocks for an empty memory");
+
+    // What was altered or cut is refused, and is still there.
+    let machine = fs::read_to_string(stored.join("machine.json")).unwrap();
+    let refused = |text: &str, part: &str| {
+        fs::write(stored.join("machine.json"), text).unwrap();
+        cloud.fails("vm start a", &["cannot be started", part]);
+        assert_eq!(cloud.state("a"), "suspended");
+    };
+    refused(&machine[..machine.len() / 2], "EOF");
+    refused(&machine.replacen("\"version\":1", "\"version\":9", 1), "version is 9");
+    refused(&machine.replacen("\"waiting\"", "\"wondering\"", 1), "wondering");
+    refused(&machine.replacen("\"memory_bytes\":67108864", "\"memory_bytes\":4096", 1), "memory");
+    refused(&machine.replacen("\"mode\":3", "\"mode\":9", 1), "PIT");
+    refused(&machine.replacen("\"leaf\":1,", "\"leaf\":77,", 1), "CPUID leaf 0x1 ");
+    fs::write(stored.join("machine.json"), &machine).unwrap();
+
+    cloud.ok("vm resume a");
+    assert!(!stored.exists(), "it goes on once");
+    cloud.console("a").exchange(b"cd", b"de");
+    cloud.fails("vm resume a", &["not suspended"]);
+    // Also one that is paused, and one that another start finds.
+    cloud.ok("vm pause a");
+    cloud.ok("vm suspend a");
+    cloud.ok("vm start a");
+    cloud.console("a").exchange(b"ef", b"fg");
+}
+
 /// What a machine may be asked for in each state, and what becomes of it.
 fn model(state: &str, word: &str) -> Option<&'static str> {
     match (state, word) {
-        ("stopped" | "failed", "start") => Some("running"),
+        ("stopped" | "failed" | "suspended", "start") => Some("running"),
+        ("suspended", "resume") => Some("running"),
+        ("running" | "paused", "suspend") => Some("suspended"),
         ("running" | "paused", "kill" | "stop --time 0") => Some("stopped"),
         (_, "restart --time 0") => Some("running"),
         ("running", "pause") => Some("paused"),
@@ -341,8 +388,10 @@ fn model(state: &str, word: &str) -> Option<&'static str> {
 
 #[test]
 fn any_order_of_commands_does_what_the_model_says() {
-    const WORDS: [&str; 8] = [
+    const WORDS: [&str; 10] = [
         "start",
+        "suspend",
+        "resume",
         "kill",
         "stop --time 0",
         "restart --time 0",
@@ -363,7 +412,7 @@ fn any_order_of_commands_does_what_the_model_says() {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (seed >> 33) as usize % n
     };
-    for step in 0..80 {
+    for step in 0..120 {
         let name = ["a", "b"][random(2)];
         let word = WORDS[random(WORDS.len())];
         let before = states[name];
@@ -371,7 +420,7 @@ fn any_order_of_commands_does_what_the_model_says() {
         match word {
             "daemon" if random(4) == 0 => cloud.kill_daemon(),
             "daemon" => continue,
-            "SIGKILL" if before == "stopped" || before == "failed" => continue,
+            "SIGKILL" if !matches!(before, "running" | "paused") => continue,
             "SIGKILL" => {
                 kill_process(pid(&cloud.inspect(name)), Signal::KILL).unwrap();
                 cloud.wait_for(name, "failed");

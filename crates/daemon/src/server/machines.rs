@@ -34,6 +34,8 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
         .routes(routes!(restart))
         .routes(routes!(pause))
         .routes(routes!(unpause))
+        .routes(routes!(suspend))
+        .routes(routes!(resume))
         .routes(routes!(rename))
         .routes(routes!(stream::logs))
         .routes(routes!(stream::console))
@@ -266,5 +268,39 @@ async fn rename(
 ) -> Answer<Json<Machine>> {
     let entry = daemon.machines.find(&name)?;
     daemon.machines.rename(&entry, &request.name).await?;
+    Ok(Json(entry.describe()))
+}
+
+/// Stores a machine on the disk and ends it.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/suspend",
+    params(("name", description = "its name")),
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn suspend(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.suspend(&entry).await?;
+    Ok(Json(entry.describe()))
+}
+
+/// Lets a machine go on that is suspended.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/resume",
+    params(("name", description = "its name")),
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn resume(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
+    let entry = daemon.machines.find(&name)?;
+    daemon.machines.resume(&entry).await?;
     Ok(Json(entry.describe()))
 }

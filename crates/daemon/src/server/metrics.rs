@@ -13,8 +13,13 @@ use crate::server::Daemon;
 pub(super) async fn metrics(State(daemon): State<Daemon>) -> impl IntoResponse {
     let machines = daemon.machines.list();
     let mut text = String::new();
-    let states =
-        [MachineState::Stopped, MachineState::Running, MachineState::Paused, MachineState::Failed];
+    let states = [
+        MachineState::Stopped,
+        MachineState::Running,
+        MachineState::Paused,
+        MachineState::Failed,
+        MachineState::Suspended,
+    ];
     text.push_str("# HELP berth_machines Machines by what they are doing.\n");
     text.push_str("# TYPE berth_machines gauge\n");
     for state in states {

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::bus::BusDevice;
-use crate::chips::ioapic::IoApic;
+use crate::chips::ioapic::{self, IoApic};
 use crate::chips::lapic::message::ApicBus;
 use crate::chips::lapic::{CpuSignals, Effect};
 use crate::chips::pic::PicPair;
@@ -30,6 +30,19 @@ impl Chipset {
     pub fn new(apics: Arc<ApicBus>, boot_cpu: Arc<dyn CpuSignals>) -> Arc<Self> {
         let ioapic = Mutex::new(IoApic::new(Arc::clone(&apics)));
         Arc::new(Self { apics, ioapic, pic: Mutex::new(PicPair::new()), boot_cpu })
+    }
+
+    /// What is to be stored of the I/O APIC and of the 8259 pair.
+    #[must_use]
+    pub fn save(&self) -> (ioapic::Registers, PicPair) {
+        (lock(&self.ioapic).save(), lock(&self.pic).clone())
+    }
+
+    /// Puts back what was stored.
+    pub fn restore(&self, ioapic: &ioapic::Registers, pic: PicPair) {
+        lock(&self.ioapic).restore(ioapic);
+        *lock(&self.pic) = pic;
+        self.notify_boot_cpu();
     }
 
     /// The local APICs.

@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::chips::lapic::message::{ApicBus, Delivery, Destination};
 
 /// Number of pins.
@@ -33,7 +35,32 @@ pub struct IoApic {
     edges: u32,
 }
 
+/// All of it, as it is stored.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Registers {
+    id: u8,
+    index: u8,
+    entries: [u64; PINS as usize],
+    lines: u32,
+    edges: u32,
+}
+
 impl IoApic {
+    /// What is to be stored.
+    #[must_use]
+    pub fn save(&self) -> Registers {
+        let Self { id, index, entries, lines, edges, .. } = *self;
+        Registers { id, index, entries, lines, edges }
+    }
+
+    /// Puts back what was stored. Interrupts that were sent are in the local APICs.
+    pub fn restore(&mut self, saved: &Registers) {
+        let Registers { id, index, entries, lines, edges } = *saved;
+        (self.id, self.index, self.entries) = (id, index, entries);
+        (self.lines, self.edges) = (lines, edges);
+    }
+
     /// With all pins masked.
     #[must_use]
     pub fn new(apics: Arc<ApicBus>) -> Self {

@@ -1,5 +1,7 @@
 //! The pair of 8259 interrupt controllers, the second behind input 2 of the first.
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
 
 const MASTER: u64 = 0x20;
@@ -7,7 +9,8 @@ const SLAVE: u64 = 0xa0;
 const TRIGGER: u64 = 0x4d0;
 const CASCADE: u8 = 2;
 
-#[derive(Default)]
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Chip {
     /// Requests, in service, masked.
     irr: u8,
@@ -150,7 +153,8 @@ impl Chip {
 }
 
 /// Both chips.
-#[derive(Default)]
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PicPair {
     master: Chip,
     slave: Chip,

@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
 use crate::clock::{Clock, scale};
 use crate::irq::InterruptSink;
@@ -15,13 +17,16 @@ const NS: u64 = 1_000_000_000;
 const PERIOD_NS_MIN: u64 = 100_000;
 const PORT_B: u64 = 0x61;
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Access {
     Low,
     High,
     Both,
 }
 
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Channel {
     mode: u8,
     bcd: bool,
@@ -201,7 +206,42 @@ pub struct Pit {
     speaker: u8,
 }
 
+/// All of it, as it is stored.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Registers {
+    channels: [Channel; 3],
+    due_ns: Option<u64>,
+    speaker: u8,
+}
+
 impl Pit {
+    /// What is to be stored.
+    #[must_use]
+    pub fn save(&self) -> Registers {
+        Registers { channels: self.channels.clone(), due_ns: self.due_ns, speaker: self.speaker }
+    }
+
+    /// Puts back what was stored, when the clock has been set forward by `ahead_ns` since.
+    ///
+    /// # Errors
+    /// What cannot be.
+    pub fn restore(&mut self, saved: Registers, ahead_ns: i64) -> Result<(), &'static str> {
+        let sound = |c: &Channel| c.mode <= 5 && (1..=0x1_0000).contains(&c.reload);
+        if !saved.channels.iter().all(sound) {
+            return Err("a channel of the PIT counts from what it cannot");
+        }
+        (self.channels, self.speaker) = (saved.channels, saved.speaker);
+        for channel in &mut self.channels {
+            channel.started_ns = channel.started_ns.saturating_add_signed(ahead_ns);
+        }
+        self.disarm();
+        if let Some(due) = saved.due_ns {
+            self.arm(due.saturating_add_signed(ahead_ns), self.clock.now_ns());
+        }
+        Ok(())
+    }
+
     /// Ranges of ports: base and length.
     pub const RANGES: [(u64, u64); 2] = [(0x40, 4), (PORT_B, 1)];
 

@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
 use crate::clock::Clock;
 
@@ -27,7 +29,8 @@ const HOURS_24: u8 = 2;
 const UPDATE_NS: u32 = 244_000;
 
 /// A date and time, as the registers have it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Date {
     year: i64,
     month: u8,
@@ -92,7 +95,46 @@ pub struct Rtc {
     setting: Option<Date>,
 }
 
+/// All of it, as it is stored.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Registers {
+    index: u8,
+    ram: Vec<u8>,
+    ahead: i64,
+    setting: Option<Date>,
+}
+
 impl Rtc {
+    /// What is to be stored.
+    #[must_use]
+    pub fn save(&self) -> Registers {
+        let &Self { index, ram, ahead, setting, .. } = self;
+        Registers { index, ram: ram.to_vec(), ahead, setting }
+    }
+
+    /// Puts back what was stored. The time of day is the host's, as before.
+    ///
+    /// # Errors
+    /// What cannot be.
+    pub fn restore(&mut self, saved: Registers) -> Result<(), &'static str> {
+        self.ram = saved.ram.try_into().map_err(|_| "the RTC has 128 bytes of memory")?;
+        let sound = |date: &Date| {
+            (0..10_000).contains(&date.year)
+                && (1..=12).contains(&date.month)
+                && (1..=31).contains(&date.day)
+                && (1..=7).contains(&date.weekday)
+                && date.hour < 24
+                && date.minute < 60
+                && date.second < 61
+        };
+        if !saved.setting.iter().all(sound) {
+            return Err("the RTC is being set to no date");
+        }
+        (self.index, self.ahead, self.setting) = (saved.index, saved.ahead, saved.setting);
+        Ok(())
+    }
+
     /// With the sizes of memory below and from 4 GiB in the usual places.
     #[must_use]
     pub fn new(clock: Arc<dyn Clock>, low_bytes: u64, high_bytes: u64) -> Self {

@@ -8,6 +8,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
 use crate::irq::InterruptSink;
 use crate::limits::CONSOLE_INPUT_BYTES_MAX;
@@ -56,7 +58,45 @@ pub struct Serial {
     line: bool,
 }
 
+/// All of it, as it is stored; what was sent is in the console's log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Registers {
+    input: VecDeque<u8>,
+    ier: u8,
+    fcr: u8,
+    lcr: u8,
+    mcr: u8,
+    mcr_written: bool,
+    scratch: u8,
+    divisor: u16,
+    sent: bool,
+    line: bool,
+}
+
 impl Serial {
+    /// What is to be stored.
+    #[must_use]
+    pub fn save(&self) -> Registers {
+        let &Self { ier, fcr, lcr, mcr, mcr_written, scratch, divisor, sent, line, .. } = self;
+        let input = self.input.clone();
+        Registers { input, ier, fcr, lcr, mcr, mcr_written, scratch, divisor, sent, line }
+    }
+
+    /// Puts back what was stored; its line is as the interrupt controllers have it. Input that came
+    /// since stays behind what was there.
+    pub fn restore(&mut self, saved: Registers) {
+        let Registers { mut input, ier, fcr, lcr, mcr, mcr_written, scratch, divisor, sent, line } =
+            saved;
+        input.truncate(CONSOLE_INPUT_BYTES_MAX);
+        input.extend(self.input.drain(..));
+        self.input = input;
+        (self.ier, self.fcr, self.lcr, self.mcr) = (ier, fcr, lcr, mcr);
+        (self.mcr_written, self.scratch, self.divisor) = (mcr_written, scratch, divisor);
+        (self.sent, self.line) = (sent, line);
+        self.update();
+    }
+
     /// A port on interrupt line `gsi` that sends to `output`.
     #[must_use]
     pub fn new(interrupts: Arc<dyn InterruptSink>, gsi: u32, output: Box<dyn ByteSink>) -> Self {
@@ -262,7 +302,7 @@ mod tests {
     fn output_and_its_interrupt() {
         let (mut serial, line, sent) = port();
         serial.write(0x3f8, 0, b"a");
-        assert_eq!(lines(&line), [], "not allowed yet");
+        assert_eq!(lines(&line), [true; 0], "not allowed yet");
         serial.write(0x3f8, 1, &[2]);
         assert_eq!(lines(&line), [true]);
         assert_eq!(read(&mut serial, 2), 2);

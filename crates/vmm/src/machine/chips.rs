@@ -22,7 +22,7 @@ const PCI_PORTS: (u64, u64) = (0xcf8, 8);
 pub(super) fn add_interrupt_chips(
     board: &Board,
     chipset: &Arc<Chipset>,
-) -> Result<(), MachineError> {
+) -> Result<Arc<Mutex<Pit>>, MachineError> {
     let ioapic = Arc::new(Mutex::new(IoApicRegisters(Arc::clone(chipset))));
     insert(&board.mmio, &[(IOAPIC_BASE, 0x1000)], &ioapic)?;
     let pic = Arc::new(Mutex::new(PicRegisters(Arc::clone(chipset))));
@@ -36,7 +36,15 @@ pub(super) fn add_interrupt_chips(
         }
     })?;
     pit.lock().unwrap_or_else(PoisonError::into_inner).set_alarm(alarm);
-    insert(&board.ports, &Pit::RANGES, &pit)
+    insert(&board.ports, &Pit::RANGES, &pit)?;
+    Ok(pit)
+}
+
+/// What of the devices is stored with the machine.
+pub(super) struct StoredDevices {
+    pub(super) rtc: Arc<Mutex<Rtc>>,
+    pub(super) serial: Arc<Mutex<Serial>>,
+    pub(super) pci: Option<SharedDevice>,
 }
 
 /// Serial port, clock, power, debug exit and the PCI bus.
@@ -45,12 +53,13 @@ pub(super) fn add_devices(
     board: &Board,
     interrupts: &Arc<dyn InterruptSink>,
     attach: Option<AttachPci>,
-) -> Result<(DeviceContext, Console), MachineError> {
+) -> Result<(DeviceContext, Console, StoredDevices), MachineError> {
     let (ram, ports) = (&board.ram, &board.ports);
     let power = Arc::new(Mutex::new(Power::new(Arc::clone(&board.ending))));
     insert(ports, &Power::RANGES, &power)?;
     let clock = Rtc::new(Arc::clone(&board.clock), ram.low_bytes(), ram.high_bytes());
-    insert(ports, &[(rtc::PORT, rtc::LEN)], &Arc::new(Mutex::new(clock)))?;
+    let clock = Arc::new(Mutex::new(clock));
+    insert(ports, &[(rtc::PORT, rtc::LEN)], &clock)?;
     if config.debug_exit {
         let exit = Arc::new(Mutex::new(DebugExit::new(Arc::clone(&board.ending))));
         insert(ports, &[(debug_exit::PORT, debug_exit::LEN)], &exit)?;
@@ -67,6 +76,7 @@ pub(super) fn add_devices(
     };
     // The PCI root bus: whatever `attach` gives answers at the configuration ports.
     let pci = attach.map(|attach| attach(&context)).transpose().map_err(MachineError::Device)?;
+    let stored = pci.clone();
     insert(ports, &[PCI_PORTS], &Arc::new(Mutex::new(PciPorts { pci, power })))?;
 
     let mut console = Console::open(&config.serial)?;
@@ -74,7 +84,7 @@ pub(super) fn add_devices(
     let port = Arc::new(Mutex::new(port));
     insert(ports, &[(serial::COM1, serial::LEN)], &port)?;
     console.start_input(&port, &board.ending)?;
-    Ok((context, console))
+    Ok((context, console, StoredDevices { rtc: clock, serial: port, pci: stored }))
 }
 
 /// Ports 0xcf8 to 0xcff: PCI configuration, and the reset control register in a byte of it.

@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use crate::chips::lapic::Lapic;
 use crate::error::MachineError;
 use crate::outcome::{Ending, Outcome};
-use crate::vcpu::mailbox::Mailbox;
+use crate::vcpu::mailbox::{Mailbox, Standing};
 use crate::vcpu::{Vcpu, VcpuError, VcpuExit};
 
 /// All that a vCPU's thread needs.
@@ -27,6 +27,8 @@ pub(super) struct Runner {
     pub(super) apic: Option<Arc<Lapic>>,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) ending: Arc<Ending>,
+    /// It waits for a start-up message.
+    pub(super) waiting: bool,
 }
 
 /// Ends the machine when its thread panics, and tells whoever waits for the vCPU that it is gone.
@@ -60,12 +62,14 @@ impl Runner {
     }
 
     fn serve(&mut self) -> Result<(), VcpuError> {
-        let inside = self.vcpu.capabilities().irqchip_inside;
-        let mut waiting = self.index != 0 && !inside;
+        let mut waiting = self.waiting;
         loop {
             let mut mail = self.mailbox.take();
             while mail.pause && !mail.stop {
-                self.mailbox.stand_still();
+                // Without its state it cannot be stored, but it can stand still.
+                let state = self.vcpu.state().ok();
+                let standing = state.map(|state| Standing { state, waiting, mail });
+                self.mailbox.stand_still(standing);
                 self.vcpu.stood_still();
                 mail = mail.and(self.mailbox.take());
             }

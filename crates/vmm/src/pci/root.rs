@@ -19,6 +19,8 @@ pub const MMIO_WINDOW_END: u64 = 0xfeb0_0000;
 /// Slots of the bus, the host bridge being slot 0.
 pub const SLOT_COUNT: usize = 32;
 
+/// Bytes of configuration space.
+const CONFIG_BYTES: usize = 256;
 const ADDRESS_ENABLE: u32 = 1 << 31;
 
 /// The global interrupt that pin INTA of `slot` is connected to: 16 + slot % 4.
@@ -49,6 +51,8 @@ pub trait PciFunction: Send {
 struct Slot {
     function: Arc<Mutex<dyn PciFunction>>,
     mapped: [Option<(u64, u64)>; BAR_COUNT],
+    /// Configuration space as software finds it.
+    fresh: [u8; CONFIG_BYTES],
 }
 
 /// The bus with its host bridge in slot 0.
@@ -64,7 +68,8 @@ impl PciRoot {
     /// An empty bus; BARs appear on `mmio`, functions interrupt through `sink`.
     pub fn new(mmio: Arc<Bus>, sink: Arc<dyn InterruptSink>) -> Self {
         let bridge: Arc<Mutex<dyn PciFunction>> = Arc::new(Mutex::new(HostBridge::new()));
-        let slots = vec![Slot { function: bridge, mapped: [None; BAR_COUNT] }];
+        let fresh = config_of(&bridge);
+        let slots = vec![Slot { function: bridge, mapped: [None; BAR_COUNT], fresh }];
         Self { mmio, sink, address: 0, slots, next_bar: MMIO_WINDOW_START }
     }
 
@@ -90,7 +95,8 @@ impl PciRoot {
                 inner.config().set_bar(index, address);
             }
         }
-        self.slots.push(Slot { function, mapped: [None; BAR_COUNT] });
+        let fresh = config_of(&function);
+        self.slots.push(Slot { function, mapped: [None; BAR_COUNT], fresh });
         self.remap(slot);
         Ok(slot)
     }
@@ -151,7 +157,22 @@ impl PciRoot {
     }
 }
 
+/// What configuration space holds.
+fn config_of(function: &Arc<Mutex<dyn PciFunction>>) -> [u8; CONFIG_BYTES] {
+    let mut bytes = [0; CONFIG_BYTES];
+    let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+    function.config().read(0, &mut bytes);
+    bytes
+}
+
 impl BusDevice for PciRoot {
+    fn unsaved(&mut self) -> Option<String> {
+        let used = self.slots.iter().position(|slot| config_of(&slot.function) != slot.fresh)?;
+        Some(format!(
+            "the guest uses the PCI device in slot {used}, and devices cannot be stored yet"
+        ))
+    }
+
     fn read(&mut self, _base: u64, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if offset < 4 {

@@ -3,6 +3,8 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use berth_x86::CpuState;
+
 use crate::chips::lapic::CpuSignals;
 use crate::vcpu::VcpuHandle;
 
@@ -36,6 +38,19 @@ struct State {
     asleep: bool,
     /// It stands still, or has ended.
     still: bool,
+    /// How it is while it stands still.
+    standing: Option<Standing>,
+}
+
+/// A vCPU that stands still.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Its registers.
+    pub state: CpuState,
+    /// It waits for a start-up message.
+    pub waiting: bool,
+    /// What was asked for and not yet done.
+    pub mail: Mail,
 }
 
 /// The mailbox of one vCPU.
@@ -95,9 +110,15 @@ impl Mailbox {
         drop(wait.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// On the vCPU's thread: stands still as long as it is asked to.
-    pub fn stand_still(&self) {
+    /// How the vCPU is, if it stands still and said so.
+    pub fn standing(&self) -> Option<Standing> {
+        self.lock().standing.clone()
+    }
+
+    /// On the vCPU's thread: stands still as long as it is asked to; others may look how it is.
+    pub fn stand_still(&self, standing: Option<Standing>) {
         let mut state = self.lock();
+        state.standing = standing;
         state.still = true;
         state.asleep = true;
         self.stood.notify_all();
@@ -106,12 +127,24 @@ impl Mailbox {
         }
         state.asleep = false;
         state.still = false;
+        state.standing = None;
     }
 
     /// On the vCPU's thread, as it ends: nobody waits for it any more.
     pub fn ended(&self) {
         self.lock().still = true;
         self.stood.notify_all();
+    }
+
+    /// What is asked for, which stays.
+    pub fn peek(&self) -> Mail {
+        self.lock().mail
+    }
+
+    /// Puts in what was asked for when the machine was stored.
+    pub fn restore(&self, init: bool, startup: Option<u8>) {
+        let mut state = self.lock();
+        (state.mail.init, state.mail.startup) = (init, startup);
     }
 
     /// Takes what was asked for; `stop` and `pause` stay.
@@ -207,7 +240,7 @@ mod tests {
                     return stood;
                 }
                 if mail.pause {
-                    vcpu.stand_still();
+                    vcpu.stand_still(None);
                     stood += 1;
                 } else {
                     vcpu.wait();

@@ -2,6 +2,7 @@
 //! them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use berth_x86::{CpuState, Platform};
 
@@ -33,15 +34,29 @@ pub struct Surroundings {
 pub struct VcpuPlatform {
     around: Surroundings,
     apic: Arc<Lapic>,
-    system_time: u64,
-    wall_clock: u64,
+    msrs: Arc<ClockMsrs>,
+}
+
+/// The MSRs of the paravirtual clock of a vCPU.
+#[derive(Debug, Default)]
+pub struct ClockMsrs {
+    /// MSR_KVM_SYSTEM_TIME.
+    pub system_time: AtomicU64,
+    /// MSR_KVM_WALL_CLOCK.
+    pub wall_clock: AtomicU64,
 }
 
 impl VcpuPlatform {
     /// For the vCPU with this local APIC.
     #[must_use]
     pub fn new(around: Surroundings, apic: Arc<Lapic>) -> Self {
-        Self { around, apic, system_time: 0, wall_clock: 0 }
+        Self { around, apic, msrs: Arc::default() }
+    }
+
+    /// With these MSRs, which others can look at.
+    #[must_use]
+    pub fn with_msrs(self, msrs: Arc<ClockMsrs>) -> Self {
+        Self { msrs, ..self }
     }
 }
 
@@ -86,8 +101,12 @@ impl Platform for VcpuPlatform {
             MSR_APIC_BASE => Some(self.apic.base()),
             MSR_TSC_DEADLINE => Some(self.apic.tsc_deadline()),
             MSR_X2APIC..=MSR_X2APIC_LAST => self.apic.read_msr(msr),
-            MSR_SYSTEM_TIME | MSR_SYSTEM_TIME_OLD => Some(self.system_time),
-            MSR_WALL_CLOCK | MSR_WALL_CLOCK_OLD => Some(self.wall_clock),
+            MSR_SYSTEM_TIME | MSR_SYSTEM_TIME_OLD => {
+                Some(self.msrs.system_time.load(Ordering::Relaxed))
+            }
+            MSR_WALL_CLOCK | MSR_WALL_CLOCK_OLD => {
+                Some(self.msrs.wall_clock.load(Ordering::Relaxed))
+            }
             _ => None,
         }
     }
@@ -101,11 +120,11 @@ impl Platform for VcpuPlatform {
                 self.around.chipset.perform(self.apic.id(), effect);
             }
             MSR_SYSTEM_TIME | MSR_SYSTEM_TIME_OLD => {
-                self.system_time = value;
+                self.msrs.system_time.store(value, Ordering::Relaxed);
                 self.around.pvclock.set_system_time(self.apic.id(), value, cpu.tsc_offset);
             }
             MSR_WALL_CLOCK | MSR_WALL_CLOCK_OLD => {
-                self.wall_clock = value;
+                self.msrs.wall_clock.store(value, Ordering::Relaxed);
                 self.around.pvclock.set_wall_clock(value);
             }
             _ => return None,

@@ -12,6 +12,8 @@ mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::chips::lapic::message::{Delivery, Icr};
 use crate::chips::lapic::timer::Timer;
 use crate::clock::Clock;
@@ -105,7 +107,7 @@ pub enum Effect {
 }
 
 /// A set of 256 vectors.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
 struct VectorSet([u32; 8]);
 
 impl VectorSet {
@@ -127,7 +129,10 @@ impl VectorSet {
     }
 }
 
-struct Registers {
+/// All of a local APIC, as it is stored.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Registers {
     base: u64,
     tpr: u8,
     ldr: u32,
@@ -170,6 +175,22 @@ impl Lapic {
     /// Connects the timer; it expires into [`Lapic::timer_expired`].
     pub fn set_alarm(&self, alarm: Arc<dyn Alarm>) {
         self.lock().timer.set_alarm(alarm);
+    }
+
+    /// What is to be stored.
+    #[must_use]
+    pub fn save(&self) -> Registers {
+        self.lock().clone()
+    }
+
+    /// Puts back what was stored, when the clock has been set forward by `ahead_ns` since.
+    pub fn restore(&self, saved: Registers, ahead_ns: i64) {
+        let now = self.clock.now_ns();
+        self.change(|registers| {
+            let timer = std::mem::take(&mut registers.timer);
+            *registers = saved;
+            registers.timer.go_on(timer, ahead_ns, now);
+        });
     }
 
     /// The APIC's number.

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::clock::{Clock, scale};
 use crate::timer::Alarm;
 
@@ -10,7 +12,8 @@ const TICK_NS: u64 = 1;
 /// Shortest period, so that a guest cannot keep a host processor busy with its timer.
 const PERIOD_NS_MIN: u64 = 100_000;
 
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Mode {
     #[default]
     OneShot,
@@ -19,8 +22,10 @@ enum Mode {
 }
 
 /// State of the timer. Times are those of the clock.
-#[derive(Default)]
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Timer {
+    #[serde(skip)]
     alarm: Option<Arc<dyn Alarm>>,
     mode: Mode,
     initial: u32,
@@ -35,6 +40,16 @@ pub(super) struct Timer {
 impl Timer {
     pub(super) fn set_alarm(&mut self, alarm: Arc<dyn Alarm>) {
         self.alarm = Some(alarm);
+    }
+
+    /// Goes on after it was stored, with the alarm of another one; `ahead_ns` is how far the clock was
+    /// set forward.
+    pub(super) fn go_on(&mut self, other: Self, ahead_ns: i64, now_ns: u64) {
+        self.alarm = other.alarm;
+        self.started_ns = self.started_ns.saturating_add_signed(ahead_ns);
+        if let Some(expires) = self.expires_ns {
+            self.arm(expires.saturating_add_signed(ahead_ns), now_ns);
+        }
     }
 
     /// Mode bits 17 and 18 of the local vector table's entry. A change between deadline mode and the

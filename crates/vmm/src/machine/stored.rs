@@ -1,0 +1,180 @@
+//! Stores a translated machine whose vCPUs stand still, and puts one back that was stored.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use berth_x86::CpuState;
+use berth_x86::cpuid::{CpuidTable, Topology};
+use berth_x86::state::XSAVE_SIZE;
+
+use crate::chips::chipset::Chipset;
+use crate::chips::lapic::Lapic;
+use crate::chips::pit::Pit;
+use crate::clock::{Clock, HostClock};
+use crate::machine::MachineConfig;
+use crate::machine::chips::StoredDevices;
+use crate::memory::{GuestRam, Memory};
+use crate::pvclock::PvClock;
+use crate::state::{MachineState, Moment, Shift, StateError, StoredCpu, VERSION};
+use crate::vcpu::mailbox::Mailbox;
+use crate::vcpu::platform::ClockMsrs;
+use crate::vcpu::probe::Accel;
+
+/// What stores a machine.
+pub struct Storer {
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) ram: GuestRam,
+    pub(super) mailboxes: Vec<Arc<Mailbox>>,
+    pub(super) apics: Vec<Arc<Lapic>>,
+    pub(super) chipset: Arc<Chipset>,
+    pub(super) pit: Arc<Mutex<Pit>>,
+    pub(super) devices: StoredDevices,
+    pub(super) pvclock: Arc<PvClock>,
+    pub(super) msrs: Vec<Arc<ClockMsrs>>,
+    pub(super) tsc_khz: u32,
+}
+
+/// A machine that was stored, and how far its counters are to be set.
+pub(super) struct Resumed {
+    pub(super) state: MachineState,
+    shift: Shift,
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads a machine that is to go on with this configuration.
+///
+/// # Errors
+/// [`StateError`].
+pub(super) fn read(
+    config: &MachineConfig,
+    accel: Accel,
+    directory: &Path,
+) -> Result<Box<Resumed>, StateError> {
+    if accel != Accel::Translate {
+        return Err(StateError::Unfit(
+            "only the translator can go on with it; try --accel translate".into(),
+        ));
+    }
+    let state = MachineState::read(directory)?;
+    let (cpus, bytes) = (state.cpus.len(), state.memory_bytes);
+    if cpus != config.cpus as usize || bytes != config.memory_bytes {
+        return Err(StateError::Unfit(format!(
+            "it has {cpus} processors and {bytes} bytes of memory, and the machine {} and {}",
+            config.cpus, config.memory_bytes
+        )));
+    }
+    state.check_processor(&berth_translator::host_cpuid())?;
+    for cpu in &state.cpus {
+        check_extended(&cpu.state)?;
+    }
+    let shift = state.saved.shift_to(&Moment::now(&HostClock::new()));
+    Ok(Box::new(Resumed { state, shift }))
+}
+
+/// What the host would refuse to load: reserved bits of MXCSR and of the header of the XSAVE area
+/// (SDM vol. 1, 13.8.2 and 13.4.2).
+fn check_extended(cpu: &CpuState) -> Result<(), StateError> {
+    let area = &cpu.xsave.0;
+    let mxcsr_high = area.get(26..28) == Some(&[0, 0]);
+    let header = area.get(512..576).unwrap_or_default();
+    let header_sound = header.first().is_some_and(|bits| bits & !7 == 0)
+        && header.iter().skip(1).all(|&byte| byte == 0);
+    let sound = XSAVE_SIZE == area.len() && mxcsr_high && header_sound;
+    match sound && matches!(cpu.xcr0, 1 | 3 | 7) {
+        true => Ok(()),
+        false => Err(StateError::Unfit("its extended registers cannot be".into())),
+    }
+}
+
+impl Resumed {
+    fn cpu(&self, index: u32) -> Option<&StoredCpu> {
+        self.state.cpus.get(index as usize)
+    }
+
+    pub(super) fn cpu_state(&self, index: u32) -> CpuState {
+        let mut state =
+            self.cpu(index).map(|cpu| cpu.state.clone()).unwrap_or_else(|| CpuState::reset(false));
+        state.tsc_offset = state.tsc_offset.wrapping_add(self.shift.tsc_back);
+        state
+    }
+
+    pub(super) fn is_waiting(&self, index: u32) -> bool {
+        self.cpu(index).is_some_and(|cpu| cpu.waiting)
+    }
+
+    pub(super) fn pvclock(&self, clock: Arc<dyn Clock>, memory: Memory) -> PvClock {
+        PvClock::restored(clock, memory, &self.state.pvclock, self.shift.tsc_back)
+    }
+}
+
+impl Storer {
+    /// Stores the machine, whose vCPUs stand still, in a directory that is there.
+    ///
+    /// # Errors
+    /// [`StateError`]; then the directory is of no use.
+    pub fn store(&self, directory: &Path) -> Result<(), StateError> {
+        if let Some(why) = self.devices.pci.as_ref().and_then(|pci| lock(&**pci).unsaved()) {
+            return Err(StateError::Unsaved(why));
+        }
+        let count = self.mailboxes.len() as u32;
+        let host = berth_translator::host_cpuid();
+        let mut cpus = Vec::new();
+        let parts = self.mailboxes.iter().zip(&self.apics).zip(&self.msrs);
+        for (index, ((mailbox, apic), msrs)) in (0..).zip(parts) {
+            let standing = mailbox
+                .standing()
+                .ok_or_else(|| StateError::Unsaved(format!("vCPU {index} does not stand still")))?;
+            // What came since it stood still.
+            let mail = standing.mail.and(mailbox.peek());
+            let topology = Topology { index, count };
+            cpus.push(StoredCpu {
+                state: standing.state,
+                waiting: standing.waiting,
+                init: mail.init,
+                startup: mail.startup,
+                system_time: msrs.system_time.load(Ordering::Relaxed),
+                wall_clock: msrs.wall_clock.load(Ordering::Relaxed),
+                apic: apic.save(),
+                cpuid: CpuidTable::new(&host, topology, self.tsc_khz).entries().to_vec(),
+            });
+        }
+        let (ioapic, pic) = self.chipset.save();
+        let state = MachineState {
+            version: VERSION,
+            saved: Moment::now(&*self.clock),
+            memory_bytes: self.ram.pieces().iter().map(|piece| piece.size).sum(),
+            tsc_khz: self.tsc_khz,
+            cpus,
+            pvclock: self.pvclock.save(),
+            ioapic,
+            pic,
+            pit: lock(&self.pit).save(),
+            rtc: lock(&self.devices.rtc).save(),
+            serial: lock(&self.devices.serial).save(),
+        };
+        state.write(&self.ram, directory)
+    }
+
+    /// Puts chips and mailboxes back, before the vCPUs run.
+    pub(super) fn restore(&self, resumed: &Resumed) -> Result<(), StateError> {
+        let (state, ahead) = (&resumed.state, resumed.shift.clock_ahead_ns);
+        let unfit = |why: &str| StateError::Unfit(why.to_owned());
+        lock(&self.devices.rtc).restore(state.rtc.clone()).map_err(unfit)?;
+        self.chipset.restore(&state.ioapic, state.pic.clone());
+        lock(&self.pit).restore(state.pit.clone(), ahead).map_err(unfit)?;
+        let parts = self.mailboxes.iter().zip(&self.apics).zip(&self.msrs);
+        for (((mailbox, apic), msrs), cpu) in parts.zip(&state.cpus) {
+            apic.restore(cpu.apic.clone(), ahead);
+            msrs.system_time.store(cpu.system_time, Ordering::Relaxed);
+            msrs.wall_clock.store(cpu.wall_clock, Ordering::Relaxed);
+            mailbox.restore(cpu.init, cpu.startup);
+        }
+        lock(&self.devices.serial).restore(state.serial.clone());
+        self.pvclock.stood_still();
+        Ok(())
+    }
+}

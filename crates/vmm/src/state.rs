@@ -1,0 +1,378 @@
+//! A machine as it is stored: what its vCPUs and chips hold, and its memory.
+//!
+//! The format is described in `docs/formats/machine-state.md`. Nothing in it is trusted: it may have
+//! been altered, and what cannot be is refused before anything runs.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use berth_x86::cpuid::CpuidEntry;
+use berth_x86::{CpuState, cpuid};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::chips::{ioapic, lapic, pic, pit, rtc, serial};
+use crate::clock::{Clock, scale};
+use crate::limits::CPUS_MAX;
+use crate::memory::{GuestRam, MemoryError};
+use crate::pvclock;
+
+/// The version that is written, and the only one that is read.
+pub const VERSION: u32 = 1;
+/// What the vCPUs and chips hold, as JSON.
+pub const MACHINE: &str = "machine.json";
+/// Memory, from guest address 0 on, without the hole below 4 GiB; a sparse file.
+pub const MEMORY: &str = "memory";
+/// Bytes `machine.json` may have.
+const MACHINE_MAX: u64 = 4 << 20;
+/// Bytes of memory that are moved at once.
+const CHUNK: usize = 1 << 20;
+const PAGE: usize = 4096;
+
+/// Why a machine could not be stored, or one that was stored cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The system refused something.
+    #[error("{action} {} failed", path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
+    /// It is not understood.
+    #[error("{} is not the state of a machine: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// It is another machine's, or cannot run here.
+    #[error("this state cannot go on here: {0}")]
+    Unfit(String),
+    /// Something in the machine cannot be stored yet.
+    #[error("the machine cannot be stored: {0}")]
+    Unsaved(String),
+    /// Memory for it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+fn failed<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> StateError + 'a {
+    move |source| StateError::File { action, path: path.to_owned(), source }
+}
+
+/// The time at which a machine was stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Moment {
+    /// The host's time-stamp counter.
+    pub tsc: u64,
+    /// How fast it counts, in Hz.
+    pub tsc_hz: u64,
+    /// The clock of chips.
+    pub now_ns: u64,
+    /// Nanoseconds since 1970.
+    pub wall_ns: u64,
+    /// Of which boot of which host the counters are.
+    pub boot_id: String,
+}
+
+impl Moment {
+    /// Now, on this host.
+    #[must_use]
+    pub fn now(clock: &dyn Clock) -> Self {
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+        Self {
+            tsc: clock.tsc(),
+            tsc_hz: clock.tsc_hz(),
+            now_ns: clock.now_ns(),
+            wall_ns: u64::try_from(clock.wall().as_nanos()).unwrap_or(u64::MAX),
+            boot_id: boot_id.unwrap_or_default().trim().to_owned(),
+        }
+    }
+
+    /// How far counters have to be set for a machine that was stored at this moment, so that for it
+    /// just the time has passed that did pass.
+    #[must_use]
+    pub fn shift_to(&self, now: &Self) -> Shift {
+        if self.boot_id == now.boot_id && !now.boot_id.is_empty() && now.tsc >= self.tsc {
+            return Shift::default();
+        }
+        let passed_ns = now.wall_ns.saturating_sub(self.wall_ns);
+        let ticks = scale(passed_ns, self.tsc_hz, 1_000_000_000);
+        let clock = i128::from(now.now_ns) - i128::from(passed_ns) - i128::from(self.now_ns);
+        Shift {
+            tsc_back: self.tsc.wrapping_add(ticks).wrapping_sub(now.tsc),
+            clock_ahead_ns: clock.clamp(i64::MIN.into(), i64::MAX.into()) as i64,
+        }
+    }
+}
+
+/// What is added to a guest's counters when it goes on elsewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shift {
+    /// How far the host's time-stamp counter is behind the one from before; added to offsets.
+    pub tsc_back: u64,
+    /// How far the clock of chips is ahead of the one from before.
+    pub clock_ahead_ns: i64,
+}
+
+/// A machine without its memory.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineState {
+    /// [`VERSION`].
+    pub version: u32,
+    /// When it was stored.
+    pub saved: Moment,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Ticks of the guest's time-stamp counter in a millisecond, as CPUID tells them.
+    pub tsc_khz: u32,
+    /// Its vCPUs.
+    pub cpus: Vec<StoredCpu>,
+    /// The paravirtual clock.
+    pub pvclock: pvclock::Stored,
+    /// The I/O APIC.
+    pub ioapic: ioapic::Registers,
+    /// The 8259 pair.
+    pub pic: pic::PicPair,
+    /// The 8254.
+    pub pit: pit::Registers,
+    /// The real-time clock.
+    pub rtc: rtc::Registers,
+    /// The serial port.
+    pub serial: serial::Registers,
+}
+
+/// A vCPU.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoredCpu {
+    /// Its registers.
+    pub state: CpuState,
+    /// It waits for a start-up message.
+    pub waiting: bool,
+    /// It has received INIT, and not looked yet.
+    pub init: bool,
+    /// And this start-up message.
+    pub startup: Option<u8>,
+    /// MSR_KVM_SYSTEM_TIME.
+    pub system_time: u64,
+    /// MSR_KVM_WALL_CLOCK.
+    pub wall_clock: u64,
+    /// Its local APIC.
+    pub apic: lapic::Registers,
+    /// What CPUID tells it.
+    pub cpuid: Vec<CpuidEntry>,
+}
+
+impl MachineState {
+    /// Reads a machine from the directory in which it was stored.
+    ///
+    /// # Errors
+    /// [`StateError::File`], [`StateError::Damaged`].
+    pub fn read(directory: &Path) -> Result<Self, StateError> {
+        let path = directory.join(MACHINE);
+        let damaged = |reason: String| StateError::Damaged { path: path.clone(), reason };
+        let file = File::open(&path).map_err(failed("opening", &path))?;
+        let mut text = Vec::new();
+        file.take(MACHINE_MAX + 1).read_to_end(&mut text).map_err(failed("reading", &path))?;
+        if text.len() as u64 > MACHINE_MAX {
+            return Err(damaged(format!("it has more than {MACHINE_MAX} bytes")));
+        }
+        // Of another version more may be different than what is not understood.
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let versioned = serde_json::from_slice::<Versioned>(&text);
+        let version = versioned.map_err(|error| damaged(error.to_string()))?.version;
+        if version != VERSION {
+            return Err(damaged(format!(
+                "its version is {version}, and this program knows {VERSION} only"
+            )));
+        }
+        let state: Self =
+            serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        if state.cpus.is_empty() || state.cpus.len() > CPUS_MAX as usize {
+            return Err(damaged(format!("{} processors", state.cpus.len())));
+        }
+        let path = directory.join(MEMORY);
+        let len = path.metadata().map_err(failed("reading", &path))?.len();
+        if len != state.memory_bytes {
+            let reason = format!("it has {len} bytes, and the machine {}", state.memory_bytes);
+            return Err(StateError::Damaged { path, reason });
+        }
+        Ok(state)
+    }
+
+    /// Writes it into a directory that is there, with the memory, and syncs both.
+    ///
+    /// # Errors
+    /// [`StateError::File`]; then the directory is of no use.
+    pub fn write(&self, ram: &GuestRam, directory: &Path) -> Result<(), StateError> {
+        let path = directory.join(MEMORY);
+        let write = || {
+            let file = File::create(&path)?;
+            save_memory(ram, &file)?;
+            file.sync_all()
+        };
+        write().map_err(failed("writing", &path))?;
+        let path = directory.join(MACHINE);
+        let write = || {
+            let file = File::create(&path)?;
+            serde_json::to_writer(io::BufWriter::new(&file), self)?;
+            file.sync_all()
+        };
+        write().map_err(failed("writing", &path))?;
+        let synced = File::open(directory).and_then(|file| file.sync_all());
+        synced.map_err(failed("syncing", directory))
+    }
+
+    /// Whether a host with this processor can run it.
+    ///
+    /// # Errors
+    /// [`StateError::Unfit`] says what differs.
+    pub fn check_processor(&self, host: &cpuid::HostCpuid) -> Result<(), StateError> {
+        for (index, cpu) in (0..).zip(&self.cpus) {
+            let topology = cpuid::Topology { index, count: self.cpus.len() as u32 };
+            let here = cpuid::CpuidTable::new(host, topology, self.tsc_khz);
+            if here.entries() != cpu.cpuid {
+                let differs = here.entries().iter().find(|entry| !cpu.cpuid.contains(entry));
+                let leaf = differs.map_or(0, |entry| entry.leaf);
+                return Err(StateError::Unfit(format!(
+                    "the processor of this host is another one (CPUID leaf {leaf:#x} differs)"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes all of memory that is not zero.
+fn save_memory(ram: &GuestRam, to: &File) -> io::Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    let mut base = 0;
+    for piece in ram.pieces() {
+        each_data(&piece.file, piece.size, &mut chunk, |at, bytes| {
+            for (n, page) in bytes.chunks(PAGE).enumerate() {
+                if page.iter().any(|&byte| byte != 0) {
+                    to.write_all_at(page, base + at + (n * PAGE) as u64)?;
+                }
+            }
+            Ok(())
+        })?;
+        base += piece.size;
+    }
+    to.set_len(base)
+}
+
+/// Fills memory, which is zero, from a file.
+///
+/// # Errors
+/// [`StateError::File`].
+pub fn load_memory(ram: &GuestRam, directory: &Path) -> Result<(), StateError> {
+    let path = directory.join(MEMORY);
+    let load = || {
+        let from = File::open(&path)?;
+        let mut chunk = vec![0; CHUNK];
+        each_data(&from, from.metadata()?.len(), &mut chunk, |at, bytes| {
+            let mut base = 0;
+            for piece in ram.pieces() {
+                let end = base + piece.size;
+                // A chunk may lie across the end of a piece.
+                let (first, last) = (at.max(base), (at + bytes.len() as u64).min(end));
+                if let Some(bytes) = (first < last)
+                    .then(|| bytes.get((first - at) as usize..(last - at) as usize))
+                    .flatten()
+                {
+                    piece.file.write_all_at(bytes, first - base)?;
+                }
+                base = end;
+            }
+            Ok(())
+        })
+    };
+    load().map_err(failed("loading", &path))
+}
+
+/// Gives all data of a sparse file, in order, with its place.
+fn each_data(
+    file: &File,
+    len: u64,
+    chunk: &mut [u8],
+    mut give: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut at = 0;
+    while at < len {
+        at = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data & !(PAGE as u64 - 1),
+            Err(Errno::NXIO) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        };
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(at))?.min(len);
+        while at < hole {
+            let count = chunk.len().min((hole - at) as usize);
+            let bytes = chunk.get_mut(..count).unwrap_or_default();
+            file.read_exact_at(bytes, at)?;
+            give(at, bytes)?;
+            at += count as u64;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    #[test]
+    fn memory_is_stored_without_zeroes() {
+        let dir = tempfile::tempdir().unwrap();
+        let ram = GuestRam::new(16 << 20).unwrap();
+        let put = |at, bytes: &[u8]| ram.memory().write_slice(bytes, GuestAddress(at)).unwrap();
+        put(5 << 20, b"here");
+        put(0x1f_fffe, b"across");
+        put((16 << 20) - 1, b"!");
+        put(8 << 20, &vec![0; 1 << 20]);
+        let file = File::create(dir.path().join(MEMORY)).unwrap();
+        save_memory(&ram, &file).unwrap();
+        let meta = file.metadata().unwrap();
+        assert_eq!(meta.len(), 16 << 20);
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&meta);
+        assert!(blocks * 512 < 1 << 20, "{blocks}");
+        let other = GuestRam::new(16 << 20).unwrap();
+        load_memory(&other, dir.path()).unwrap();
+        let mut bytes = [vec![0; 16 << 20], vec![0; 16 << 20]];
+        ram.memory().read_slice(&mut bytes[0], GuestAddress(0)).unwrap();
+        other.memory().read_slice(&mut bytes[1], GuestAddress(0)).unwrap();
+        assert!(bytes[0] == bytes[1]);
+    }
+
+    #[test]
+    fn time_goes_on_wherever_it_goes_on() {
+        let at = |tsc, now_ns, wall_ns, boot: &str| Moment {
+            tsc,
+            tsc_hz: 2_000_000_000,
+            now_ns,
+            wall_ns,
+            boot_id: boot.into(),
+        };
+        let saved = at(1000, 500, 10_000, "a");
+        assert_eq!(saved.shift_to(&at(5000, 900, 10_400, "a")), Shift::default());
+        // 400 ns and 800 ticks later, on a host that counts from elsewhere.
+        let shift = saved.shift_to(&at(50, 100, 10_400, "b"));
+        assert_eq!(50u64.wrapping_add(shift.tsc_back), 1800);
+        assert_eq!(100 - shift.clock_ahead_ns, 900);
+    }
+}

@@ -13,6 +13,8 @@ use crate::v1::machine::MachineState;
 pub const SOCKET: &str = "state/vmm.sock";
 /// How the machine ended the last time: a [`crate::v1::machine::Exit`] as JSON.
 pub const EXIT_FILE: &str = "state/exit.json";
+/// The reason that is noted while a machine runs: it stays when its process is lost.
+pub const UNFINISHED: &str = "its process ended without saying why; it may have been killed";
 /// Locked by the process of the machine, and by whoever changes the folder.
 pub const LOCK: &str = "lock";
 /// A machine that was suspended: what it is to go on with.
@@ -21,7 +23,7 @@ pub const SUSPENDED: &str = "state/suspended";
 pub const LINE_MAX: u64 = 64 << 10;
 
 /// What is asked of a machine's process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     /// How it is.
@@ -34,8 +36,11 @@ pub enum Request {
     Unpause,
     /// Stores the machine in [`SUSPENDED`] and ends it. Answered when it is stored.
     Suspend,
-    /// Asks the guest to power off: the agent, and by the power button.
-    PowerOff,
+    /// Asks the guest to power off, through its agent, for which it has so long to answer.
+    PowerOff {
+        /// How long.
+        seconds: f64,
+    },
     /// Ends the machine at once.
     Kill,
     /// Connects to a vsock port of the guest.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -19,6 +20,8 @@ use serde::de::DeserializeOwned;
 /// How long a daemon may take until it answers.
 const START_TIME: Duration = Duration::from_secs(15);
 const START_POLL: Duration = Duration::from_millis(5);
+/// Variables of the environment that a daemon gets.
+const KEPT: [&str; 7] = ["PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "RUST_BACKTRACE"];
 /// Bytes an answer may have that is read as a whole.
 const ANSWER_MAX: usize = 64 << 20;
 
@@ -236,9 +239,17 @@ fn start_daemon(socket: &Path, root: &Path) -> Result<(), ClientError> {
     let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
     let log = root.join("daemon.log");
     let failed = |source| ClientError::NotStarted { log: log.clone(), source };
-    std::fs::create_dir_all(&root).map_err(failed)?;
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700).create(&root).map_err(failed)?;
     let stderr = File::options().create(true).append(true).open(&log).map_err(failed)?;
+    // It goes on after whoever started it, and so do his secrets otherwise.
+    let kept = std::env::vars_os().filter(|(name, _)| {
+        let name = name.to_string_lossy();
+        KEPT.contains(&&*name) || ["BERTH_", "XDG_", "LC_"].iter().any(|p| name.starts_with(p))
+    });
     let mut child = Command::new(std::env::current_exe().map_err(failed)?)
+        .env_clear()
+        .envs(kept)
         .arg("--root")
         .arg(&root)
         .args(["daemon", "--detached", "--socket"])

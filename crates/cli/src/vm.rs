@@ -92,7 +92,7 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
 pub fn adopt(client: &Client, args: &AdoptArgs) -> Done {
     let folder = std::path::absolute(&args.folder).map_err(CliError::Output)?;
     let request = AdoptMachine { folder, name: args.name.clone() };
-    let path = format!("{PREFIX}/machines/adopt");
+    let path = format!("{PREFIX}/adopt");
     let made: Machine = client.call(&Method::POST, &path, Some(&request))?;
     print(&format!("{}\n", made.name))
 }
@@ -377,6 +377,8 @@ pub fn daemon(root: &Path, socket: PathBuf, detached: bool) -> Done {
         // The terminal of whoever needed it first does not end it.
         let _ = rustix::process::setsid();
     }
+    // What it makes, and what its machines make, is its user's alone.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let root = std::path::absolute(root).map_err(CliError::Output)?;
     let program = std::env::current_exe().map_err(CliError::Output)?;
     let config = berth_daemon::server::Config { root, socket, program };

@@ -8,12 +8,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use berth_api::v1::machine::{Exit, MachineConfig};
 use berth_api::vmm;
 use jiff::Timestamp;
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, OFlags};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -136,7 +137,8 @@ impl Folder {
             made.write_config(config)?;
             sync(&made.path)?;
             rename_new(&made.path, &target)?;
-            sync(machines)?;
+            // It is there; only a crash could undo that.
+            warn(sync(machines));
             Ok(Self::at(target))
         })();
         if result.is_err() {
@@ -214,8 +216,20 @@ impl Folder {
     /// # Errors
     /// [`FolderError::Locked`], [`FolderError::File`].
     pub fn lock(&self) -> Result<FolderLock, FolderError> {
-        let path = self.file(vmm::LOCK);
-        let options = File::options().create(true).truncate(false).write(true).open(&path);
+        self.lock_named(vmm::LOCK)
+    }
+
+    /// The same with another file.
+    ///
+    /// # Errors
+    /// As [`Self::lock`].
+    pub fn lock_named(&self, name: &str) -> Result<FolderLock, FolderError> {
+        let path = self.file(name);
+        // Not through a link, and not waiting for a reader of a pipe.
+        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+        let mut options = File::options();
+        options.create(true).truncate(false).write(true).mode(0o600).custom_flags(flags);
+        let options = options.open(&path);
         let file = options.map_err(failed("opening", &path))?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(FolderLock { _file: file }),
@@ -234,7 +248,7 @@ impl Folder {
         let parent = self.path.parent().unwrap_or(Path::new("/"));
         let target = parent.join(name);
         rename_new(&self.path, &target)?;
-        sync(parent)?;
+        warn(sync(parent));
         Ok(Self::at(target))
     }
 
@@ -313,6 +327,12 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
     sync(path.parent().unwrap_or(Path::new("/")))
 }
 
+fn warn(result: Result<(), FolderError>) {
+    if let Err(error) = result {
+        tracing::warn!("a change may not survive a power failure: {error}");
+    }
+}
+
 /// Makes what was renamed or created in a directory last.
 ///
 /// # Errors
@@ -322,7 +342,11 @@ pub fn sync(directory: &Path) -> Result<(), FolderError> {
     synced.map_err(failed("syncing", directory))
 }
 
-fn read_bounded(path: &Path, max: u64) -> Result<String, FolderError> {
+/// Reads a small regular file.
+///
+/// # Errors
+/// [`FolderError::File`]; [`FolderError::Config`] if it is something else, or larger.
+pub fn read_bounded(path: &Path, max: u64) -> Result<String, FolderError> {
     use std::io::Read;
     // Looked at first: opening a pipe would wait.
     let meta = fs::metadata(path).map_err(failed("reading", path))?;

@@ -19,6 +19,7 @@ mod create;
 mod load;
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -26,8 +27,9 @@ use std::time::Duration;
 use berth_api::v1::error::{ApiError, ErrorCode};
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{Exit, Machine, MachineState, is_name};
-use berth_api::vmm::{Answer, Request, SUSPENDED, Status};
+use berth_api::vmm::{Answer, Request, SUSPENDED, Status, UNFINISHED};
 use jiff::Timestamp;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -43,8 +45,6 @@ use crate::vmm::{self, VmmError};
 const SUSPEND_TIME: Duration = Duration::from_secs(600);
 /// How long a killed machine may take to be gone.
 const KILL_TIME: Duration = Duration::from_secs(10);
-/// What is said of a machine whose process ended without a word.
-pub const LOST: &str = "its process ended without saying why; it may have been killed";
 
 /// Everything about machines.
 pub struct Machines {
@@ -78,6 +78,8 @@ struct Live {
 /// A process of a machine.
 struct Run {
     status: Status,
+    /// For signals: the process that listens, whatever it says.
+    process: Option<Arc<OwnedFd>>,
     paused: bool,
     /// Becomes true when the process has ended.
     ended: watch::Receiver<bool>,
@@ -93,11 +95,16 @@ impl Entry {
         })
     }
 
+    fn id(&self) -> Uuid {
+        self.id
+    }
+
     fn live(&self) -> MutexGuard<'_, Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn folder(&self) -> Folder {
+    /// Where it is now.
+    pub fn folder(&self) -> Folder {
         self.live().folder.clone()
     }
 
@@ -177,23 +184,16 @@ impl Machines {
         entries.iter().map(|entry| entry.describe()).collect()
     }
 
-    /// The machine of that name.
+    /// The machine of that name; one whose folder could not be understood before is looked at again.
     ///
     /// # Errors
     /// There is none.
-    pub fn find(&self, name: &str) -> Result<Arc<Entry>> {
+    pub async fn find(self: &Arc<Self>, name: &str) -> Result<Arc<Entry>> {
         let found = self.all().get(name).cloned();
-        found.ok_or_else(|| {
-            let message = match self.directory.join(name).is_dir() && is_name(name) {
-                true => format!(
-                    "the folder {name} is there, but no machine; `berth vm adopt {}` makes it one, \
-                     or says why it cannot be",
-                    self.directory.join(name).display()
-                ),
-                false => format!("there is no machine {name}"),
-            };
-            error(ErrorCode::NotFound, message)
-        })
+        match found {
+            Some(entry) => Ok(entry),
+            None => self.load_one(name).await,
+        }
     }
 
     fn tell(&self, kind: EventKind, entry: &Entry, detail: Option<String>) {
@@ -214,6 +214,10 @@ impl Machines {
         if entry.state().is_up() {
             return Err(conflict(format!("{name} runs already")));
         }
+        // One that was lost from sight, because it did not answer.
+        if self.find_process(entry).await {
+            return Err(conflict(format!("{name} runs already")));
+        }
         // What somebody wrote into it since.
         let config = folder.config()?;
         if config.id != entry.id {
@@ -226,9 +230,10 @@ impl Machines {
             entry.live().last_exit = folder.last_exit();
         }
         started.map_err(|error| of_vmm(&format!("{name} cannot be started"), &error))?;
-        let watched = vmm::watch(&folder).await;
-        let (stream, status) = watched.map_err(|error| of_vmm(&name, &error))?;
-        self.attend(entry, stream, status);
+        if !self.find_process(entry).await {
+            let message = format!("{name} was started, and its process does not answer");
+            return Err(error(ErrorCode::Failed, message));
+        }
         self.tell(EventKind::Started, entry, None);
         Ok(())
     }
@@ -237,7 +242,15 @@ impl Machines {
     fn attend(self: &Arc<Self>, entry: &Arc<Entry>, mut stream: UnixStream, status: Status) {
         let (over, ended) = watch::channel(false);
         let paused = status.state == MachineState::Paused;
-        entry.live().run = Some(Run { status, paused, ended });
+        let peer = stream.peer_cred().ok().and_then(|peer| peer.pid()).and_then(Pid::from_raw);
+        let process = peer.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).map(Arc::new);
+        let mut live = entry.live();
+        if live.run.is_some() {
+            // Found twice at the same time.
+            return;
+        }
+        live.run = Some(Run { status, process, paused, ended });
+        drop(live);
         let (machines, entry) = (Arc::clone(self), Arc::clone(entry));
         tokio::spawn(async move {
             // Nothing comes but the end.
@@ -250,10 +263,12 @@ impl Machines {
 
     fn ended(&self, entry: &Entry) {
         let folder = entry.folder();
-        let exit = folder.last_exit().unwrap_or_else(|| Exit {
+        // What is there while it runs is what is to be said of a process that was lost.
+        let said = folder.last_exit().filter(|exit| exit.reason != UNFINISHED);
+        let exit = said.unwrap_or_else(|| Exit {
             time: Timestamp::now(),
             in_order: false,
-            reason: LOST.to_owned(),
+            reason: UNFINISHED.to_owned(),
             status: 1,
         });
         let kind = match (exit.in_order, folder.file(SUSPENDED).is_dir()) {
@@ -283,19 +298,30 @@ impl Machines {
         let Some(mut ended) = entry.ended() else {
             return Err(conflict(format!("{name} does not run")));
         };
-        if entry.state() == MachineState::Paused {
-            self.set_paused(entry, false).await?;
+        if entry.state() == MachineState::Paused
+            && let Err(error) = self.set_paused(entry, false).await
+        {
+            tracing::warn!(machine = name, %error, "it does not go on, and is ended");
+            return self.kill_now(entry).await;
         }
-        let asked = vmm::ask(&folder, &Request::PowerOff).await;
-        let waited = match asked {
-            Ok(()) => timeout(patience, ended.wait_for(|over| *over)).await.is_ok(),
-            // Whoever cannot be asked is ended.
-            Err(error) => {
-                tracing::warn!(machine = name, error = chain(&error), "not asked to power off");
-                false
+        let stopping = async {
+            // As long as it starts, its agent does not answer.
+            let seconds = patience.as_secs_f64();
+            let asked = vmm::ask_within(&folder, &Request::PowerOff { seconds }, patience).await;
+            match asked {
+                Ok(()) => ended.wait_for(|over| *over).await.is_ok(),
+                // Whoever cannot be asked is ended.
+                Err(error) => {
+                    let error = chain(&error);
+                    tracing::warn!(machine = name, error, "not asked to power off");
+                    false
+                }
             }
         };
-        if waited { Ok(()) } else { self.kill_now(entry).await }
+        if !patience.is_zero() && timeout(patience, stopping).await.unwrap_or(false) {
+            return Ok(());
+        }
+        self.kill_now(entry).await
     }
 
     /// Ends a machine at once.
@@ -316,12 +342,11 @@ impl Machines {
         if asked.is_ok() && timeout(KILL_TIME, ended.wait_for(|over| *over)).await.is_ok() {
             return Ok(());
         }
-        let pid = entry.live().run.as_ref().map(|run| run.status.pid);
-        let pid = pid.and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
-        if let Some(pid) = pid.filter(|_| !*ended.borrow()) {
+        let process = entry.live().run.as_ref().and_then(|run| run.process.clone());
+        if let Some(process) = process.filter(|_| !*ended.borrow()) {
             tracing::warn!(machine = name, "killed by a signal, since it does not answer");
             // It may have ended just now.
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            let _ = pidfd_send_signal(&process, Signal::KILL);
         }
         match timeout(KILL_TIME, ended.wait_for(|over| *over)).await {
             Ok(_) => Ok(()),
@@ -394,6 +419,13 @@ impl Machines {
     async fn set_paused(&self, entry: &Entry, pause: bool) -> Result<()> {
         let request = if pause { Request::Pause } else { Request::Unpause };
         let done = vmm::ask(&entry.folder(), &request).await;
+        if done.is_err()
+            && let Ok((_, Answer::Status(status))) =
+                vmm::open(&entry.folder(), &Request::Status).await
+            && let Some(run) = &mut entry.live().run
+        {
+            run.paused = status.state == MachineState::Paused;
+        }
         done.map_err(|error| of_vmm(&entry.name(), &error))?;
         if let Some(run) = &mut entry.live().run {
             run.paused = pause;

@@ -10,9 +10,10 @@ mod metrics;
 mod stream;
 
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -31,6 +32,14 @@ use crate::events::Events;
 use crate::failure::error;
 use crate::folder::{Folder, FolderError, FolderLock};
 use crate::machines::Machines;
+
+/// Locked by the daemon of a state directory; the store of images has another lock.
+const LOCK: &str = "daemon.lock";
+/// How long a daemon that was killed may have it.
+const LOCK_TIME: Duration = Duration::from_secs(2);
+const LOCK_POLL: Duration = Duration::from_millis(10);
+/// How long requests have to end when the daemon is told to.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// What the daemon is told when it starts.
 #[derive(Clone, Debug)]
@@ -95,29 +104,58 @@ pub async fn serve(
     config: &Config,
     over: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), DaemonError> {
-    let _lock = lock(&config.root)?;
+    let _lock = lock(&config.root).await?;
     let listener = listen(&config.socket)?;
+    let bound = inode(&config.socket);
     let machines = Machines::load(&config.root, config.program.clone(), Events::default())
         .await
         .map_err(|error| DaemonError::State(error.message))?;
     let daemon = Daemon { machines, started: Timestamp::now() };
     tracing::info!(socket = %config.socket.display(), "listening");
     let app = router(daemon);
-    let result = axum::serve(listener, app).with_graceful_shutdown(over).await;
-    // Others do not find a socket at which nobody listens.
-    let _ = std::fs::remove_file(&config.socket);
+    // Streams do not end by themselves: those that are left when it is over are cut off soon.
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let serving = axum::serve(listener, app).with_graceful_shutdown(async move {
+        over.await;
+        let _ = tell.send(());
+    });
+    let result = tokio::select! {
+        result = serving => result,
+        () = async {
+            let _ = told.await;
+            tokio::time::sleep(GRACE).await;
+        } => Ok(()),
+    };
+    // Others do not find a socket at which nobody listens; one that is another's by now stays.
+    if inode(&config.socket) == bound {
+        let _ = std::fs::remove_file(&config.socket);
+    }
     result.map_err(DaemonError::Serve)
 }
 
-/// One daemon for a state directory.
-fn lock(root: &Path) -> Result<FolderLock, DaemonError> {
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    let meta = path.symlink_metadata().ok()?;
+    Some((meta.dev(), meta.ino()))
+}
+
+/// One daemon for a state directory. One that was killed may have it for a moment longer.
+async fn lock(root: &Path) -> Result<FolderLock, DaemonError> {
     let mut builder = std::fs::DirBuilder::new();
     let made = builder.recursive(true).mode(0o700).create(root);
     made.map_err(|error| DaemonError::State(format!("{}: {error}", root.display())))?;
-    Folder::at(root).lock().map_err(|error| match error {
-        FolderError::Locked { .. } => DaemonError::Running { root: root.to_owned() },
-        error => DaemonError::State(crate::failure::chain(&error)),
-    })
+    let began = Instant::now();
+    loop {
+        match Folder::at(root).lock_named(LOCK) {
+            Ok(lock) => return Ok(lock),
+            Err(FolderError::Locked { .. }) if began.elapsed() < LOCK_TIME => {
+                tokio::time::sleep(LOCK_POLL).await;
+            }
+            Err(FolderError::Locked { .. }) => {
+                return Err(DaemonError::Running { root: root.to_owned() });
+            }
+            Err(error) => return Err(DaemonError::State(crate::failure::chain(&error))),
+        }
+    }
 }
 
 /// Listens for this user only. A socket that a daemon left which was killed is replaced: nobody else

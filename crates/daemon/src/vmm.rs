@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -142,8 +143,10 @@ pub async fn start(program: &Path, root: &Path, folder: &Folder) -> Result<(), V
         VmmError::NotStarted(format!("{what}: {error}"))
     };
     let path = folder.file(LOG);
-    let log = File::options().create(true).append(true).open(&path);
-    let log = log.map_err(|error| not(&path.display().to_string(), &error))?;
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let mut log = File::options();
+    log.create(true).append(true).mode(0o600).custom_flags(flags);
+    let log = log.open(&path).map_err(|error| not(&path.display().to_string(), &error))?;
     let mut child = Command::new(program)
         .arg("--root")
         .arg(root)
@@ -152,16 +155,20 @@ pub async fn start(program: &Path, root: &Path, folder: &Folder) -> Result<(), V
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)
-        .process_group(0)
         .spawn()
         .map_err(|error| not(&program.display().to_string(), &error))?;
     let Some(mut greetings) = child.stdout.take() else {
         return Err(VmmError::NotStarted("its standard output is missing".into()));
     };
+    let greeting = timeout(START_TIME, read_line(&mut greetings)).await;
+    if !matches!(greeting, Ok(Ok(_))) {
+        // Nobody would look after it.
+        let _ = child.start_kill();
+    }
     // The child is not ended with its handle; whoever waits for it here keeps it from becoming a
     // zombie.
     tokio::spawn(async move { child.wait().await });
-    match timeout(START_TIME, read_line(&mut greetings)).await {
+    match greeting {
         Ok(Ok(Greeting::Started(_))) => Ok(()),
         Ok(Ok(Greeting::Failed(why))) => Err(VmmError::NotStarted(why)),
         Ok(Err(VmmError::Absent(_))) => Err(VmmError::NotStarted(format!(

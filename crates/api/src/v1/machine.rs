@@ -146,7 +146,7 @@ pub struct CreateMachine {
     pub disks: Vec<NewDisk>,
 }
 
-/// `POST /machines/adopt`: a folder that is to be a machine of its own.
+/// `POST /adopt`: a folder that is to be a machine of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AdoptMachine {

@@ -23,11 +23,11 @@ use crate::vmm::socket;
 
 /// How long somebody who connects may take for his request, or for taking the answer.
 const REQUEST_TIME: Duration = Duration::from_secs(5);
-/// How long a guest that is still starting is asked to power off.
-const POWER_OFF_TIME: Duration = Duration::from_secs(5);
+/// How long an agent may take for an answer.
+const AGENT_TIME: Duration = Duration::from_secs(5);
 /// Where a machine is stored while that is not complete.
 const UNFINISHED: &str = "state/.suspending";
-/// Connections at once.
+/// Connections at once to the console and to the agent. Others are never refused.
 const CONNECTIONS_MAX: usize = 128;
 
 /// What the connections share.
@@ -89,22 +89,10 @@ impl Control {
                 thread::sleep(Duration::from_millis(100));
                 continue;
             };
-            if self.connections.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS_MAX {
-                self.connections.fetch_sub(1, Ordering::SeqCst);
-                let why = format!("{CONNECTIONS_MAX} connections are the most");
-                let _ = answer(&stream, &Answer::Refused(why));
-                continue;
-            }
             let control = Arc::clone(self);
             let thread = thread::Builder::new().name("control-client".into());
-            let spawned = thread.spawn(move || {
-                // What goes wrong on a connection is for its other end.
-                let _ = control.serve(&stream);
-                control.connections.fetch_sub(1, Ordering::SeqCst);
-            });
-            if spawned.is_err() {
-                self.connections.fetch_sub(1, Ordering::SeqCst);
-            }
+            // What goes wrong on a connection, or that there is no thread for it, is for its other end.
+            let _ = thread.spawn(move || control.serve(&stream));
         }
     }
 
@@ -116,6 +104,17 @@ impl Control {
             Err(error) => Err(error.to_string()),
         };
         match request {
+            Ok(request @ (Request::Agent | Request::Console { .. })) => {
+                let others = self.connections.fetch_add(1, Ordering::SeqCst);
+                let served = if others < CONNECTIONS_MAX {
+                    self.carry_out(&request, stream)
+                } else {
+                    let why = format!("{CONNECTIONS_MAX} connections are the most");
+                    answer(stream, &Answer::Refused(why))
+                };
+                self.connections.fetch_sub(1, Ordering::SeqCst);
+                served
+            }
             Ok(request) => self.carry_out(&request, stream),
             Err(why) => answer(stream, &Answer::Refused(format!("not understood: {why}"))),
         }
@@ -148,7 +147,7 @@ impl Control {
                 }
                 Err(why) => refuse(why),
             },
-            Request::PowerOff => match self.power_off() {
+            Request::PowerOff { seconds } => match self.power_off(*seconds) {
                 Ok(()) => answer(stream, &Answer::Done),
                 Err(why) => refuse(why),
             },
@@ -224,8 +223,9 @@ impl Control {
         }
     }
 
-    fn power_off(self: &Arc<Self>) -> Result<(), String> {
-        let asked = command::shut_down(&mut Agent(Arc::clone(self)), POWER_OFF_TIME);
+    fn power_off(self: &Arc<Self>, seconds: f64) -> Result<(), String> {
+        let patience = Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?;
+        let asked = command::shut_down(&mut Agent(Arc::clone(self)), patience);
         asked.map_err(|error| {
             format!("the guest's agent cannot be asked: {}", berth_daemon::failure::chain(&error))
         })
@@ -257,7 +257,11 @@ struct Agent(Arc<Control>);
 
 impl Dial for Agent {
     fn dial(&mut self) -> io::Result<UnixStream> {
-        self.0.agent()
+        let stream = self.0.agent()?;
+        // One that accepts and says nothing holds nobody up.
+        stream.set_read_timeout(Some(AGENT_TIME))?;
+        stream.set_write_timeout(Some(AGENT_TIME))?;
+        Ok(stream)
     }
 
     fn is_alive(&mut self) -> bool {

@@ -7,13 +7,16 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use berth_daemon::folder::Folder;
+use rustix::fs::OFlags;
 
 /// Bytes of a log before another one is begun; one old one is kept.
 const LOG_BYTES_MAX: u64 = 4 << 20;
@@ -21,6 +24,8 @@ const LOG_BYTES_MAX: u64 = 4 << 20;
 const CHUNK: usize = 16 << 10;
 /// Chunks that wait for somebody who is attached.
 const CHUNKS_MAX: usize = 64;
+/// How long the guest may take for what is typed.
+const TYPE_TIME: Duration = Duration::from_millis(500);
 /// Who can be attached at once.
 const ATTACHED_MAX: usize = 32;
 
@@ -33,7 +38,8 @@ pub struct Hub {
 
 struct Inner {
     log: Log,
-    attached: Vec<SyncSender<Arc<[u8]>>>,
+    attached: Vec<(u64, SyncSender<Arc<[u8]>>)>,
+    next: u64,
 }
 
 /// The log and its size.
@@ -46,7 +52,11 @@ struct Log {
 
 impl Log {
     fn open(path: PathBuf) -> io::Result<Self> {
-        let file = File::options().create(true).append(true).open(&path)?;
+        // Not through a link, and not waiting for a reader of a pipe.
+        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+        let mut options = File::options();
+        options.create(true).append(true).mode(0o600).custom_flags(flags);
+        let file = options.open(&path)?;
         let len = file.metadata()?.len();
         Ok(Self { path, file, len, failed: false })
     }
@@ -90,7 +100,8 @@ impl Hub {
     pub fn start(guest: UnixStream, folder: &Folder) -> io::Result<Arc<Self>> {
         let log = Log::open(folder.file("console.log"))?;
         let from = guest.try_clone()?;
-        let inner = Mutex::new(Inner { log, attached: Vec::new() });
+        guest.set_write_timeout(Some(TYPE_TIME))?;
+        let inner = Mutex::new(Inner { log, attached: Vec::new(), next: 0 });
         let hub = Arc::new(Self { guest, inner, reader: Mutex::default() });
         let reading = Arc::clone(&hub);
         let thread = thread::Builder::new().name("console-hub".into());
@@ -116,7 +127,7 @@ impl Hub {
             let mut inner = self.inner();
             inner.log.write(&bytes);
             // Who is gone or too slow is not attached any more.
-            inner.attached.retain(|to| to.try_send(Arc::clone(&bytes)).is_ok());
+            inner.attached.retain(|(_, to)| to.try_send(Arc::clone(&bytes)).is_ok());
         }
     }
 
@@ -131,8 +142,10 @@ impl Hub {
             return Err(io::Error::other(format!("{ATTACHED_MAX} are attached already")));
         }
         let past = inner.log.tail(u64::from(backlog))?;
-        inner.attached.push(sender);
-        Ok(Attached { hub: self, past, printed })
+        let id = inner.next;
+        inner.next += 1;
+        inner.attached.push((id, sender));
+        Ok(Attached { hub: self, id, past, printed })
     }
 
     fn type_in(&self, mut client: &UnixStream) {
@@ -142,7 +155,7 @@ impl Hub {
                 Ok(0) => break,
                 Ok(count) => {
                     let bytes = chunk.get(..count).unwrap_or_default();
-                    if (&self.guest).write_all(bytes).is_err() {
+                    if !self.give(bytes) {
                         break;
                     }
                 }
@@ -150,6 +163,19 @@ impl Hub {
                 Err(_) => break,
             }
         }
+    }
+
+    /// Gives the guest what was typed. What it does not take in time is lost, as on a line that nobody
+    /// reads; so whoever typed it can leave.
+    fn give(&self, mut bytes: &[u8]) -> bool {
+        while !bytes.is_empty() {
+            match (&self.guest).write(bytes) {
+                Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+            }
+        }
+        true
     }
 
     /// Once the machine has ended: what it printed last is written.
@@ -167,6 +193,7 @@ impl Hub {
 /// Somebody for whom output is kept.
 pub struct Attached<'a> {
     hub: &'a Hub,
+    id: u64,
     past: Vec<u8>,
     printed: Receiver<Arc<[u8]>>,
 }
@@ -179,9 +206,10 @@ impl Attached<'_> {
     pub fn serve(self, client: &UnixStream) -> io::Result<()> {
         let mut to = client.try_clone()?;
         let writer = thread::Builder::new().name("console-client".into());
+        let past = [Arc::from(self.past)];
+        let printed = self.printed;
         let writer = writer.spawn(move || {
-            let past = [Arc::from(self.past)];
-            for bytes in past.into_iter().chain(self.printed) {
+            for bytes in past.into_iter().chain(printed) {
                 if to.write_all(&bytes).is_err() {
                     break;
                 }
@@ -190,8 +218,9 @@ impl Attached<'_> {
             let _ = to.shutdown(Shutdown::Both);
         })?;
         self.hub.type_in(client);
-        // A writer that has nothing to write ends with the next that is printed.
-        drop(writer);
+        // Nothing more is kept for it, which ends the writer.
+        self.hub.inner().attached.retain(|(id, _)| *id != self.id);
+        let _ = writer.join();
         Ok(())
     }
 }

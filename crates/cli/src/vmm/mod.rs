@@ -18,10 +18,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use berth_api::v1::machine::{Exit, MachineState};
-use berth_api::vmm::{Greeting, SUSPENDED, Status};
+use berth_api::vmm::{Greeting, SUSPENDED, Status, UNFINISHED};
 use berth_daemon::folder::{Folder, FolderError, FolderLock};
 use berth_vmm::console::SignalWatch;
 use berth_vmm::devices::HostEnds;
@@ -42,14 +43,13 @@ use crate::vmm::hub::Hub;
 /// How long the process of an earlier run may take to be gone.
 const LOCK_TIME: Duration = Duration::from_secs(3);
 const LOCK_POLL: Duration = Duration::from_millis(10);
-/// What is noted until the machine has ended: it stays when the process is killed.
-const UNFINISHED: &str = "its process ended without saying why; it may have been killed";
 
 /// Runs the machine of a folder to its end.
 #[must_use]
 pub fn run(root: &Path, path: &Path) -> ExitCode {
-    // A session of its own: nobody's terminal ends it.
+    // A session of its own: nobody's terminal ends it. What it writes is its user's alone.
     let _ = rustix::process::setsid();
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
     match start(root, path) {
         Ok(run) => run.finish(),
         Err(error) => {
@@ -126,7 +126,10 @@ fn begin(
     // Before any thread exists, so that all of them leave the signals to the watcher.
     let over: Arc<OnceLock<Arc<Ending>>> = Arc::default();
     let ending = Arc::clone(&over);
+    let asked = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&asked);
     SignalWatch::start(move |_| {
+        told.store(true, Ordering::SeqCst);
         if let Some(ending) = ending.get() {
             ending.end(Outcome::Stopped);
         }
@@ -151,6 +154,9 @@ fn begin(
     }
     // Set once.
     let _ = over.set(machine.ending());
+    if asked.load(Ordering::SeqCst) {
+        machine.ending().end(Outcome::Stopped);
+    }
     let status = Status {
         state: MachineState::Running,
         pid: std::process::id(),

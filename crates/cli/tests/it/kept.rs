@@ -372,6 +372,107 @@ fn what_is_suspended_goes_on() {
     cloud.console("a").exchange(b"ef", b"fg");
 }
 
+#[test]
+fn whoever_asked_may_go() {
+    let cloud = Cloud::new();
+    cloud.create("a", &ECHO);
+    let socket = cloud.root().join("berth.sock");
+    let ask_and_go = |method: &str, path: &str, wait_ms| {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: berth\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        std::thread::sleep(Duration::from_millis(wait_ms));
+    };
+    // It is done, or it is not begun; what is then asked for finds it so.
+    for wait_ms in [0, 1, 2, 5, 20, 50] {
+        ask_and_go("POST", "/berth/v1/machines/a/start", wait_ms);
+        cloud.run("vm start a");
+        assert_eq!(cloud.state("a"), "running");
+        ask_and_go("POST", "/berth/v1/machines/a/pause", wait_ms);
+        cloud.run("vm pause a");
+        assert_eq!(cloud.state("a"), "paused");
+        cloud.ok("vm unpause a");
+        cloud.console("a").exchange(b"a", b"b");
+        ask_and_go("POST", "/berth/v1/machines/a/kill", wait_ms);
+        cloud.run("vm kill a");
+        cloud.wait_for("a", "stopped");
+    }
+    ask_and_go("DELETE", "/berth/v1/machines/a?force=false", 5);
+    cloud.run("vm rm a");
+    assert_eq!(cloud.names(), [""; 0]);
+    cloud.create("a", &ECHO);
+
+    // Nor does whoever listens keep the daemon from ending.
+    let mut events = UnixStream::connect(&socket).unwrap();
+    events.write_all(b"GET /berth/v1/events HTTP/1.1\r\nHost: berth\r\n\r\n").unwrap();
+    events.read_exact(&mut [0; 16]).unwrap();
+    let pid = cloud.daemon_pid().unwrap();
+    kill_process(pid, Signal::TERM).unwrap();
+    wait_until_gone(pid);
+    assert_eq!(cloud.names(), ["a"]);
+}
+
+#[test]
+fn a_process_that_does_not_answer_is_not_forgotten() {
+    let cloud = Cloud::new();
+    cloud.create("a", &ECHO);
+    cloud.create("b", &ECHO);
+    cloud.ok("vm start a");
+    let process = pid(&cloud.inspect("a"));
+    kill_process(process, Signal::STOP).unwrap();
+    cloud.kill_daemon();
+    // Others are there at once, and it is when it answers.
+    assert_eq!(cloud.state("b"), "stopped");
+    kill_process(process, Signal::CONT).unwrap();
+    cloud.wait_for("a", "running");
+    // One that never answers is ended all the same.
+    kill_process(process, Signal::STOP).unwrap();
+    cloud.ok("vm kill a");
+    wait_until_gone(process);
+    // A configuration that is damaged while there is no daemon is found again once it is mended.
+    let toml = cloud.root().join("machines/b/vm.toml");
+    let good = fs::read_to_string(&toml).unwrap();
+    fs::write(&toml, "rubbish").unwrap();
+    cloud.kill_daemon();
+    assert_eq!(cloud.names(), ["a"]);
+    cloud.fails("vm start b", &["vm.toml", "line 1"]);
+    fs::write(&toml, good).unwrap();
+    cloud.ok("vm start b");
+    cloud.console("b").exchange(b"a", b"b");
+}
+
+#[test]
+fn consoles_that_are_left_leave_nothing() {
+    let cloud = Cloud::new();
+    cloud.create("a", &ECHO);
+    cloud.ok("vm start a");
+    let process = pid(&cloud.inspect("a")).as_raw_nonzero();
+    let threads = || fs::read_dir(format!("/proc/{process}/task")).unwrap().count();
+    cloud.console("a").exchange(b"a", b"b");
+    let before = threads();
+    cloud.ok("vm pause a");
+    let request = b"GET /berth/v1/machines/a/console HTTP/1.1\r\nHost: berth\r\n\
+                    Connection: upgrade\r\nUpgrade: berth-console\r\n\r\n";
+    for _ in 0..40 {
+        let mut stream = UnixStream::connect(cloud.root().join("berth.sock")).unwrap();
+        stream.write_all(request).unwrap();
+        let mut head = [0; 12];
+        stream.read_exact(&mut head).unwrap();
+        // Or too many are there, until the first ones have gone.
+        assert!([*b"HTTP/1.1 101", *b"HTTP/1.1 409"].contains(&head), "{head:?}");
+        // More than a guest that stands still takes.
+        stream.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
+        let _ = stream.write_all(&vec![b'x'; 64 << 10]);
+    }
+    let began = Instant::now();
+    while threads() > before + 2 {
+        assert!(began.elapsed() < LIMIT, "{} threads, {before} before", threads());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    cloud.ok("vm unpause a");
+    cloud.console("a").exchange(b"1234", b"2345");
+}
+
 /// What a machine may be asked for in each state, and what becomes of it.
 fn model(state: &str, word: &str) -> Option<&'static str> {
     match (state, word) {
@@ -458,7 +559,7 @@ fn a_copied_folder_becomes_a_machine_of_its_own() {
     // A daemon that finds both knows which is the original.
     cloud.kill_daemon();
     assert_eq!(cloud.names(), ["a"]);
-    cloud.fails("vm start b", &["vm adopt"]);
+    cloud.fails("vm start b", &["a copy of a", "vm adopt"]);
     let folder = |path: &PathBuf| path.display().to_string();
     assert_eq!(cloud.ok(&format!("vm adopt {}", folder(&machines.join("b")))), "b\n");
     assert_eq!(cloud.ok(&format!("vm adopt --name c {}", folder(&elsewhere))), "c\n");

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use berth_api::v1::error::ErrorCode;
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{AdoptMachine, is_name};
 use berth_api::vmm as socket;
@@ -14,7 +15,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::events::Events;
-use crate::failure::{Result, conflict, invalid};
+use crate::failure::{Result, conflict, error, invalid};
 use crate::folder::{self, Folder, FolderError, FolderLock};
 use crate::machines::{Entry, Machines, check_name};
 use crate::vmm::{self, VmmError};
@@ -23,6 +24,10 @@ use crate::vmm::{self, VmmError};
 /// listens.
 const SETTLE: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
+/// How often a process that does not answer is looked for.
+const SEEK: Duration = Duration::from_secs(1);
+/// Bytes that may say so.
+const PLACE_MAX: u64 = 64;
 /// Where a folder was when it became a machine: a copy is somewhere else.
 const PLACE: &str = "state/place";
 
@@ -39,10 +44,10 @@ pub(super) fn lock_soon(folder: &Folder) -> std::result::Result<FolderLock, Fold
     }
 }
 
-/// Device and inode of a folder.
+/// The inode of a folder. Devices have other numbers after the next boot.
 fn place(path: &Path) -> std::result::Result<String, FolderError> {
     let meta = fs::metadata(path).map_err(folder::failed("reading", path))?;
-    Ok(format!("{}:{}\n", meta.dev(), meta.ino()))
+    Ok(format!("{}\n", meta.ino()))
 }
 
 /// Notes where a folder is.
@@ -52,7 +57,7 @@ pub(super) fn note_place(folder: &Folder) -> std::result::Result<(), FolderError
 
 /// Whether it is where it became a machine.
 fn is_in_place(folder: &Folder) -> bool {
-    let noted = fs::read_to_string(folder.file(PLACE));
+    let noted = folder::read_bounded(&folder.file(PLACE), PLACE_MAX);
     noted.is_ok_and(|noted| place(folder.path()).is_ok_and(|now| now == noted))
 }
 
@@ -88,14 +93,76 @@ impl Machines {
                 continue;
             }
             known.insert(config.id, name.clone());
-            if !is_in_place(&folder) {
-                note_place(&folder)?;
-            }
-            let entry = Entry::new(name.clone(), folder, config);
-            machines.find_process(&entry).await;
-            machines.all().insert(name, entry);
+            machines.all().insert(name.clone(), machines.enter(name, folder, config));
         }
+        let entries: Vec<_> = machines.all().values().cloned().collect();
+        let found: Vec<_> = entries.into_iter().map(|entry| machines.clone().seek(entry)).collect();
+        // Those that do not answer by then are looked for on.
+        let all = async {
+            for task in found {
+                // It does not panic.
+                let _ = task.await;
+            }
+        };
+        let _ = tokio::time::timeout(SETTLE, all).await;
         Ok(machines)
+    }
+
+    /// A machine of which the folder is there.
+    fn enter(&self, name: String, folder: Folder, config: folder::VmToml) -> Arc<Entry> {
+        let state = folder.file("state");
+        let ready = match fs::create_dir(&state) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                Err(folder::failed("creating", &state)(error))
+            }
+            _ if is_in_place(&folder) => Ok(()),
+            _ => note_place(&folder),
+        };
+        if let Err(error) = ready {
+            // It can be looked at, and a start says what is wrong.
+            tracing::error!("{name}: {error}");
+        }
+        Entry::new(name, folder, config)
+    }
+
+    /// Looks for the process of a machine as long as somebody has its folder and does not answer.
+    fn seek(self: Arc<Self>, entry: Arc<Entry>) -> tokio::task::JoinHandle<()> {
+        tokio::spawn(async move {
+            while !self.find_process(&entry).await && !entry.state().is_up() {
+                match entry.folder().lock() {
+                    Err(FolderError::Locked { .. }) => tokio::time::sleep(SEEK).await,
+                    _ => return,
+                }
+            }
+        })
+    }
+
+    /// A machine that was not there, or not understood, when the daemon started.
+    pub(super) async fn load_one(self: &Arc<Self>, name: &str) -> Result<Arc<Entry>> {
+        let entry = self.enter_one(name)?;
+        // Its process, if there is one, is found soon.
+        let seeking = Arc::clone(self).seek(Arc::clone(&entry));
+        let _ = tokio::time::timeout(SETTLE, seeking).await;
+        Ok(entry)
+    }
+
+    fn enter_one(&self, name: &str) -> Result<Arc<Entry>> {
+        let absent = |message| Err(error(ErrorCode::NotFound, message));
+        let folder = Folder::at(self.directory.join(name));
+        if !is_name(name) || !folder.path().is_dir() {
+            return absent(format!("there is no machine {name}"));
+        }
+        let config = folder.config()?;
+        let mut all = self.all();
+        if let Some(other) = all.values().find(|entry| entry.id() == config.id) {
+            let path = folder.path().display();
+            return absent(format!(
+                "{path} is a copy of {}; `berth vm adopt {path}` makes it a machine",
+                other.name()
+            ));
+        }
+        let made = self.enter(name.to_owned(), folder, config);
+        Ok(Arc::clone(all.entry(name.to_owned()).or_insert(made)))
     }
 
     /// All folders that can be understood; the others are reported.
@@ -118,15 +185,16 @@ impl Machines {
         Ok(found)
     }
 
-    /// Finds the process of a machine that runs.
-    async fn find_process(self: &Arc<Self>, entry: &Arc<Entry>) {
+    /// Finds the process of a machine, if one runs.
+    pub(super) async fn find_process(self: &Arc<Self>, entry: &Arc<Entry>) -> bool {
         let (name, folder) = (entry.name(), entry.folder());
         let began = Instant::now();
         loop {
             match vmm::watch(&folder).await {
                 Ok((stream, status)) => {
                     tracing::info!(machine = name, pid = status.pid, "found running");
-                    return self.attend(entry, stream, status);
+                    self.attend(entry, stream, status);
+                    return true;
                 }
                 // One that is about to start holds the lock and does not listen yet.
                 Err(VmmError::Absent(_)) => match folder.lock() {
@@ -134,12 +202,14 @@ impl Machines {
                         tokio::time::sleep(POLL).await;
                     }
                     Err(error) => {
-                        return tracing::error!(machine = name, %error, "its process is not found");
+                        tracing::error!(machine = name, %error, "its process is not found");
+                        return false;
                     }
-                    Ok(_lock) => return,
+                    Ok(_lock) => return false,
                 },
                 Err(error) => {
-                    return tracing::error!(machine = name, %error, "its process is not understood");
+                    tracing::error!(machine = name, %error, "its process is not understood");
+                    return false;
                 }
             }
         }
@@ -176,11 +246,7 @@ impl Machines {
             return Err(conflict(format!("there is a machine {name} already; try --name")));
         }
         (config.id, config.created) = (Uuid::new_v4(), Timestamp::now());
-        // What was left of the original's run.
-        let _ = fs::remove_file(folder.file(socket::SOCKET));
-        folder.set_last_exit(None)?;
-        note_place(&folder)?;
-        folder.write_config(&config)?;
+        // Its place first: whatever fails then, the folder is what it was.
         let target = self.directory.join(&name);
         let folder = match is_here {
             true if own == name => folder,
@@ -188,10 +254,23 @@ impl Machines {
             false => {
                 let link = std::os::unix::fs::symlink(&path, &target);
                 link.map_err(folder::failed("linking", &target))?;
-                folder::sync(&self.directory)?;
                 Folder::at(target)
             }
         };
+        let adopted = (|| {
+            // What was left of the original's run.
+            let _ = fs::remove_file(folder.file(socket::SOCKET));
+            folder.set_last_exit(None)?;
+            note_place(&folder)?;
+            folder.write_config(&config)?;
+            folder::sync(&self.directory)
+        })();
+        if let Err(error) = adopted {
+            if !is_here {
+                let _ = fs::remove_file(folder.path());
+            }
+            return Err(error.into());
+        }
         let entry = Entry::new(name.clone(), folder, config);
         all.insert(name, Arc::clone(&entry));
         drop(all);

@@ -1,7 +1,7 @@
 //! Bodies and queries whose errors look like all others.
 
 use axum::Json;
-use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts};
 use axum::response::{IntoResponse, Response};
 use berth_api::v1::error::ApiError;
@@ -29,6 +29,12 @@ impl From<QueryRejection> for Failure {
     }
 }
 
+impl From<PathRejection> for Failure {
+    fn from(rejection: PathRejection) -> Self {
+        Self(invalid(rejection.body_text()))
+    }
+}
+
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         super::failure(self.0)
@@ -44,3 +50,8 @@ pub struct Body<T>(pub T);
 #[derive(FromRequestParts)]
 #[from_request(via(axum::extract::Query), rejection(Failure))]
 pub struct Query<T>(pub T);
+
+/// What a path names.
+#[derive(FromRequestParts)]
+#[from_request(via(axum::extract::Path), rejection(Failure))]
+pub struct Path<T>(pub T);

@@ -3,17 +3,17 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
-use berth_api::v1::error::ErrorBody;
+use berth_api::v1::error::{ApiError, ErrorBody};
 use berth_api::v1::machine::{AdoptMachine, CreateMachine, Machine, RenameMachine};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::failure::invalid;
-use crate::server::extract::{Body, Failure, Query};
+use crate::failure::{failed, invalid};
+use crate::server::extract::{Body, Failure, Path, Query};
 use crate::server::{Daemon, stream};
 
 type Answer<T> = Result<T, Failure>;
@@ -40,6 +40,16 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
         .routes(routes!(stream::logs))
         .routes(routes!(stream::console))
         .routes(routes!(stream::agent))
+}
+
+/// Does it whether or not whoever asked for it stays: what is begun is ended.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Answer<T> {
+    match tokio::spawn(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(failed(&error).into()),
+    }
 }
 
 /// How long to wait for a guest.
@@ -89,12 +99,12 @@ async fn create(
     State(daemon): State<Daemon>,
     Body(request): Body<CreateMachine>,
 ) -> Answer<(StatusCode, Json<Machine>)> {
-    let entry = daemon.machines.create(request).await?;
+    let entry = whole(async move { daemon.machines.create(request).await }).await?;
     Ok((StatusCode::CREATED, Json(entry.describe())))
 }
 
 /// Makes a folder, a copy of a machine's for example, a machine of its own.
-#[utoipa::path(post, path = "/machines/adopt", request_body = AdoptMachine, responses(
+#[utoipa::path(post, path = "/adopt", request_body = AdoptMachine, responses(
     (status = 201, body = Machine),
     (status = "4XX", body = ErrorBody),
     (status = "5XX", body = ErrorBody),
@@ -103,17 +113,17 @@ async fn adopt(
     State(daemon): State<Daemon>,
     Body(request): Body<AdoptMachine>,
 ) -> Answer<(StatusCode, Json<Machine>)> {
-    let entry = daemon.machines.adopt(request).await?;
+    let entry = whole(async move { daemon.machines.adopt(request).await }).await?;
     Ok((StatusCode::CREATED, Json(entry.describe())))
 }
 
 /// A machine.
 #[utoipa::path(get, path = "/machines/{name}", params(("name", description = "its name")), responses(
     (status = 200, body = Machine),
-    (status = 404, body = ErrorBody),
+    (status = "4XX", body = ErrorBody),
 ))]
 async fn inspect(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    Ok(Json(daemon.machines.find(&name)?.describe()))
+    Ok(Json(daemon.machines.find(&name).await?.describe()))
 }
 
 /// Removes a machine with all its files.
@@ -132,8 +142,11 @@ async fn remove(
     Path(name): Path<String>,
     Query(query): Query<Force>,
 ) -> Answer<StatusCode> {
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.remove(&entry, query.force).await?;
+    let removed = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.remove(&entry, query.force).await
+    });
+    removed.await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -149,9 +162,12 @@ async fn remove(
     )
 )]
 async fn start(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.start(&entry).await?;
-    Ok(Json(entry.describe()))
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.start(&entry).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }
 
 /// Asks the guest to power off, and ends it if it does not in time.
@@ -171,9 +187,12 @@ async fn stop(
     Query(query): Query<Patience>,
 ) -> Answer<Json<Machine>> {
     let patience = query.duration()?;
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.stop(&entry, patience).await?;
-    Ok(Json(entry.describe()))
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.stop(&entry, patience).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }
 
 /// Ends a machine at once.
@@ -188,9 +207,12 @@ async fn stop(
     )
 )]
 async fn kill(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.kill(&entry).await?;
-    Ok(Json(entry.describe()))
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.kill(&entry).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }
 
 /// Stops a machine if it runs, and starts it.
@@ -210,9 +232,12 @@ async fn restart(
     Query(query): Query<Patience>,
 ) -> Answer<Json<Machine>> {
     let patience = query.duration()?;
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.restart(&entry, patience).await?;
-    Ok(Json(entry.describe()))
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.restart(&entry, patience).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }
 
 /// Lets the vCPUs of a machine stand still.
@@ -227,9 +252,12 @@ async fn restart(
     )
 )]
 async fn pause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.pause(&entry, true).await?;
-    Ok(Json(entry.describe()))
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.pause(&entry, true).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }
 
 /// Lets them go on.
@@ -244,9 +272,12 @@ async fn pause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer
     )
 )]
 async fn unpause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.pause(&entry, false).await?;
-    Ok(Json(entry.describe()))
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.pause(&entry, false).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }
 
 /// Gives a machine another name.
@@ -266,9 +297,12 @@ async fn rename(
     Path(name): Path<String>,
     Body(request): Body<RenameMachine>,
 ) -> Answer<Json<Machine>> {
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.rename(&entry, &request.name).await?;
-    Ok(Json(entry.describe()))
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.rename(&entry, &request.name).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }
 
 /// Stores a machine on the disk and ends it.
@@ -283,9 +317,12 @@ async fn rename(
     )
 )]
 async fn suspend(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.suspend(&entry).await?;
-    Ok(Json(entry.describe()))
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.suspend(&entry).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }
 
 /// Lets a machine go on that is suspended.
@@ -300,7 +337,10 @@ async fn suspend(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answ
     )
 )]
 async fn resume(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let entry = daemon.machines.find(&name)?;
-    daemon.machines.resume(&entry).await?;
-    Ok(Json(entry.describe()))
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.resume(&entry).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }

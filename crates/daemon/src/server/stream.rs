@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use axum::http::{HeaderMap, HeaderName, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -28,7 +28,7 @@ use utoipa::{IntoParams, ToSchema};
 use crate::failure::invalid;
 use crate::machines::Entry;
 use crate::server::Daemon;
-use crate::server::extract::{Failure, Query};
+use crate::server::extract::{Failure, Path, Query};
 
 /// How often a log that is followed is looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -96,7 +96,7 @@ enum Source {
     params(("name", description = "its name"), Logs),
     responses(
         (status = 200, body = String, content_type = "application/octet-stream"),
-        (status = 404, body = ErrorBody),
+        (status = "4XX", body = ErrorBody),
     )
 )]
 pub(super) async fn logs(
@@ -104,15 +104,14 @@ pub(super) async fn logs(
     Path(name): Path<String>,
     Query(query): Query<Logs>,
 ) -> Result<Response, Failure> {
-    let entry = daemon.machines.find(&name)?;
-    let folder = PathBuf::from(entry.describe().folder);
-    let path = folder.join(match query.source {
+    let entry = daemon.machines.find(&name).await?;
+    let file = match query.source {
         Source::Console => "console.log",
         Source::Vmm => "vmm.log",
-    });
+    };
     let (to, from) = mpsc::channel::<io::Result<Bytes>>(CHUNKS);
     tokio::spawn(async move {
-        if let Err(error) = send_log(&entry, path, query.tail, query.follow, &to).await {
+        if let Err(error) = send_log(&entry, file, query.tail, query.follow, &to).await {
             // Whoever has gone is told nothing.
             let _ = to.send(Err(error)).await;
         }
@@ -126,11 +125,12 @@ pub(super) async fn logs(
 
 async fn send_log(
     entry: &Arc<Entry>,
-    path: PathBuf,
+    file: &'static str,
     tail: Option<usize>,
     follow: bool,
     to: &mpsc::Sender<io::Result<Bytes>>,
 ) -> io::Result<()> {
+    let path = entry.folder().file(file);
     let before = read_if_there(path.with_added_extension(BEFORE.trim_start_matches('.'))).await?;
     let mut open = match File::open(&path).await {
         Ok(file) => Some(file),
@@ -148,12 +148,12 @@ async fn send_log(
         }
     }
     drop(text);
-    if follow { send_what_comes(entry, &path, open, to).await } else { Ok(()) }
+    if follow { send_what_comes(entry, file, open, to).await } else { Ok(()) }
 }
 
 async fn send_what_comes(
     entry: &Entry,
-    path: &std::path::Path,
+    file: &'static str,
     mut open: Option<File>,
     to: &mpsc::Sender<io::Result<Bytes>>,
 ) -> io::Result<()> {
@@ -175,7 +175,8 @@ async fn send_what_comes(
         if to.is_closed() || !is_up {
             return Ok(());
         }
-        open = reopened(open, path).await?;
+        // It may have been renamed.
+        open = reopened(open, &entry.folder().file(file)).await?;
         tokio::time::sleep(POLL).await;
     }
 }
@@ -233,7 +234,7 @@ pub(super) async fn console(
     request: Request,
 ) -> Result<Response, Failure> {
     asks_for(request.headers(), UPGRADE_CONSOLE)?;
-    let entry = daemon.machines.find(&name)?;
+    let entry = daemon.machines.find(&name).await?;
     let backlog = query.backlog.unwrap_or(0);
     let stream = daemon.machines.connect(&entry, &vmm::Request::Console { backlog }).await?;
     Ok(upgrade(request, UPGRADE_CONSOLE, stream))
@@ -263,7 +264,7 @@ pub(super) async fn agent(
     request: Request,
 ) -> Result<Response, Failure> {
     asks_for(request.headers(), UPGRADE_AGENT)?;
-    let entry = daemon.machines.find(&name)?;
+    let entry = daemon.machines.find(&name).await?;
     let stream = daemon.machines.connect(&entry, &vmm::Request::Agent).await?;
     Ok(upgrade(request, UPGRADE_AGENT, stream))
 }

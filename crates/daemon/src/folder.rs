@@ -293,7 +293,11 @@ pub fn sweep(machines: &Path) -> Result<(), FolderError> {
 fn located(error: &toml::de::Error, text: &str) -> String {
     let before = error.span().and_then(|span| text.get(..span.start));
     match before {
-        Some(before) => format!("line {}: {}", before.lines().count().max(1), error.message()),
+        Some(before) => {
+            let number = before.matches('\n').count();
+            let line = text.lines().nth(number).unwrap_or_default().trim();
+            format!("line {} (`{line}`): {}", number + 1, error.message())
+        }
         None => error.message().to_owned(),
     }
 }

@@ -1,5 +1,7 @@
 //! Named limits of disk formats.
 
+use std::time::Duration;
+
 /// Files of one disk: an overlay and what is below it.
 pub const CHAIN_LAYERS_MAX: usize = 16;
 /// Bytes of a backing file's name in a header.
@@ -30,5 +32,10 @@ pub const SNAPSHOTS_MAX: u32 = 65_536;
 pub const CONVERT_BYTES: usize = 1 << 20;
 /// Least and most bits of a cluster's size.
 pub const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
+
+/// How long a lock that somebody has is waited for.
+pub const LOCK_WAIT: Duration = Duration::from_millis(500);
+/// How often it is tried meanwhile.
+pub const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 const _: () = assert!(CONVERT_BYTES.is_multiple_of(1 << 16));

@@ -3,11 +3,16 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Instant;
+
+use crate::limits::{LOCK_RETRY, LOCK_WAIT};
 
 /// Locks a whole file: shared for readers, else exclusive.
 ///
 /// It is a lock of the open file description: it also excludes a second opening by the same process,
 /// ends with the file, however the process ends, and is seen by QEMU, which locks single bytes.
+///
+/// A process that was killed a moment ago may still have it, so it is tried for [`LOCK_WAIT`].
 ///
 /// # Errors
 /// Somebody else has it.
@@ -20,7 +25,17 @@ pub fn lock(file: &File, shared: bool) -> io::Result<()> {
         l_len: 0,
         l_pid: 0,
     };
-    set(file, &range)
+    let began = Instant::now();
+    loop {
+        match set(file, &range) {
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock && began.elapsed() < LOCK_WAIT =>
+            {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            result => return result,
+        }
+    }
 }
 
 #[allow(unsafe_code, reason = "no safe wrapper offers locks of open file descriptions")]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use berth_disk::error::DiskError as OpenError;
 use berth_disk::format::Format;
-use berth_disk::tools::Backing;
+use berth_disk::tools::{Backing, convert};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::virtio::block::device::{Block, F_DISCARD, F_FLUSH, F_RO, F_WRITE_ZEROES};
@@ -326,41 +326,50 @@ fn reset_with_requests_under_way() {
 /// What a vCPU does while the disk answers a request: more requests, registers, another device.
 #[test]
 fn a_vcpu_does_not_wait_for_the_disk() {
-    with_both("stall", |_, guest| {
-        let header = header(0, 7);
-        // Not offered yet: a device that has just started looks at its rings without being told.
-        let head = guest.prepare(0, &[Part::Out(&header), Part::In(8192), Part::In(1)], false);
-        // Whole pages of that buffer, which begins at 0x40_0040.
-        let page = guest.memory.get_slice(GuestAddress(0x40_1000), 4096).unwrap();
-        let stall = match Stall::new(page.ptr_guard_mut().as_ptr(), 4096) {
-            Ok(stall) => stall,
-            Err(error) => return println!("skipped: no userfaultfd here: {error}"),
-        };
-        let (touched, stalled) = mpsc::channel();
-        let (ended, over) = mpsc::channel();
-        let keeper = std::thread::spawn(move || {
-            stall.wait();
-            touched.send(()).unwrap();
-            // As long as a test may take; a vCPU that waits would wait for this.
-            let waited = over.recv_timeout(Duration::from_secs(20)).is_err();
-            drop(stall);
-            waited
-        });
-        guest.offer(0, head);
-        guest.kick(0);
-        stalled.recv().unwrap();
-        for _ in 0..100 {
-            guest.kick(0);
-            assert_eq!(guest.status(), 0xf);
-            assert_eq!(guest.device_config(0, 8), SECTORS as u64);
-        }
-        assert!(guest.poll_used(0).is_none(), "the request was not to end");
-        ended.send(()).unwrap();
-        assert!(!keeper.join().unwrap(), "a register was answered only after the disk");
-        let (done, len, data) = guest.used(0);
-        assert_eq!((done, len, data[8192]), (head, 8193, 0));
-        assert_eq!(data[..512], sector_data(7));
+    with_both("stall", |_, guest| stall(guest));
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, path) = (TestDisk::new("stall-image"), directory.path().join("disk.qcow2"));
+    convert((&disk.path, Format::Raw), (&path, Format::Qcow2)).unwrap();
+    let config = DiskConfig { path, format: Format::Qcow2, ..DiskConfig::default() };
+    let mut guest = Guest::new(Block::new(&config).unwrap());
+    guest.start(F_FLUSH, 0);
+    stall(&mut guest);
+}
+
+fn stall(guest: &mut Guest) {
+    let header = header(0, 7);
+    // Not offered yet: a device that has just started looks at its rings without being told.
+    let head = guest.prepare(0, &[Part::Out(&header), Part::In(8192), Part::In(1)], false);
+    // Whole pages of that buffer, which begins at 0x40_0040.
+    let page = guest.memory.get_slice(GuestAddress(0x40_1000), 4096).unwrap();
+    let stall = match Stall::new(page.ptr_guard_mut().as_ptr(), 4096) {
+        Ok(stall) => stall,
+        Err(error) => return println!("skipped: no userfaultfd here: {error}"),
+    };
+    let (touched, stalled) = mpsc::channel();
+    let (ended, over) = mpsc::channel();
+    let keeper = std::thread::spawn(move || {
+        stall.wait();
+        touched.send(()).unwrap();
+        // As long as a test may take; a vCPU that waits would wait for this.
+        let waited = over.recv_timeout(Duration::from_secs(20)).is_err();
+        drop(stall);
+        waited
     });
+    guest.offer(0, head);
+    guest.kick(0);
+    stalled.recv().unwrap();
+    for _ in 0..100 {
+        guest.kick(0);
+        assert_eq!(guest.status(), 0xf);
+        assert_eq!(guest.device_config(0, 8), SECTORS as u64);
+    }
+    assert!(guest.poll_used(0).is_none(), "the request was not to end");
+    ended.send(()).unwrap();
+    assert!(!keeper.join().unwrap(), "a register was answered only after the disk");
+    let (done, len, data) = guest.used(0);
+    assert_eq!((done, len, data[8192]), (head, 8193, 0));
+    assert_eq!(data[..512], sector_data(7));
 }
 
 /// Sends random requests to a disk that is an overlay, and compares it with what QEMU makes of it.

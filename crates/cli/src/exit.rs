@@ -77,6 +77,16 @@ pub enum CliError {
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A machine needs the image's kernel.
+    #[error(
+        "{image} is what the machine {machine} boots; remove that first: `berth vm rm {machine}`"
+    )]
+    ImageInUse {
+        /// The image.
+        image: String,
+        /// The machine.
+        machine: String,
+    },
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),

@@ -214,7 +214,15 @@ impl Folder {
     /// # Errors
     /// [`FolderError::Locked`], [`FolderError::File`].
     pub fn lock(&self) -> Result<FolderLock, FolderError> {
-        let path = self.file(vmm::LOCK);
+        self.lock_by(vmm::LOCK)
+    }
+
+    /// The same by a file of another name.
+    ///
+    /// # Errors
+    /// As [`Folder::lock`].
+    pub fn lock_by(&self, name: &str) -> Result<FolderLock, FolderError> {
+        let path = self.file(name);
         let options = File::options().create(true).truncate(false).write(true).open(&path);
         let file = options.map_err(failed("opening", &path))?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {

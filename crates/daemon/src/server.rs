@@ -114,7 +114,8 @@ fn lock(root: &Path) -> Result<FolderLock, DaemonError> {
     let mut builder = std::fs::DirBuilder::new();
     let made = builder.recursive(true).mode(0o700).create(root);
     made.map_err(|error| DaemonError::State(format!("{}: {error}", root.display())))?;
-    Folder::at(root).lock().map_err(|error| match error {
+    // The file `lock` is for those who change the images.
+    Folder::at(root).lock_by("daemon.lock").map_err(|error| match error {
         FolderError::Locked { .. } => DaemonError::Running { root: root.to_owned() },
         error => DaemonError::State(crate::failure::chain(&error)),
     })

@@ -4,6 +4,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
 use crate::chain::{Access, Layer, backing_of, open, open_file, open_image};
 use crate::error::{DiskError, failed};
 use crate::format::Format;
@@ -134,15 +137,21 @@ pub fn convert(from: (&Path, Format), to: (&Path, Format)) -> Result<(), DiskErr
     name.push(format!(".new-{}", std::process::id()));
     let work = to.0.with_file_name(name);
     let made = convert_into(&source, from.0, (&work, to.1)).and_then(|()| {
-        // Without replacing what somebody else made meanwhile.
-        fs::hard_link(&work, to.0).map_err(|source| match source.kind() {
+        name_file(&work, to.0).map_err(|source| match source.kind() {
             io::ErrorKind::AlreadyExists => DiskError::Exists { path: to.0.to_owned() },
             _ => DiskError::File { operation: "naming", path: to.0.to_owned(), source },
         })
     });
-    // Also after a success: it has its name then.
-    let _ = fs::remove_file(&work);
-    made
+    made.inspect_err(|_| drop(fs::remove_file(&work)))
+}
+
+/// Gives a file its name without replacing what somebody else made meanwhile.
+fn name_file(work: &Path, name: &Path) -> io::Result<()> {
+    match renameat_with(CWD, work, CWD, name, RenameFlags::NOREPLACE) {
+        // Not every file system can.
+        Err(Errno::INVAL | Errno::NOSYS) if !name.exists() => fs::rename(work, name),
+        result => Ok(result?),
+    }
 }
 
 fn convert_into(source: &Layer, from: &Path, to: (&Path, Format)) -> Result<(), DiskError> {

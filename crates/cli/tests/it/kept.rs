@@ -569,6 +569,16 @@ fn the_root_disk_is_an_overlay() {
         info["allocated_bytes"].as_u64().unwrap()
     };
     assert!(allocated() < 1 << 20, "a new machine takes no space");
+    // Nothing is lost if this does remove it: the store is a copy of names.
+    let names = cloud.root().join("names/debian@bookworm");
+    fs::create_dir_all(&names).unwrap();
+    let description = debian.images().join("debian@bookworm/image.json");
+    fs::copy(description, names.join("image.json")).unwrap();
+    fs::remove_file(cloud.root().join("images")).unwrap();
+    fs::rename(cloud.root().join("names"), cloud.root().join("images")).unwrap();
+    cloud.fails("image rm debian", &["debian:bookworm", "box", "berth vm rm box"]);
+    fs::remove_dir_all(cloud.root().join("images")).unwrap();
+    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
     cloud.ok("vm start box");
     for words in ["check", "resize"] {
         let size = if words == "resize" { " 8G" } else { "" };

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use berth_disk::format::Format;
 use berth_vmm::vcpu::translated::Optimizations;
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -40,6 +41,11 @@ Examples:
   berth vm create --cpus 2 --memory 2G --disk 10G db debian
   berth vm start web && berth vm exec web uname -a";
 
+const DISK_EXAMPLES: &str = "\
+Examples:
+  berth disk create data.raw 10G
+  berth disk create --backing base.raw --backing-format raw work.qcow2";
+
 const BOOTSTRAP_EXAMPLES: &str = "\
 Examples:
   berth image bootstrap debian bookworm
@@ -77,6 +83,9 @@ pub enum Command {
     /// Images machines are started from
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Disks that no machine uses at the moment
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Keep machines: what commands ask when they are about kept machines. It is started by the first
     /// that needs it
     Daemon(DaemonArgs),
@@ -180,9 +189,10 @@ pub struct CreateArgs {
     /// Words added to the kernel command line
     #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
     pub append: String,
-    /// Another disk: an empty one of this size in the machine's folder, or a raw file that stays where
-    /// it is; with `,ro` it is not written. May be repeated
-    #[arg(long = "disk", value_name = "SIZE|FILE[,ro]")]
+    /// Another disk: an empty one of this size in the machine's folder, or a file that stays where it
+    /// is; with `,ro` it is not written. It is raw unless its name ends in `.qcow2` or
+    /// `,format=qcow2` says so. May be repeated
+    #[arg(long = "disk", value_name = "SIZE|FILE[,ro][,format=F]")]
     pub disks: Vec<KeptDisk>,
     /// `user` (through passt), `tap=INTERFACE` or `none` [default: user with an image, else none]
     #[arg(long, value_name = "NET")]
@@ -302,6 +312,90 @@ pub enum ImageCommand {
     Rm(RemoveArgs),
 }
 
+/// Commands for disks. A file whose name ends in `.qcow2` is taken for one, others for raw.
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Make a disk; it takes no space until it is written
+    Create(DiskCreateArgs),
+    /// Make a disk larger, or smaller
+    Resize(DiskResizeArgs),
+    /// Copy a disk into one of another format, with nothing below it
+    Convert(DiskConvertArgs),
+    /// Print what a disk is and what it is based on
+    Info(DiskFile),
+    /// Compare what a qcow2 disk says of itself; status 1 if it is damaged
+    Check(DiskFile),
+}
+
+/// `berth disk create`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = DISK_EXAMPLES)]
+pub struct DiskCreateArgs {
+    /// `raw` or `qcow2` [default: as the name says]
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// Base it on this disk, which is not written; qcow2 only
+    #[arg(long, value_name = "FILE")]
+    pub backing: Option<PathBuf>,
+    /// What that disk is [default: as its name says]
+    #[arg(long, value_name = "FORMAT", requires = "backing")]
+    pub backing_format: Option<Format>,
+    /// The new file
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// How large the guest sees it [default: as the disk it is based on]
+    #[arg(value_name = "SIZE", required_unless_present = "backing")]
+    pub size: Option<Size>,
+}
+
+/// `berth disk resize`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DiskResizeArgs {
+    /// `raw` or `qcow2` [default: as the name says]
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// Make it smaller: what is behind the new end is lost
+    #[arg(long)]
+    pub shrink: bool,
+    /// The disk
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// How large the guest is to see it
+    #[arg(value_name = "SIZE")]
+    pub size: Size,
+}
+
+/// `berth disk convert`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DiskConvertArgs {
+    /// What FROM is [default: as its name says]
+    #[arg(long, value_name = "FORMAT")]
+    pub from_format: Option<Format>,
+    /// What TO is to be [default: as its name says]
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// The disk
+    #[arg(value_name = "FROM")]
+    pub from: PathBuf,
+    /// The new file
+    #[arg(value_name = "TO")]
+    pub to: PathBuf,
+}
+
+/// `berth disk info`, `berth disk check`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DiskFile {
+    /// `raw` or `qcow2` [default: as the name says]
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The disk
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
 /// `berth vm run`.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(after_help = RUN_EXAMPLES)]
@@ -345,8 +439,9 @@ pub struct RunArgs {
     /// Words added to the kernel command line; a bzImage gets panic=-1 too, unless they say panic=N
     #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
     pub append: String,
-    /// A raw disk; with `,ro` it is not written. May be repeated
-    #[arg(long = "disk", value_name = "FILE[,ro]")]
+    /// A disk; with `,ro` it is not written. It is raw unless its name ends in `.qcow2` or
+    /// `,format=qcow2` says so. May be repeated
+    #[arg(long = "disk", value_name = "FILE[,ro][,format=F]")]
     pub disks: Vec<DiskArg>,
     /// `user` (through passt), `tap=INTERFACE` or `none` [default: user with an image, else none]
     #[arg(long, value_name = "NET")]
@@ -421,11 +516,13 @@ pub enum Accel {
     Kvm,
 }
 
-/// `FILE[,ro]`.
+/// `FILE[,ro][,format=F]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskArg {
     /// The file.
     pub path: PathBuf,
+    /// What it holds.
+    pub format: Format,
     /// Not to be written.
     pub read_only: bool,
 }
@@ -434,18 +531,26 @@ impl std::str::FromStr for DiskArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (path, read_only) = match text.strip_suffix(",ro") {
-            Some(path) => (path, true),
-            None => (text, false),
-        };
-        if path.is_empty() {
-            return Err("a disk needs a file: FILE or FILE,ro".into());
+        let (mut name, mut read_only, mut format) = (text, false, None);
+        loop {
+            if let Some(rest) = name.strip_suffix(",ro") {
+                (name, read_only) = (rest, true);
+            } else if let Some((rest, asked)) = name.rsplit_once(",format=") {
+                (name, format) = (rest, Some(asked.parse()?));
+            } else {
+                break;
+            }
         }
-        Ok(Self { path: path.into(), read_only })
+        if name.is_empty() {
+            return Err("a disk needs a file: FILE, FILE,ro or FILE,format=qcow2".into());
+        }
+        let path = PathBuf::from(name);
+        let format = format.unwrap_or_else(|| Format::of_name(&path));
+        Ok(Self { path, format, read_only })
     }
 }
 
-/// `SIZE` or `FILE[,ro]`.
+/// `SIZE` or `FILE[,ro][,format=F]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeptDisk {
     /// A new one.
@@ -540,8 +645,14 @@ mod tests {
         let args = Args::try_parse_from(line.split_whitespace()).unwrap();
         let Command::Vm(VmCommand::Run(run)) = args.command else { panic!() };
         assert_eq!((run.cpus, run.memory.bytes(), run.accel), (4, 1 << 30, Accel::Translate));
-        assert_eq!(run.disks[0], DiskArg { path: "a".into(), read_only: true });
-        assert_eq!(run.disks[1], DiskArg { path: "b".into(), read_only: false });
+        let disk = |path: &str, format, read_only| DiskArg { path: path.into(), format, read_only };
+        assert_eq!(run.disks[0], disk("a", Format::Raw, true));
+        assert_eq!(run.disks[1], disk("b", Format::Raw, false));
+        let of = |text: &str| text.parse::<DiskArg>().unwrap();
+        assert_eq!(of("a.qcow2"), disk("a.qcow2", Format::Qcow2, false));
+        assert_eq!(of("a.qcow2,format=raw,ro"), disk("a.qcow2", Format::Raw, true));
+        assert_eq!(of("a,ro,format=qcow2"), disk("a", Format::Qcow2, true));
+        assert!("a,format=vmdk".parse::<DiskArg>().is_err());
         assert_eq!(run.net, Some(NetArg::Tap("t0".into())));
         assert_eq!((run.image.as_deref(), run.command.len()), (Some("img"), 2));
         for good in [
@@ -551,6 +662,11 @@ mod tests {
             "berth image bootstrap debian bookworm",
             "berth image bootstrap --name lab --include gcc,perl --include less debian bookworm",
             "berth image rm a b",
+            "berth disk create a.qcow2 1G",
+            "berth disk create --backing b a.qcow2",
+            "berth disk resize --shrink a 1G",
+            "berth disk convert --format raw a b",
+            "berth disk check --json a",
             "berth doctor --json",
             "berth vm create --disk 10G --disk ./10G,ro --net none web debian",
             "berth vm exec web ls -l /",
@@ -576,6 +692,8 @@ mod tests {
             "berth vm run --initrd i x",
             "berth vm run --disk ,ro x",
             "berth image rm",
+            "berth disk create a",
+            "berth disk create --format vdi a 1G",
             "berth vm create web",
             "berth vm exec web",
             "berth vm rm",

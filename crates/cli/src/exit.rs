@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io;
 
 use berth_daemon::server::DaemonError;
+use berth_disk::error::DiskError;
 use berth_image::agent::NoAgent;
 use berth_image::bootstrap::BootstrapError;
 use berth_image::initramfs::InitramfsError;
@@ -76,6 +77,19 @@ pub enum CliError {
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A machine needs the image's kernel.
+    #[error(
+        "{image} is what the machine {machine} boots; remove that first: `berth vm rm {machine}`"
+    )]
+    ImageInUse {
+        /// The image.
+        image: String,
+        /// The machine.
+        machine: String,
+    },
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The making of an image.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),

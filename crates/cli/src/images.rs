@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use berth_daemon::folder::Folder;
 use berth_image::bootstrap::{self, Outcome, Request};
 use berth_image::store::{Image, ImageName, Store};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -86,10 +87,32 @@ pub fn remove(root: &Path, names: &[String]) -> Result<ExitCode, CliError> {
     let lock = store.lock(|| eprintln!("berth: waiting for a bootstrap to finish"))?;
     for name in names {
         let image = store.find(&ImageName::parse(name)?)?;
+        if let Some(machine) = booted_by(root, &store, &image) {
+            let image = image.info.name;
+            return Err(CliError::ImageInUse { image, machine });
+        }
         store.remove(&lock, &image)?;
         writeln!(io::stdout(), "{}", image.info.name).map_err(CliError::Output)?;
     }
     Ok(ExitCode::Success)
+}
+
+/// The first machine that boots the image's kernel. Its disk it would keep.
+fn booted_by(root: &Path, store: &Store, image: &Image) -> Option<String> {
+    let entries = std::fs::read_dir(root.join("machines")).ok()?;
+    let mut users: Vec<String> = entries
+        .flatten()
+        .filter(|entry| {
+            let config = Folder::at(entry.path()).config().ok();
+            let machine = config.map(|config| config.machine).filter(|m| m.kernel.is_none());
+            let name = machine.and_then(|machine| ImageName::parse(&machine.image?).ok());
+            let found = name.and_then(|name| store.find(&name).ok());
+            found.is_some_and(|found| found.info.name == image.info.name)
+        })
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    users.sort();
+    users.into_iter().next()
 }
 
 fn as_json(images: &[Image]) -> Result<String, CliError> {

@@ -6,6 +6,7 @@
 pub mod args;
 pub mod client;
 pub mod command;
+pub mod disk;
 pub mod doctor;
 pub mod exit;
 pub mod images;
@@ -115,6 +116,7 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
         }
         Command::Image(ImageCommand::Ls(list)) => images::list(&root()?, list.json),
         Command::Image(ImageCommand::Rm(remove)) => images::remove(&root()?, &remove.images),
+        Command::Disk(command) => disk::run(&command),
         Command::Doctor(doctor) => doctor::run(&root()?, doctor.json),
         Command::Completions { shell } => {
             let mut text = Vec::new();

@@ -213,7 +213,7 @@ pub(crate) fn devices(plan: &RunPlan) -> Devices {
         disks: plan
             .disks
             .iter()
-            .map(|d| DiskFile { path: d.path.clone(), read_only: d.read_only })
+            .map(|d| DiskFile { path: d.path.clone(), format: d.format, read_only: d.read_only })
             .collect(),
         net: match &plan.net {
             NetPlan::Absent => NetConfig::None,

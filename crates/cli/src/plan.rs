@@ -11,6 +11,9 @@ use std::sync::Arc;
 use berth_api::agent::message::{Exec, TerminalSize};
 use berth_api::size::Size;
 use berth_api::v1::machine::{self as kept, MachineConfig};
+use berth_disk::chain::describe;
+use berth_disk::error::DiskError;
+use berth_disk::format::Format;
 use berth_image::agent::{self, NoAgent};
 use berth_image::disk::ThrowawayDisk;
 use berth_image::initramfs::{self, InitramfsError};
@@ -77,8 +80,10 @@ pub struct RunPlan {
 /// One disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskPlan {
-    /// A raw file; its length is a multiple of 512.
+    /// The file; the length of a raw one is a multiple of 512.
     pub path: PathBuf,
+    /// What it holds.
+    pub format: Format,
     /// The guest may not write.
     pub read_only: bool,
 }
@@ -162,6 +167,9 @@ pub enum PlanError {
         /// Why not.
         reason: String,
     },
+    /// An image, or what it is based on.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// A tap interface is missing.
     #[error("there is no network interface {0}; make it with `ip tuntap add {0} mode tap`")]
     NoInterface(String),
@@ -192,7 +200,8 @@ impl RunPlan {
         let (mut plan, image) = Self::base(args, state, shell)?;
         if let Some((image, store)) = &image {
             let disk = ThrowawayDisk::copy_of(&image.root_disk(), store)?;
-            plan.disks.insert(0, DiskPlan { path: disk.path(), read_only: false });
+            plan.disks
+                .insert(0, DiskPlan { path: disk.path(), format: Format::Raw, read_only: false });
             plan.throwaway = Some(disk);
         }
         plan.command = command(args);
@@ -274,7 +283,14 @@ impl RunPlan {
             disks: config
                 .disks
                 .iter()
-                .map(|disk| DiskArg { path: folder.join(&disk.file), read_only: disk.read_only })
+                .map(|disk| DiskArg {
+                    path: folder.join(&disk.file),
+                    format: match disk.format {
+                        kept::DiskFormat::Raw => Format::Raw,
+                        kept::DiskFormat::Qcow2 => Format::Qcow2,
+                    },
+                    read_only: disk.read_only,
+                })
                 .collect(),
             net: Some(match &config.net {
                 kept::Net::User => NetArg::User,
@@ -478,7 +494,13 @@ fn user_disks(args: &RunArgs) -> Result<Vec<DiskPlan>, PlanError> {
             reason: reason.to_owned(),
         };
         let len = check_file(&disk.path, role, !disk.read_only)?;
-        if !len.is_multiple_of(SECTOR_BYTES) {
+        if disk.format == Format::Qcow2 {
+            // With what is below it.
+            let layers = describe(&disk.path, disk.format)?;
+            if layers.first().is_none_or(|top| top.size < SECTOR_BYTES) {
+                return Err(unfit("it is empty"));
+            }
+        } else if !len.is_multiple_of(SECTOR_BYTES) {
             return Err(unfit(&format!("its length, {len}, is not a multiple of {SECTOR_BYTES}")));
         }
         let real = fs::canonicalize(&disk.path).map_err(|source| PlanError::File {
@@ -490,7 +512,8 @@ fn user_disks(args: &RunArgs) -> Result<Vec<DiskPlan>, PlanError> {
             return Err(unfit("it is given twice for writing"));
         }
         writable.push(real);
-        disks.push(DiskPlan { path: disk.path.clone(), read_only: disk.read_only });
+        let (path, format) = (disk.path.clone(), disk.format);
+        disks.push(DiskPlan { path, format, read_only: disk.read_only });
     }
     Ok(disks)
 }

@@ -11,6 +11,7 @@ use berth_api::v1::machine::{
     self as api, AdoptMachine, CreateMachine, Machine, MachineConfig, NewDisk, RenameMachine,
 };
 use berth_api::v1::routes::{self, PREFIX, UPGRADE_AGENT, UPGRADE_CONSOLE};
+use berth_disk::format::Format;
 use berth_vmm::console::EscapeFilter;
 use hyper::Method;
 use jiff::{SpanRound, Timestamp, Unit};
@@ -56,7 +57,12 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
         disks.push(match disk {
             KeptDisk::Size(size) => NewDisk::Size(*size),
             KeptDisk::File(disk) => {
-                NewDisk::File(api::Disk { file: absolute(&disk.path)?, read_only: disk.read_only })
+                let format = match disk.format {
+                    Format::Raw => api::DiskFormat::Raw,
+                    Format::Qcow2 => api::DiskFormat::Qcow2,
+                };
+                let (file, read_only) = (absolute(&disk.path)?, disk.read_only);
+                NewDisk::File(api::Disk { file, format, read_only })
             }
         });
     }

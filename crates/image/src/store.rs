@@ -4,7 +4,8 @@
 //! lock                           held while an image is made or removed
 //! images/debian@bookworm/        one directory for each image, complete or absent
 //!     image.json                 what it is, format 1 (see `ImageInfo`)
-//!     root.ext4                  the root disk, raw and sparse; never written after it is made
+//!     root.ext4                  the root disk, raw and sparse; never written after it is made, since
+//!                                machines are based on it
 //!     kernel/vmlinuz
 //!     kernel/modules/            *.ko, uncompressed, and modules.builtin
 //!     initramfs/KEY.cpio         made when first needed
@@ -284,7 +285,7 @@ impl Store {
         load(place)
     }
 
-    /// Removes an image. A machine that runs from it has its own copy and is not disturbed.
+    /// Removes an image. Machines have its disk under names of their own and are not disturbed.
     ///
     /// # Errors
     /// [`StoreError`].

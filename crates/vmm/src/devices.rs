@@ -4,6 +4,8 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 
+use berth_disk::format::Format;
+
 use crate::console::{Console, ConsoleError, SerialConfig};
 use crate::machine::{AttachPci, DeviceContext};
 use crate::pci::root::PciRoot;
@@ -21,8 +23,10 @@ use crate::virtio::vsock::host::{Vsock, VsockError};
 /// A disk of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskFile {
-    /// A raw image or a block device.
+    /// A file or a block device.
     pub path: PathBuf,
+    /// What it holds.
+    pub format: Format,
     /// The guest may not write.
     pub read_only: bool,
 }
@@ -113,6 +117,7 @@ impl Devices {
         for (i, disk) in self.disks.iter().enumerate() {
             let config = DiskConfig {
                 path: disk.path.clone(),
+                format: disk.format,
                 read_only: disk.read_only,
                 serial: format!("disk{i}"),
                 no_io_uring: false,

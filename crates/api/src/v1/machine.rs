@@ -117,9 +117,30 @@ pub struct Disk {
     /// The file; without a leading `/` in the machine's folder.
     #[schema(value_type = String)]
     pub file: PathBuf,
+    /// What the file holds; it is never guessed.
+    #[serde(default, skip_serializing_if = "DiskFormat::is_raw")]
+    pub format: DiskFormat,
     /// The guest may not write.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub read_only: bool,
+}
+
+/// What the file of a disk holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// The disk's bytes, one after the other.
+    #[default]
+    Raw,
+    /// An image in QEMU's format, with what it is based on.
+    Qcow2,
+}
+
+impl DiskFormat {
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+    fn is_raw(&self) -> bool {
+        *self == Self::Raw
+    }
 }
 
 /// A disk of a machine that is to be created.

@@ -696,3 +696,79 @@ fn debian_is_kept() {
     assert_eq!(cloud.ok("vm exec box cat /etc/kept"), "kept\n");
     assert_eq!(cloud.ok("vm exec box cat /sys/class/net/eth0/address"), address);
 }
+
+/// An overlay on a second name of the image's disk, whatever ends the machine.
+#[test]
+fn the_root_disk_is_an_overlay() {
+    let Some(debian) = Debian::take() else { return };
+    let cloud = Cloud::new();
+    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
+    cloud.ok("vm create --net none box debian:bookworm");
+    let folder = cloud.root().join("machines/box");
+    let (base, disk) = (folder.join("base.raw"), folder.join("disk0.qcow2"));
+    let image = fs::metadata(debian.image.root_disk()).unwrap();
+    assert_eq!(fs::metadata(&base).unwrap().len(), image.len());
+    let config = fs::read_to_string(folder.join("vm.toml")).unwrap();
+    assert!(config.contains("format = \"qcow2\""), "{config}");
+    let shown = disk.display();
+    let allocated = || -> u64 {
+        let info: Value =
+            serde_json::from_str(&cloud.ok(&format!("disk info --json {shown}"))).unwrap();
+        assert_eq!(info["virtual_bytes"], image.len());
+        assert_eq!(info["chain"][0]["file"], base.to_str().unwrap());
+        info["allocated_bytes"].as_u64().unwrap()
+    };
+    assert!(allocated() < 1 << 20, "a new machine takes no space");
+    // Nothing is lost if this does remove it: the store is a copy of names.
+    let names = cloud.root().join("names/debian@bookworm");
+    fs::create_dir_all(&names).unwrap();
+    let description = debian.images().join("debian@bookworm/image.json");
+    fs::copy(description, names.join("image.json")).unwrap();
+    fs::remove_file(cloud.root().join("images")).unwrap();
+    fs::rename(cloud.root().join("names"), cloud.root().join("images")).unwrap();
+    cloud.fails("image rm debian", &["debian:bookworm", "box", "berth vm rm box"]);
+    fs::remove_dir_all(cloud.root().join("images")).unwrap();
+    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
+    cloud.ok("vm start box");
+    for words in ["check", "resize"] {
+        let size = if words == "resize" { " 8G" } else { "" };
+        cloud.fails(&format!("disk {words} {shown}{size}"), &["disk0.qcow2", "in use"]);
+    }
+    let write = "echo flushed > /etc/kept; dd if=/dev/urandom of=/x bs=1M count=30; sync";
+    let shell = |script: &str| {
+        let ran = run(cloud.command("vm").args(["exec", "box", "sh", "-c", script]), b"");
+        ran.check(0);
+        ran.text()
+    };
+    shell(write);
+    let sum = shell("sha256sum /x");
+    assert!(allocated() > 30 << 20);
+    // What is in the folder is all there is of it: the process ends without a word.
+    kill_process(pid(&cloud.inspect("box")), Signal::KILL).unwrap();
+    cloud.wait_for("box", "failed");
+    let check = || -> Value {
+        let ran = cloud.run(&format!("disk check --json {shown}"));
+        ran.check(0);
+        serde_json::from_str(&ran.text()).unwrap()
+    };
+    assert_eq!(check()["corruptions"], 0);
+    cloud.ok("vm start box");
+    assert_eq!(shell("cat /etc/kept; sha256sum /x"), format!("flushed\n{sum}"));
+    // Space that the guest does not need any more is the host's again.
+    let before = allocated();
+    shell("rm /x; sync; fstrim /");
+    cloud.ok("vm stop box");
+    assert!(allocated() + (25 << 20) < before, "{} after {before}", allocated());
+    let found = check();
+    assert_eq!((&found["corruptions"], &found["sound"]), (&0.into(), &true.into()));
+    match std::process::Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&disk).output()
+    {
+        Err(error) => println!("skipped: no qemu-img here: {error}"),
+        // 3 is for leaks alone.
+        Ok(output) => assert!(matches!(output.status.code(), Some(0 | 3)), "{output:?}"),
+    }
+    cloud.ok("vm start box");
+    assert_eq!(cloud.ok("vm exec box cat /etc/kept"), "flushed\n");
+    cloud.ok("vm kill box");
+    assert_eq!(check()["corruptions"], 0);
+}

@@ -101,6 +101,53 @@ fn what_is_missing_is_named() {
 }
 
 #[test]
+fn disks_without_a_machine() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let at = |name: &str| root.join(name).display().to_string();
+    let run = |line: String, status: i32| {
+        let assert = berth(root).args(line.split_whitespace()).assert().code(status);
+        let output = assert.get_output();
+        assert!(output.stderr.is_empty(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout.clone()).unwrap()
+    };
+    let (raw, top) = (at("base.raw"), at("top.qcow2"));
+    assert_eq!(run(format!("disk create {raw} 3M"), 0), "");
+    fs::write(&raw, vec![7; 3 << 20]).unwrap();
+    run(format!("disk create --backing {raw} {top}"), 0);
+    let text = run(format!("disk info {top}"), 0);
+    assert!(text.contains("top.qcow2: qcow2, 3M (3145728 bytes)"), "{text}");
+    assert!(text.contains("based on ") && text.contains("base.raw: raw, 3M"), "{text}");
+    run(format!("disk resize {top} 5M"), 0);
+    run(format!("disk convert {top} {}", at("all.raw")), 0);
+    let mut expected = vec![7; 3 << 20];
+    expected.resize(5 << 20, 0);
+    assert!(fs::read(at("all.raw")).unwrap() == expected);
+    assert!(run(format!("disk check {top}"), 0).ends_with("top.qcow2: sound\n"));
+    let check = |line: String, parts: &[&str]| check_fails(root, &line, 1, parts);
+    check(format!("disk create {top} 1M"), &["top.qcow2", "exists already"]);
+    check(format!("disk create {} 1000", at("odd.raw")), &["odd.raw", "multiple of 512"]);
+    check(format!("disk create --backing {} {}", at("no"), at("x.qcow2")), &["no", "No such"]);
+    check(format!("disk create --backing {raw} {}", at("x.raw")), &["x.raw", "no backing file"]);
+    check(format!("disk resize {top} 1M"), &["top.qcow2", "--shrink"]);
+    check(format!("disk info {}", at("none.qcow2")), &["none.qcow2", "No such"]);
+    check(format!("disk info --format qcow2 {raw}"), &["base.raw", "does not begin as one"]);
+    check(format!("disk check {raw}"), &["base.raw", "raw"]);
+    check(format!("disk convert {top} {raw}"), &["base.raw", "exists already"]);
+    // The count of the header's cluster, in the first block of counts.
+    let mut damaged = fs::read(&top).unwrap();
+    damaged[2 * 65536 + 1] = 0;
+    fs::write(&top, damaged).unwrap();
+    let text = run(format!("disk check --json {top}"), 1);
+    let found: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&found["sound"], &found["corruptions"]), (&false.into(), &1.into()));
+    // Nothing was left of what failed.
+    let mut names: Vec<_> = fs::read_dir(root).unwrap().map(|e| e.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["all.raw", "base.raw", "top.qcow2"]);
+}
+
+#[test]
 fn an_empty_store_lists_as_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().join("state");

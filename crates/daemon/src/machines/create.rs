@@ -1,18 +1,22 @@
 //! New machines.
 
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use berth_api::v1::error::ApiError;
 use berth_api::v1::event::EventKind;
-use berth_api::v1::machine::{CreateMachine, Disk, MachineConfig, NewDisk};
+use berth_api::v1::machine::{CreateMachine, Disk, DiskFormat, MachineConfig, NewDisk};
+use berth_disk::chain::describe;
+use berth_disk::format::Format;
+use berth_disk::tools::{self, Backing};
 use berth_image::disk::copy_sparse;
 use berth_image::store::{Image, ImageName, Store};
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::failure::{Result, conflict, failed, invalid, of_store};
+use crate::failure::{Result, chain, conflict, failed, invalid, of_store};
 use crate::folder::{self, Folder, VERSION, VmToml};
 use crate::machines::{Entry, Machines, check_name, load};
 
@@ -26,6 +30,8 @@ const PAGE: u64 = 4096;
 const SECTOR: u64 = 512;
 /// Most disks.
 const DISKS_MAX: usize = 16;
+/// The image's disk in the machine's folder, which the machine's first disk is based on.
+const BASE: &str = "base.raw";
 
 impl Machines {
     /// Creates a machine.
@@ -39,7 +45,7 @@ impl Machines {
             return Err(conflict(format!("there is a machine {} already", request.name)));
         }
         let machines = Arc::clone(self);
-        // Copying a disk takes its time.
+        // Copying a disk takes its time, where it cannot be linked.
         let made = tokio::task::spawn_blocking(move || machines.make(request));
         let entry = made.await.map_err(|error| failed(&error))??;
         self.tell(EventKind::Created, &entry, None);
@@ -50,9 +56,13 @@ impl Machines {
         let image = self.image(&request.config)?;
         let mut machine = request.config;
         let mut fills = Vec::new();
+        let mut made = 0;
         if let Some(image) = image {
-            let disk = Disk { file: format!("disk{}.raw", fills.len()).into(), read_only: false };
-            fills.push((disk.file.clone(), Fill::Copy(image.root_disk())));
+            let file = PathBuf::from(format!("disk{made}.qcow2"));
+            made += 1;
+            fills.push((BASE.into(), Fill::Link(image.root_disk())));
+            fills.push((file.clone(), Fill::Overlay));
+            let disk = Disk { file, format: DiskFormat::Qcow2, read_only: false };
             machine.disks.insert(0, disk);
         }
         for new in request.disks {
@@ -66,9 +76,10 @@ impl Machines {
                     )));
                 }
                 NewDisk::Size(size) => {
-                    let file = PathBuf::from(format!("disk{}.raw", fills.len()));
+                    let file = PathBuf::from(format!("disk{made}.raw"));
+                    made += 1;
                     fills.push((file.clone(), Fill::Empty(size.bytes())));
-                    Disk { file, read_only: false }
+                    Disk { file, format: DiskFormat::Raw, read_only: false }
                 }
             });
         }
@@ -95,24 +106,48 @@ impl Machines {
     }
 }
 
-/// What a disk begins with.
+/// What a file of a new machine begins as.
 enum Fill {
-    Copy(PathBuf),
+    /// Another name of a disk that is never written, so that it stays when the image is removed.
+    Link(PathBuf),
+    /// On [`BASE`], with nothing of its own yet.
+    Overlay,
+    /// Empty, of so many bytes.
     Empty(u64),
 }
 
 impl Fill {
-    fn make(&self, path: &Path) -> std::result::Result<(), folder::FolderError> {
-        let made = (|| {
-            let file = File::options().read(true).write(true).create_new(true).open(path)?;
-            match self {
-                Self::Copy(from) => copy_sparse(&File::open(from)?, &file)?,
-                Self::Empty(bytes) => file.set_len(*bytes)?,
+    fn make(&self, path: &Path) -> Result<()> {
+        match self {
+            Self::Link(from) => link_or_copy(from, path).map_err(making(path))?,
+            Self::Overlay => {
+                let base = Backing { name: BASE.to_owned(), format: Format::Raw };
+                tools::create(path, Format::Qcow2, None, Some(&base))
+                    .map_err(|error| failed(&error))?;
             }
-            file.sync_all()
-        })();
-        made.map_err(folder::failed("making the disk", path))
+            Self::Empty(bytes) => {
+                let opened = File::options().read(true).write(true).create_new(true).open(path);
+                let set =
+                    opened.and_then(|file| file.set_len(*bytes).and_then(|()| file.sync_all()));
+                set.map_err(making(path))?;
+            }
+        }
+        Ok(())
     }
+}
+
+fn making(path: &Path) -> impl FnOnce(io::Error) -> folder::FolderError {
+    folder::failed("making the disk", path)
+}
+
+/// A second name takes no space; on another file system it must be a copy.
+fn link_or_copy(from: &Path, to: &Path) -> io::Result<()> {
+    if std::fs::hard_link(from, to).is_ok() {
+        return Ok(());
+    }
+    let file = File::options().read(true).write(true).create_new(true).open(to)?;
+    copy_sparse(&File::open(from)?, &file)?;
+    file.sync_all()
 }
 
 /// What can be said before anything is made. The rest is said at the start.
@@ -157,6 +192,11 @@ fn check_disks(disks: &[Disk], made: &[(PathBuf, Fill)]) -> Result<()> {
         let shown = disk.file.display();
         if !disk.file.is_absolute() {
             return Err(invalid(format!("{shown} as a disk is no absolute path")));
+        }
+        if disk.format == DiskFormat::Qcow2 {
+            // What it is based on is looked at, too.
+            describe(&disk.file, Format::Qcow2).map_err(|error| invalid(chain(&error)))?;
+            continue;
         }
         let meta = disk.file.metadata().map_err(folder::failed("reading", &disk.file))?;
         if !meta.is_file() || meta.len() == 0 || !meta.len().is_multiple_of(SECTOR) {

@@ -53,7 +53,7 @@ fn device(kind: u8) -> Option<(Box<dyn Device>, Host)> {
                 path: path.into(),
                 read_only: kind == 4,
                 serial: "fuzz".into(),
-                no_io_uring: false,
+                ..DiskConfig::default()
             };
             Box::new(Block::new(&config).ok()?)
         }

@@ -1,5 +1,7 @@
 //! Named limits of the virtio devices.
 
+use std::time::Duration;
+
 /// Descriptors in one chain, indirect ones included.
 pub const CHAIN_DESCRIPTORS_MAX: usize = 1024;
 /// Queues of one device.
@@ -12,8 +14,12 @@ pub const GUEST_WARNINGS_MAX: u32 = 32;
 
 /// Requests of one disk that are under way at the same time.
 pub const BLOCK_REQUESTS_MAX: usize = 256;
-/// Threads per disk where the kernel refuses io_uring.
+/// Threads per disk where the kernel refuses io_uring, and for disks that are not raw.
 pub const BLOCK_THREADS: usize = 4;
+/// How long an image that was written to is idle before it is written out without a flush.
+pub const BLOCK_IDLE_FLUSH: Duration = Duration::from_secs(1);
+/// Bytes of a request that are on their way between an image and the guest's memory.
+pub const BLOCK_BOUNCE_BYTES: usize = 512 * 1024;
 /// Sectors of one discard or write-zeroes request (16 MiB).
 pub const BLOCK_DISCARD_SECTORS_MAX: u32 = 32 * 1024;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
-use crate::virtio::block::disk::{Disk, DiskConfig, DiskError};
+use crate::virtio::block::disk::{Contents, Disk, DiskConfig, DiskError};
 use crate::virtio::block::engine::{Buffers, Done, Engine, Job};
 use crate::virtio::block::request::{
     self, HEADER_SIZE, ID_SIZE, Request, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED,
@@ -141,15 +141,9 @@ impl Block {
             Request::Discard { len: 0, .. } | Request::WriteZeroes { len: 0, .. } => {
                 return finish(queue, &chain, 0, STATUS_OK);
             }
-            Request::Discard { offset, len } => {
-                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-                (Job::Allocate { mode, offset, len }, Kind::Discard, 0)
-            }
+            Request::Discard { offset, len } => (Job::Discard { offset, len }, Kind::Discard, 0),
             Request::WriteZeroes { offset, len, unmap } => {
-                let what =
-                    if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
-                let mode = what | libc::FALLOC_FL_KEEP_SIZE;
-                (Job::Allocate { mode, offset, len }, Kind::WriteZeroes { offset, len }, 0)
+                (Job::Zero { offset, len, unmap }, Kind::WriteZeroes { offset, len }, 0)
             }
         };
         let Some(id) = self.free.pop() else {
@@ -193,11 +187,13 @@ impl Block {
             }
             // Discarding is advice; a file system that cannot is no error.
             (_, Kind::Discard) if unsupported => self.end(queue, id, STATUS_OK),
-            (Job::Allocate { .. }, Kind::WriteZeroes { offset, len }) if unsupported => {
+            (Job::Zero { .. }, Kind::WriteZeroes { offset, len }) if unsupported => {
                 let durable = self.durable_writes;
                 self.submit(queue, id, Job::Write { buffers: zeroes(len), offset, durable })
             }
-            (Job::Flush | Job::Allocate { .. }, _) if result == 0 => self.end(queue, id, STATUS_OK),
+            (Job::Flush | Job::Discard { .. } | Job::Zero { .. }, _) if result == 0 => {
+                self.end(queue, id, STATUS_OK)
+            }
             (_, Kind::Flush) if unsupported => self.end(queue, id, STATUS_UNSUPPORTED),
             // A read of nothing: the file became shorter.
             (job, _) => {
@@ -211,7 +207,7 @@ impl Block {
     fn go_on(&mut self, queue: &mut Virtqueue, id: u16, job: Job) -> Result<(), DeviceError> {
         let left = match &job {
             Job::Read { buffers, .. } | Job::Write { buffers, .. } => buffers.len(),
-            Job::Flush | Job::Allocate { .. } => 0,
+            Job::Flush | Job::Discard { .. } | Job::Zero { .. } => 0,
         };
         if left == 0 { self.end(queue, id, STATUS_OK) } else { self.submit(queue, id, job) }
     }
@@ -321,7 +317,7 @@ fn config_bytes(disk: &Disk) -> Vec<u8> {
     // max_discard_sectors, max_discard_seg, discard_sector_alignment
     put(36, &BLOCK_DISCARD_SECTORS_MAX.to_le_bytes());
     put(40, &1u32.to_le_bytes());
-    put(44, &8u32.to_le_bytes());
+    put(44, &disk.discard_sectors().to_le_bytes());
     // max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap
     put(48, &BLOCK_DISCARD_SECTORS_MAX.to_le_bytes());
     put(52, &1u32.to_le_bytes());
@@ -346,8 +342,9 @@ impl Device for Block {
     }
 
     fn start(&mut self, context: &mut Context) -> Result<(), DeviceError> {
-        let engine = Engine::new(&self.disk.file, Arc::clone(&context.memory), self.no_io_uring)
-            .map_err(DeviceError::host("setting up disk I/O"))?;
+        let engine =
+            Engine::new(&self.disk.contents, Arc::clone(&context.memory), self.no_io_uring)
+                .map_err(DeviceError::host("setting up disk I/O"))?;
         let fd: RawFd = engine.event_fd();
         context
             .poller
@@ -377,6 +374,11 @@ impl Device for Block {
             context.poller.remove(engine.event_fd());
             // Waits for the requests under way.
             drop(engine);
+            if let Contents::Qcow2(image) = &self.disk.contents
+                && let Err(error) = image.close()
+            {
+                tracing::warn!(%error, "writing a disk out at its end failed");
+            }
         }
         self.pending.fill_with(|| None);
         self.free = (0..BLOCK_REQUESTS_MAX as u16).rev().collect();

@@ -1,10 +1,13 @@
-//! The file behind a disk: opened, measured, locked.
+//! The disk behind the device: opened, measured, locked.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Seek, SeekFrom};
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
 
+use berth_disk::chain::{Access, open_file, open_image};
+use berth_disk::format::Format;
+use berth_disk::qcow2::image::Image;
+use berth_disk::storage::Storage;
 use thiserror::Error;
 
 /// Unit of the protocol, whatever the block size is.
@@ -13,15 +16,10 @@ pub const SECTOR_SIZE: u64 = 512;
 /// Why a disk cannot be used.
 #[derive(Debug, Error)]
 pub enum DiskError {
-    /// The file cannot be opened.
-    #[error("cannot open disk {path}")]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// The kernel's reason.
-        source: std::io::Error,
-    },
-    /// Not a file or block device, or its size is unknown.
+    /// It cannot be opened, or somebody else uses it.
+    #[error(transparent)]
+    Open(#[from] berth_disk::error::DiskError),
+    /// Its size is unknown.
     #[error("cannot find out the size of disk {path}")]
     Size {
         /// The file.
@@ -29,33 +27,21 @@ pub enum DiskError {
         /// The kernel's reason.
         source: std::io::Error,
     },
-    /// It is a directory, a pipe or the like.
-    #[error("disk {path} is neither a file nor a block device")]
-    Kind {
-        /// The file.
-        path: PathBuf,
-    },
     /// Not even one sector.
     #[error("disk {path} is smaller than a sector of {SECTOR_SIZE} bytes")]
     Empty {
         /// The file.
         path: PathBuf,
     },
-    /// Another process uses it, or this one twice.
-    #[error("disk {path} is in use by another virtual machine")]
-    Locked {
-        /// The file.
-        path: PathBuf,
-        /// The kernel's reason.
-        source: std::io::Error,
-    },
 }
 
 /// What is needed to open a disk.
 #[derive(Clone, Debug, Default)]
 pub struct DiskConfig {
-    /// The raw image or block device.
+    /// The file or block device.
     pub path: PathBuf,
+    /// What it holds. It is never found out by looking: a guest could write what is found.
+    pub format: Format,
     /// Refuse writes.
     pub read_only: bool,
     /// What the guest reads as the disk's identifier; at most 20 bytes are shown.
@@ -64,11 +50,20 @@ pub struct DiskConfig {
     pub no_io_uring: bool,
 }
 
+/// Where a disk's bytes are.
+#[derive(Clone, Debug)]
+pub enum Contents {
+    /// In a file, one after the other.
+    Raw(Arc<File>),
+    /// In an image, with what is below it.
+    Qcow2(Arc<Image>),
+}
+
 /// An open disk. Its lock lasts as long as the file is open.
 #[derive(Debug)]
 pub struct Disk {
-    /// The open file.
-    pub file: File,
+    /// Its bytes.
+    pub contents: Contents,
     /// Whole sectors; an incomplete last one is not shown to the guest.
     pub sectors: u64,
     /// Whether the guest may only read.
@@ -83,55 +78,36 @@ impl Disk {
     /// # Errors
     /// The file cannot be used, or someone else uses it.
     pub fn open(config: &DiskConfig) -> Result<Self, DiskError> {
-        use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-        let path = config.path.clone();
-        let mut file = match OpenOptions::new()
-            .read(true)
-            .write(!config.read_only)
-            // A FIFO must not block the start.
-            .custom_flags(libc::O_NONBLOCK)
-            .open(&path)
-        {
-            Ok(file) => file,
-            Err(source) => return Err(DiskError::Open { path, source }),
+        let path = &config.path;
+        let access = if config.read_only { Access::Read } else { Access::Write };
+        let (contents, size) = match config.format {
+            Format::Raw => {
+                let file = open_file(path, access)?;
+                let size = Storage::size(&file);
+                (Contents::Raw(Arc::new(file)), size)
+            }
+            Format::Qcow2 => {
+                let image = open_image(path, access)?;
+                let size = image.size();
+                (Contents::Qcow2(Arc::new(image)), Ok(size))
+            }
         };
-        let kind = match file.metadata() {
-            Ok(metadata) => metadata.file_type(),
-            Err(source) => return Err(DiskError::Size { path, source }),
-        };
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(DiskError::Kind { path });
-        }
-        let size = match file.seek(SeekFrom::End(0)) {
-            Ok(size) => size,
-            Err(source) => return Err(DiskError::Size { path, source }),
-        };
+        let size = size.map_err(|source| DiskError::Size { path: path.clone(), source })?;
         let sectors = size / SECTOR_SIZE;
         if sectors == 0 {
-            return Err(DiskError::Empty { path });
+            return Err(DiskError::Empty { path: path.clone() });
         }
-        lock(&file, &path, config.read_only)?;
-        Ok(Self { file, sectors, read_only: config.read_only, serial: config.serial.clone() })
+        let serial = config.serial.clone();
+        Ok(Self { contents, sectors, read_only: config.read_only, serial })
     }
-}
 
-/// An open-file-description lock: it also excludes a second opening by the same process, and ends
-/// with the file, however the process ends.
-fn lock(file: &File, path: &Path, shared: bool) -> Result<(), DiskError> {
-    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
-    let range = libc::flock {
-        l_type: kind as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    // SAFETY: the descriptor is open for the call, and the pointer is to a live flock structure that
-    // the kernel only reads.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) };
-    if result == 0 {
-        return Ok(());
+    /// Sectors that are given back together.
+    #[must_use]
+    pub fn discard_sectors(&self) -> u32 {
+        match &self.contents {
+            // A page.
+            Contents::Raw(_) => 8,
+            Contents::Qcow2(image) => (image.header().cluster_bytes() / SECTOR_SIZE) as u32,
+        }
     }
-    let source = std::io::Error::last_os_error();
-    Err(DiskError::Locked { path: path.to_owned(), source })
 }

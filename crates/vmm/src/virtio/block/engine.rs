@@ -1,4 +1,5 @@
-//! Disk I/O off the caller's thread: io_uring, or a few threads where the kernel refuses it.
+//! Disk I/O off the caller's thread: io_uring, or a few threads where the kernel refuses it and for
+//! disks that are not raw.
 //!
 //! A job's buffers are host addresses in guest memory. The engine holds that memory until every job
 //! has ended: dropping it waits, since the kernel may still write.
@@ -6,14 +7,16 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use io_uring::{IoUring, Probe, opcode, types};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::memory::Memory;
-use crate::virtio::limits::{BLOCK_REQUESTS_MAX, BLOCK_THREADS};
+use crate::virtio::block::disk::Contents;
+use crate::virtio::block::qcow2;
+use crate::virtio::limits::{BLOCK_IDLE_FLUSH, BLOCK_REQUESTS_MAX, BLOCK_THREADS};
 
 /// Buffers of a job, in host addresses of guest memory (or of memory that never goes away).
 #[derive(Debug)]
@@ -69,15 +72,34 @@ pub enum Job {
     },
     /// fdatasync
     Flush,
-    /// fallocate
-    Allocate {
-        /// Flags of fallocate.
-        mode: i32,
+    /// Giving space back; what is read there then does not matter.
+    Discard {
         /// Byte offset in the file.
         offset: u64,
         /// How many bytes.
         len: u64,
     },
+    /// Zeroes.
+    Zero {
+        /// Byte offset in the file.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
+        /// The space may be given back.
+        unmap: bool,
+    },
+}
+
+/// The system call that a raw file needs for a job: flags, offset and length for fallocate.
+fn allocation(job: &Job) -> Option<(i32, u64, u64)> {
+    let (what, offset, len) = match *job {
+        Job::Discard { offset, len } | Job::Zero { offset, len, unmap: true } => {
+            (libc::FALLOC_FL_PUNCH_HOLE, offset, len)
+        }
+        Job::Zero { offset, len, unmap: false } => (libc::FALLOC_FL_ZERO_RANGE, offset, len),
+        _ => return None,
+    };
+    Some((what | libc::FALLOC_FL_KEEP_SIZE, offset, len))
 }
 
 /// A finished job: what the system call returned, or minus the error number.
@@ -100,18 +122,22 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// io_uring if the kernel allows and it is not refused, else threads.
+    /// io_uring for a raw file if the kernel allows and it is not refused, else threads.
     ///
     /// # Errors
     /// Neither can be set up.
-    pub fn new(file: &File, memory: Arc<Memory>, no_io_uring: bool) -> std::io::Result<Self> {
-        if !no_io_uring {
-            match RingEngine::new(file.try_clone()?, Arc::clone(&memory)) {
+    pub fn new(
+        contents: &Contents,
+        memory: Arc<Memory>,
+        no_io_uring: bool,
+    ) -> std::io::Result<Self> {
+        if let (Contents::Raw(file), false) = (contents, no_io_uring) {
+            match RingEngine::new(Arc::clone(file), Arc::clone(&memory)) {
                 Ok(ring) => return Ok(Self::Ring(Box::new(ring))),
                 Err(error) => tracing::debug!(%error, "no io_uring; using threads"),
             }
         }
-        ThreadEngine::new(file.try_clone()?, memory).map(Self::Threads)
+        ThreadEngine::new(contents.clone(), memory).map(Self::Threads)
     }
 
     /// Readable when jobs have ended.
@@ -161,12 +187,12 @@ pub struct RingEngine {
     ring: IoUring,
     jobs: Vec<Option<Job>>,
     in_flight: usize,
-    file: File,
+    file: Arc<File>,
     _memory: Arc<Memory>,
 }
 
 impl RingEngine {
-    fn new(file: File, memory: Arc<Memory>) -> std::io::Result<Self> {
+    fn new(file: Arc<File>, memory: Arc<Memory>) -> std::io::Result<Self> {
         let ring = IoUring::new(BLOCK_REQUESTS_MAX as u32)?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
@@ -202,8 +228,9 @@ impl RingEngine {
                     .build()
             }
             Job::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-            Job::Allocate { mode, offset, len } => {
-                opcode::Fallocate::new(fd, *len).offset(*offset).mode(*mode).build()
+            Job::Discard { .. } | Job::Zero { .. } => {
+                let (mode, offset, len) = allocation(job).unwrap_or_default();
+                opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
         };
         let entry = entry.user_data(u64::from(id));
@@ -274,14 +301,22 @@ struct Shared {
     state: Mutex<ThreadState>,
     wake: Condvar,
     event: EventFd,
-    file: File,
+    contents: Contents,
     _memory: Arc<Memory>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, ThreadState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Default)]
 struct ThreadState {
     waiting: VecDeque<(u16, Job)>,
     done: Vec<Done>,
+    /// Something was written to an image that no flush has come after.
+    unflushed: bool,
     stop: bool,
 }
 
@@ -292,12 +327,12 @@ pub struct ThreadEngine {
 }
 
 impl ThreadEngine {
-    fn new(file: File, memory: Arc<Memory>) -> std::io::Result<Self> {
+    fn new(contents: Contents, memory: Arc<Memory>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             wake: Condvar::new(),
             event: EventFd::new(EFD_NONBLOCK)?,
-            file,
+            contents,
             _memory: memory,
         });
         let mut engine = Self { shared, threads: Vec::new() };
@@ -311,7 +346,7 @@ impl ThreadEngine {
     }
 
     fn submit(&mut self, id: u16, job: Job) {
-        let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.shared.lock();
         state.waiting.push_back((id, job));
         drop(state);
         self.shared.wake.notify_one();
@@ -320,14 +355,14 @@ impl ThreadEngine {
     fn take_done(&mut self, out: &mut Vec<Done>) {
         // Nothing to read only means that another call took these jobs.
         let _ = self.shared.event.read();
-        let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.shared.lock();
         out.append(&mut state.done);
     }
 }
 
 impl Drop for ThreadEngine {
     fn drop(&mut self) {
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).stop = true;
+        self.shared.lock().stop = true;
         self.shared.wake.notify_all();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
@@ -337,24 +372,46 @@ impl Drop for ThreadEngine {
 
 fn serve(shared: &Shared) {
     loop {
-        let (id, job) = {
-            let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-            loop {
-                // What was accepted is done even when stopping: the guest may count on a write.
-                if let Some(next) = state.waiting.pop_front() {
-                    break next;
-                }
-                if state.stop {
-                    return;
-                }
-                state = shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
+        let Some((id, job)) = next(shared) else { return };
+        let result = match &shared.contents {
+            Contents::Raw(file) => execute(file, &job),
+            Contents::Qcow2(image) => qcow2::execute(image, &job),
         };
-        let result = execute(&shared.file, &job);
-        let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = shared.lock();
         state.done.push(Done { id, job, result });
         drop(state);
         let _ = shared.event.write(1);
+    }
+}
+
+/// Waits for a job; none: the engine is stopped.
+fn next(shared: &Shared) -> Option<(u16, Job)> {
+    let mut state = shared.lock();
+    loop {
+        // What was accepted is done even when stopping: the guest may count on a write.
+        if let Some((id, job)) = state.waiting.pop_front() {
+            state.unflushed |= !matches!(job, Job::Read { .. } | Job::Flush);
+            return Some((id, job));
+        }
+        if state.stop {
+            return None;
+        }
+        let (Contents::Qcow2(image), true) = (&shared.contents, state.unflushed) else {
+            state = shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            continue;
+        };
+        let waited = shared.wake.wait_timeout(state, BLOCK_IDLE_FLUSH);
+        let (again, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        state = again;
+        if timeout.timed_out() && state.unflushed && state.waiting.is_empty() {
+            // A machine that is killed loses little then.
+            state.unflushed = false;
+            drop(state);
+            if let Err(error) = image.flush() {
+                tracing::debug!(%error, "writing an idle disk out failed");
+            }
+            state = shared.lock();
+        }
     }
 }
 
@@ -374,10 +431,11 @@ fn execute(file: &File, job: &Job) -> i64 {
             },
             // SAFETY: no memory is involved.
             Job::Flush => i64::from(unsafe { libc::fdatasync(fd) }),
-            // SAFETY: no memory is involved.
-            Job::Allocate { mode, offset, len } => unsafe {
-                i64::from(libc::fallocate(fd, *mode, *offset as i64, *len as i64))
-            },
+            Job::Discard { .. } | Job::Zero { .. } => {
+                let (mode, offset, len) = allocation(job).unwrap_or_default();
+                // SAFETY: no memory is involved.
+                i64::from(unsafe { libc::fallocate(fd, mode, offset as i64, len as i64) })
+            }
         };
         if result >= 0 {
             return result;

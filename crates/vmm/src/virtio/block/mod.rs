@@ -1,11 +1,12 @@
-//! virtio-blk: disks from raw files and block devices.
+//! virtio-blk: disks from raw files, block devices and qcow2 images.
 //!
 //! `disk` opens and locks the file, `request` reads what the driver wants, `engine` does the I/O
-//! (io_uring, or a few threads), `device` connects them.
+//! (io_uring, or a few threads, which `qcow2` serves), `device` connects them.
 
 pub mod device;
 pub mod disk;
 pub mod engine;
+mod qcow2;
 mod request;
 #[cfg(test)]
 mod stall;

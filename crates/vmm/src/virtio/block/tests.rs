@@ -6,10 +6,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
+use berth_disk::error::DiskError as OpenError;
+use berth_disk::format::Format;
+use berth_disk::tools::{Backing, convert};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::virtio::block::device::{Block, F_DISCARD, F_FLUSH, F_RO, F_WRITE_ZEROES};
-use crate::virtio::block::disk::{Disk, DiskConfig, DiskError};
+use crate::virtio::block::disk::{Contents, Disk, DiskConfig, DiskError};
 use crate::virtio::block::stall::Stall;
 use crate::virtio::testing::{Guest, Part};
 
@@ -241,7 +244,7 @@ fn read_only_disks_are_not_written() {
     assert_eq!(disk.read(0, 512), sector_data(0));
     // Another reader may share it, a writer may not.
     let shared = Block::new(&config).unwrap();
-    assert!(matches!(Block::new(&disk.config()), Err(DiskError::Locked { .. })));
+    assert!(matches!(Block::new(&disk.config()), Err(DiskError::Open(OpenError::Locked { .. }))));
     drop(shared);
 }
 
@@ -249,7 +252,7 @@ fn read_only_disks_are_not_written() {
 fn a_writable_disk_belongs_to_one() {
     let disk = TestDisk::new("lock");
     let first = Block::new(&disk.config()).unwrap();
-    assert!(matches!(Block::new(&disk.config()), Err(DiskError::Locked { .. })));
+    assert!(matches!(Block::new(&disk.config()), Err(DiskError::Open(OpenError::Locked { .. }))));
     drop(first);
     assert!(Block::new(&disk.config()).is_ok());
 }
@@ -257,9 +260,9 @@ fn a_writable_disk_belongs_to_one() {
 #[test]
 fn unusable_files_are_named() {
     let missing = DiskConfig { path: "/nonexistent/disk".into(), ..DiskConfig::default() };
-    assert!(matches!(Block::new(&missing), Err(DiskError::Open { .. })));
+    assert!(matches!(Block::new(&missing), Err(DiskError::Open(OpenError::File { .. }))));
     let directory = DiskConfig { path: "/tmp".into(), read_only: true, ..DiskConfig::default() };
-    assert!(matches!(Block::new(&directory), Err(DiskError::Kind { .. })));
+    assert!(matches!(Block::new(&directory), Err(DiskError::Open(OpenError::Kind { .. }))));
 }
 
 #[test]
@@ -323,41 +326,137 @@ fn reset_with_requests_under_way() {
 /// What a vCPU does while the disk answers a request: more requests, registers, another device.
 #[test]
 fn a_vcpu_does_not_wait_for_the_disk() {
-    with_both("stall", |_, guest| {
-        let header = header(0, 7);
-        // Not offered yet: a device that has just started looks at its rings without being told.
-        let head = guest.prepare(0, &[Part::Out(&header), Part::In(8192), Part::In(1)], false);
-        // Whole pages of that buffer, which begins at 0x40_0040.
-        let page = guest.memory.get_slice(GuestAddress(0x40_1000), 4096).unwrap();
-        let stall = match Stall::new(page.ptr_guard_mut().as_ptr(), 4096) {
-            Ok(stall) => stall,
-            Err(error) => return println!("skipped: no userfaultfd here: {error}"),
-        };
-        let (touched, stalled) = mpsc::channel();
-        let (ended, over) = mpsc::channel();
-        let keeper = std::thread::spawn(move || {
-            stall.wait();
-            touched.send(()).unwrap();
-            // As long as a test may take; a vCPU that waits would wait for this.
-            let waited = over.recv_timeout(Duration::from_secs(20)).is_err();
-            drop(stall);
-            waited
-        });
-        guest.offer(0, head);
-        guest.kick(0);
-        stalled.recv().unwrap();
-        for _ in 0..100 {
-            guest.kick(0);
-            assert_eq!(guest.status(), 0xf);
-            assert_eq!(guest.device_config(0, 8), SECTORS as u64);
-        }
-        assert!(guest.poll_used(0).is_none(), "the request was not to end");
-        ended.send(()).unwrap();
-        assert!(!keeper.join().unwrap(), "a register was answered only after the disk");
-        let (done, len, data) = guest.used(0);
-        assert_eq!((done, len, data[8192]), (head, 8193, 0));
-        assert_eq!(data[..512], sector_data(7));
+    with_both("stall", |_, guest| stall(guest));
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, path) = (TestDisk::new("stall-image"), directory.path().join("disk.qcow2"));
+    convert((&disk.path, Format::Raw), (&path, Format::Qcow2)).unwrap();
+    let config = DiskConfig { path, format: Format::Qcow2, ..DiskConfig::default() };
+    let mut guest = Guest::new(Block::new(&config).unwrap());
+    guest.start(F_FLUSH, 0);
+    stall(&mut guest);
+}
+
+fn stall(guest: &mut Guest) {
+    let header = header(0, 7);
+    // Not offered yet: a device that has just started looks at its rings without being told.
+    let head = guest.prepare(0, &[Part::Out(&header), Part::In(8192), Part::In(1)], false);
+    // Whole pages of that buffer, which begins at 0x40_0040.
+    let page = guest.memory.get_slice(GuestAddress(0x40_1000), 4096).unwrap();
+    let stall = match Stall::new(page.ptr_guard_mut().as_ptr(), 4096) {
+        Ok(stall) => stall,
+        Err(error) => return println!("skipped: no userfaultfd here: {error}"),
+    };
+    let (touched, stalled) = mpsc::channel();
+    let (ended, over) = mpsc::channel();
+    let keeper = std::thread::spawn(move || {
+        stall.wait();
+        touched.send(()).unwrap();
+        // As long as a test may take; a vCPU that waits would wait for this.
+        let waited = over.recv_timeout(Duration::from_secs(20)).is_err();
+        drop(stall);
+        waited
     });
+    guest.offer(0, head);
+    guest.kick(0);
+    stalled.recv().unwrap();
+    for _ in 0..100 {
+        guest.kick(0);
+        assert_eq!(guest.status(), 0xf);
+        assert_eq!(guest.device_config(0, 8), SECTORS as u64);
+    }
+    assert!(guest.poll_used(0).is_none(), "the request was not to end");
+    ended.send(()).unwrap();
+    assert!(!keeper.join().unwrap(), "a register was answered only after the disk");
+    let (done, len, data) = guest.used(0);
+    assert_eq!((done, len, data[8192]), (head, 8193, 0));
+    assert_eq!(data[..512], sector_data(7));
+}
+
+/// Sends random requests to a disk that is an overlay, and compares it with what QEMU makes of it.
+#[test]
+fn an_image_holds_what_qemu_sees() {
+    let directory = tempfile::tempdir().unwrap();
+    let below = Backing { name: "base.raw".to_owned(), format: Format::Raw };
+    let base: Vec<u8> = (0..SECTORS as u32 / 2).flat_map(sector_data).collect();
+    std::fs::write(directory.path().join("base.raw"), base).unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let size = SECTORS as u64 * 512;
+    berth_disk::tools::create(&path, Format::Qcow2, Some(size), Some(&below)).unwrap();
+    let config = DiskConfig { path: path.clone(), format: Format::Qcow2, ..DiskConfig::default() };
+    let mut guest = Guest::new(Block::new(&config).unwrap());
+    assert_eq!(guest.device_config(44, 4), 128);
+    let mut model: Vec<u32> = (0..SECTORS as u32).collect();
+    model[SECTORS / 2..].fill(0);
+    let mut state = 12_345u64;
+    let mut random = |end: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 33) % end
+    };
+    for round in 0..400u32 {
+        if round % 100 == 0 {
+            // With and without a driver that flushes.
+            let flush = if round == 200 { 0 } else { F_FLUSH };
+            guest.start(flush | F_DISCARD | F_WRITE_ZEROES, 0);
+        }
+        let first = random(SECTORS as u64 - 300);
+        let count = 1 + random(if round % 3 == 0 { 300 } else { 9 });
+        let range = first as usize..(first + count) as usize;
+        match random(12) {
+            0 => assert_eq!(send(&mut guest, 4, 0, &[]), 0),
+            1 | 2 => {
+                assert_eq!(send(&mut guest, 11, 0, &segment(first, count as u32, 0)), 0);
+                let whole = range.start.next_multiple_of(128)..range.end / 128 * 128;
+                whole.for_each(|sector| model[sector] = 0);
+            }
+            3 | 4 => {
+                let unmap = random(2) as u32;
+                assert_eq!(send(&mut guest, 13, 0, &segment(first, count as u32, unmap)), 0);
+                model[range].fill(0);
+            }
+            5..=7 => {
+                let (_, data, status) = fetch(&mut guest, first, count as u32 * 512, true);
+                let expected: Vec<u8> =
+                    range.flat_map(|sector| sector_data(model[sector])).collect();
+                assert!(status == 0 && data == expected, "round {round}");
+            }
+            _ => {
+                let value = 1_000_000 + round;
+                let data = sector_data(value).repeat(count as usize);
+                assert_eq!(send(&mut guest, 1, first, &data), 0);
+                model[range].fill(value);
+            }
+        }
+    }
+    assert!(matches!(Block::new(&config), Err(DiskError::Open(OpenError::Locked { .. }))));
+    // What is below is for readers only as long.
+    let base = DiskConfig { path: directory.path().join("base.raw"), ..DiskConfig::default() };
+    assert!(matches!(Block::new(&base), Err(DiskError::Open(OpenError::Locked { .. }))));
+    assert!(Block::new(&DiskConfig { read_only: true, ..base }).is_ok());
+    drop(guest);
+    let report = berth_disk::tools::check_disk(&path, Format::Qcow2).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.findings);
+    let image = path.display().to_string();
+    let raw = directory.path().join("seen.raw");
+    let Some(check) = qemu_img(&["check", "-f", "qcow2", &image]) else { return };
+    assert!(check.contains("No errors were found"), "{check}");
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", &image, &raw.display().to_string()]);
+    let expected: Vec<u8> = model.iter().copied().flat_map(sector_data).collect();
+    assert!(std::fs::read(raw).unwrap() == expected, "QEMU sees another disk");
+}
+
+fn qemu_img(arguments: &[&str]) -> Option<String> {
+    match std::process::Command::new("qemu-img").args(arguments).output() {
+        Ok(output) => {
+            let text =
+                String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+            assert!(output.status.success(), "qemu-img {arguments:?}: {text}");
+            Some(text)
+        }
+        Err(error) => {
+            println!("skipped: no qemu-img here: {error}");
+            None
+        }
+    }
 }
 
 #[test]
@@ -365,7 +464,8 @@ fn a_full_disk_is_an_error_to_the_guest() {
     for no_io_uring in [false, true] {
         let file = File::options().read(true).write(true).open("/dev/full").unwrap();
         let serial = String::new();
-        let disk = Disk { file, sectors: SECTORS as u64, read_only: false, serial };
+        let contents = Contents::Raw(Arc::new(file));
+        let disk = Disk { contents, sectors: SECTORS as u64, read_only: false, serial };
         let mut guest = Guest::new(Block::with_disk(disk, no_io_uring));
         guest.start(F_FLUSH, 0);
         assert_eq!(send(&mut guest, 1, 0, &[1; 4096]), 1);

@@ -1,6 +1,5 @@
 //! How the program ends: the error of each part, and the status scripts see.
 
-use std::error::Error;
 use std::io;
 
 use berth_daemon::server::DaemonError;
@@ -114,17 +113,7 @@ impl CliError {
     /// The message with all its causes, each once.
     #[must_use]
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut source = self.source();
-        while let Some(error) = source {
-            let cause = error.to_string();
-            if !text.ends_with(&cause) {
-                text.push_str(": ");
-                text.push_str(&cause);
-            }
-            source = error.source();
-        }
-        text
+        berth_daemon::failure::chain(self)
     }
 
     /// Whether whoever read the output has had enough.

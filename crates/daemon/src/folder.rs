@@ -6,10 +6,11 @@
 //! as it is not any more; [`sweep`] removes what a crash left. `docs/formats/machine-folder.md`
 //! describes what is inside.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use berth_api::v1::machine::{Exit, MachineConfig};
 use berth_api::vmm;
@@ -24,6 +25,8 @@ pub const VERSION: u32 = 1;
 pub const CONFIG: &str = "vm.toml";
 /// Bytes a configuration may have.
 const CONFIG_MAX: u64 = 64 << 10;
+/// How often a lock that is waited for is tried.
+const LOCK_POLL: Duration = Duration::from_millis(10);
 /// What a folder is called while it is made, and while it is removed.
 const UNFINISHED: [&str; 2] = [".new-", ".gone-"];
 
@@ -225,18 +228,30 @@ impl Folder {
     /// As [`Self::lock`].
     pub fn lock_named(&self, name: &str) -> Result<FolderLock, FolderError> {
         let path = self.file(name);
-        // Not through a link, and not waiting for a reader of a pipe.
-        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-        let mut options = File::options();
-        options.create(true).truncate(false).write(true).mode(0o600).custom_flags(flags);
-        let options = options.open(&path);
-        let file = options.map_err(failed("opening", &path))?;
+        let opened = own_file().truncate(false).write(true).open(&path);
+        let file = opened.map_err(failed("opening", &path))?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(FolderLock { _file: file }),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 Err(FolderError::Locked { path: self.path.clone() })
             }
             Err(errno) => Err(failed("locking", &path)(errno.into())),
+        }
+    }
+
+    /// Locks it as soon as whoever has it is gone, for which it waits so long.
+    ///
+    /// # Errors
+    /// As [`Self::lock`].
+    pub fn lock_within(&self, patience: Duration) -> Result<FolderLock, FolderError> {
+        let began = Instant::now();
+        loop {
+            match self.lock() {
+                Err(FolderError::Locked { .. }) if began.elapsed() < patience => {
+                    std::thread::sleep(LOCK_POLL);
+                }
+                other => return other,
+            }
         }
     }
 
@@ -269,6 +284,16 @@ impl Folder {
         sync(&parent)?;
         fs::remove_dir_all(&gone).map_err(failed("removing", &gone))
     }
+}
+
+/// How a file of a folder is opened, and made: for its user alone, not through a link, and without
+/// waiting for the reader of a pipe.
+#[must_use]
+pub fn own_file() -> OpenOptions {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let mut options = File::options();
+    options.create(true).mode(0o600).custom_flags(flags);
+    options
 }
 
 /// Removes what a crash left of folders that were being made or removed.

@@ -493,7 +493,7 @@ impl Machines {
         }
         let folder = entry.folder();
         let removed = tokio::task::spawn_blocking(move || {
-            let _lock = load::lock_soon(&folder)?;
+            let _lock = folder.lock_within(load::SETTLE)?;
             folder.remove()
         });
         // With its first step it is gone: what a failure leaves is removed by the next daemon.

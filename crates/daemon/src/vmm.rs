@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -17,7 +16,7 @@ use tokio::net::UnixStream;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use crate::folder::Folder;
+use crate::folder::{Folder, own_file};
 
 /// How long the process of a machine may take for an answer.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
@@ -143,10 +142,10 @@ pub async fn start(program: &Path, root: &Path, folder: &Folder) -> Result<(), V
         VmmError::NotStarted(format!("{what}: {error}"))
     };
     let path = folder.file(LOG);
-    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-    let mut log = File::options();
-    log.create(true).append(true).mode(0o600).custom_flags(flags);
-    let log = log.open(&path).map_err(|error| not(&path.display().to_string(), &error))?;
+    let log = own_file()
+        .append(true)
+        .open(&path)
+        .map_err(|error| not(&path.display().to_string(), &error))?;
     let mut child = Command::new(program)
         .arg("--root")
         .arg(root)

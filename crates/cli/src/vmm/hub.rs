@@ -7,7 +7,6 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, SyncSender};
@@ -15,8 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use berth_daemon::folder::Folder;
-use rustix::fs::OFlags;
+use berth_daemon::folder::{Folder, own_file};
 
 /// Bytes of a log before another one is begun; one old one is kept.
 const LOG_BYTES_MAX: u64 = 4 << 20;
@@ -52,11 +50,7 @@ struct Log {
 
 impl Log {
     fn open(path: PathBuf) -> io::Result<Self> {
-        // Not through a link, and not waiting for a reader of a pipe.
-        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-        let mut options = File::options();
-        options.create(true).append(true).mode(0o600).custom_flags(flags);
-        let file = options.open(&path)?;
+        let file = own_file().append(true).open(&path)?;
         let len = file.metadata()?.len();
         Ok(Self { path, file, len, failed: false })
     }

@@ -19,11 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use berth_api::v1::machine::{Exit, MachineState};
 use berth_api::vmm::{Greeting, SUSPENDED, Status, UNFINISHED};
-use berth_daemon::folder::{Folder, FolderError, FolderLock};
+use berth_daemon::folder::{Folder, FolderLock};
 use berth_vmm::console::SignalWatch;
 use berth_vmm::devices::HostEnds;
 use berth_vmm::machine::{Machine, RunningMachine};
@@ -42,7 +42,6 @@ use crate::vmm::hub::Hub;
 
 /// How long the process of an earlier run may take to be gone.
 const LOCK_TIME: Duration = Duration::from_secs(3);
-const LOCK_POLL: Duration = Duration::from_millis(10);
 
 /// Runs the machine of a folder to its end.
 #[must_use]
@@ -88,7 +87,8 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
     let folder = Folder::at(format!("/proc/self/fd/{}", directory.as_raw_fd()));
     // It is there as long as the process.
     std::mem::forget(directory);
-    let lock = lock(&folder).map_err(|_| format!("{} is in use", path.display()))?;
+    let lock =
+        folder.lock_within(LOCK_TIME).map_err(|_| format!("{} is in use", path.display()))?;
     let toml = folder.config()?;
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     folder.set_last_exit(Some(&Exit {
@@ -166,19 +166,6 @@ fn begin(
     Control::start(folder, &machine, ends, Arc::clone(&hub), status.clone())?;
     greet(&Greeting::Started(status));
     Ok((machine, plan, told, hub))
-}
-
-/// Locks the folder; the process before this one may be about to end.
-fn lock(folder: &Folder) -> Result<FolderLock, FolderError> {
-    let began = Instant::now();
-    loop {
-        match folder.lock() {
-            Err(FolderError::Locked { .. }) if began.elapsed() < LOCK_TIME => {
-                std::thread::sleep(LOCK_POLL);
-            }
-            other => return other,
-        }
-    }
 }
 
 /// A machine's hardware address: of its identity, so that it stays and no other machine has it.

@@ -16,13 +16,13 @@ use uuid::Uuid;
 
 use crate::events::Events;
 use crate::failure::{Result, conflict, error, invalid};
-use crate::folder::{self, Folder, FolderError, FolderLock};
+use crate::folder::{self, Folder, FolderError};
 use crate::machines::{Entry, Machines, check_name};
 use crate::vmm::{self, VmmError};
 
 /// How long a process that has just ended may keep its lock, and one that starts needs until it
 /// listens.
-const SETTLE: Duration = Duration::from_secs(2);
+pub(super) const SETTLE: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
 /// How often a process that does not answer is looked for.
 const SEEK: Duration = Duration::from_secs(1);
@@ -30,19 +30,6 @@ const SEEK: Duration = Duration::from_secs(1);
 const PLACE_MAX: u64 = 64;
 /// Where a folder was when it became a machine: a copy is somewhere else.
 const PLACE: &str = "state/place";
-
-/// Locks a folder whose process may be about to end.
-pub(super) fn lock_soon(folder: &Folder) -> std::result::Result<FolderLock, FolderError> {
-    let began = Instant::now();
-    loop {
-        match folder.lock() {
-            Err(FolderError::Locked { .. }) if began.elapsed() < SETTLE => {
-                std::thread::sleep(POLL);
-            }
-            other => return other,
-        }
-    }
-}
 
 /// The inode of a folder. Devices have other numbers after the next boot.
 fn place(path: &Path) -> std::result::Result<String, FolderError> {

@@ -1,5 +1,6 @@
 //! `/machines`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -13,6 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::failure::{failed, invalid};
+use crate::machines::{Entry, Machines};
 use crate::server::extract::{Body, Failure, Path, Query};
 use crate::server::{Daemon, stream};
 
@@ -50,6 +52,20 @@ async fn whole<T: Send + 'static>(
         Ok(result) => Ok(result?),
         Err(error) => Err(failed(&error).into()),
     }
+}
+
+/// Changes a machine as a whole; gives how it is then.
+async fn changed<F: Future<Output = Result<(), ApiError>> + Send>(
+    daemon: Daemon,
+    name: String,
+    change: impl FnOnce(Arc<Machines>, Arc<Entry>) -> F + Send + 'static,
+) -> Answer<Json<Machine>> {
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        change(daemon.machines, Arc::clone(&entry)).await?;
+        Ok(entry.describe())
+    });
+    Ok(Json(machine.await?))
 }
 
 /// How long to wait for a guest.
@@ -162,12 +178,7 @@ async fn remove(
     )
 )]
 async fn start(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.start(&entry).await?;
-        Ok(entry.describe())
-    });
-    Ok(Json(machine.await?))
+    changed(daemon, name, move |machines, entry| async move { machines.start(&entry).await }).await
 }
 
 /// Asks the guest to power off, and ends it if it does not in time.
@@ -187,12 +198,12 @@ async fn stop(
     Query(query): Query<Patience>,
 ) -> Answer<Json<Machine>> {
     let patience = query.duration()?;
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.stop(&entry, patience).await?;
-        Ok(entry.describe())
-    });
-    Ok(Json(machine.await?))
+    changed(
+        daemon,
+        name,
+        move |machines, entry| async move { machines.stop(&entry, patience).await },
+    )
+    .await
 }
 
 /// Ends a machine at once.
@@ -207,12 +218,7 @@ async fn stop(
     )
 )]
 async fn kill(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.kill(&entry).await?;
-        Ok(entry.describe())
-    });
-    Ok(Json(machine.await?))
+    changed(daemon, name, move |machines, entry| async move { machines.kill(&entry).await }).await
 }
 
 /// Stops a machine if it runs, and starts it.
@@ -232,12 +238,12 @@ async fn restart(
     Query(query): Query<Patience>,
 ) -> Answer<Json<Machine>> {
     let patience = query.duration()?;
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.restart(&entry, patience).await?;
-        Ok(entry.describe())
-    });
-    Ok(Json(machine.await?))
+    changed(
+        daemon,
+        name,
+        move |machines, entry| async move { machines.restart(&entry, patience).await },
+    )
+    .await
 }
 
 /// Lets the vCPUs of a machine stand still.
@@ -252,12 +258,8 @@ async fn restart(
     )
 )]
 async fn pause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.pause(&entry, true).await?;
-        Ok(entry.describe())
-    });
-    Ok(Json(machine.await?))
+    changed(daemon, name, move |machines, entry| async move { machines.pause(&entry, true).await })
+        .await
 }
 
 /// Lets them go on.
@@ -272,12 +274,8 @@ async fn pause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer
     )
 )]
 async fn unpause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.pause(&entry, false).await?;
-        Ok(entry.describe())
-    });
-    Ok(Json(machine.await?))
+    changed(daemon, name, move |machines, entry| async move { machines.pause(&entry, false).await })
+        .await
 }
 
 /// Gives a machine another name.
@@ -297,12 +295,10 @@ async fn rename(
     Path(name): Path<String>,
     Body(request): Body<RenameMachine>,
 ) -> Answer<Json<Machine>> {
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.rename(&entry, &request.name).await?;
-        Ok(entry.describe())
-    });
-    Ok(Json(machine.await?))
+    changed(daemon, name, move |machines, entry| async move {
+        machines.rename(&entry, &request.name).await
+    })
+    .await
 }
 
 /// Stores a machine on the disk and ends it.
@@ -317,12 +313,8 @@ async fn rename(
     )
 )]
 async fn suspend(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.suspend(&entry).await?;
-        Ok(entry.describe())
-    });
-    Ok(Json(machine.await?))
+    changed(daemon, name, move |machines, entry| async move { machines.suspend(&entry).await })
+        .await
 }
 
 /// Lets a machine go on that is suspended.
@@ -337,10 +329,5 @@ async fn suspend(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answ
     )
 )]
 async fn resume(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.resume(&entry).await?;
-        Ok(entry.describe())
-    });
-    Ok(Json(machine.await?))
+    changed(daemon, name, move |machines, entry| async move { machines.resume(&entry).await }).await
 }

@@ -12,10 +12,6 @@ pub trait BusDevice: Send {
     fn read(&mut self, base: u64, offset: u64, data: &mut [u8]);
     /// Writes `data` at `base + offset`, where `base` is the start of the range.
     fn write(&mut self, base: u64, offset: u64, data: &[u8]);
-    /// Why what it holds cannot be stored, if it cannot.
-    fn unsaved(&mut self) -> Option<String> {
-        None
-    }
 }
 
 /// A device as buses hold it.

@@ -32,10 +32,11 @@ use crate::error::MachineError;
 use crate::irq::InterruptSink;
 use crate::limits::CPUS_MAX;
 use crate::machine::stored::Resumed;
-pub use crate::machine::stored::Storer;
+pub use crate::machine::stored::{Parked, Storer};
 use crate::machine::threads::Runner;
 use crate::memory::{GuestRam, Memory};
 use crate::outcome::{Ending, Outcome};
+use crate::pci::root::PciRoot;
 use crate::pvclock::PvClock;
 use crate::state::load_memory;
 use crate::timer::TimerThread;
@@ -113,7 +114,9 @@ pub struct DeviceContext {
 
 /// Makes the devices of the PCI bus; gives what answers at ports 0xcf8 to 0xcff.
 pub type AttachPci = Box<
-    dyn FnOnce(&DeviceContext) -> Result<SharedDevice, Box<dyn std::error::Error + Send + Sync>>,
+    dyn FnOnce(
+        &DeviceContext,
+    ) -> Result<Arc<Mutex<PciRoot>>, Box<dyn std::error::Error + Send + Sync>>,
 >;
 
 /// Starts machines.

@@ -18,6 +18,7 @@ use crate::chips::{ioapic, lapic, pic, pit, rtc, serial};
 use crate::clock::{Clock, scale};
 use crate::limits::CPUS_MAX;
 use crate::memory::{GuestRam, MemoryError};
+use crate::pci::root::StoredPci;
 use crate::pvclock;
 
 /// The version that is written, and the only one that is read.
@@ -150,6 +151,8 @@ pub struct MachineState {
     pub rtc: rtc::Registers,
     /// The serial port.
     pub serial: serial::Registers,
+    /// The PCI bus, if there is one, with its devices.
+    pub pci: Option<StoredPci>,
 }
 
 /// A vCPU.

@@ -15,6 +15,7 @@ use crate::error::MachineError;
 use crate::irq::InterruptSink;
 use crate::machine::{AttachPci, Board, DeviceContext, MachineConfig, insert};
 use crate::memory::{IOAPIC_BASE, PCI_WINDOW_32};
+use crate::pci::root::PciRoot;
 
 const PCI_PORTS: (u64, u64) = (0xcf8, 8);
 
@@ -44,7 +45,7 @@ pub(super) fn add_interrupt_chips(
 pub(super) struct StoredDevices {
     pub(super) rtc: Arc<Mutex<Rtc>>,
     pub(super) serial: Arc<Mutex<Serial>>,
-    pub(super) pci: Option<SharedDevice>,
+    pub(super) pci: Option<Arc<Mutex<PciRoot>>>,
 }
 
 /// Serial port, clock, power, debug exit and the PCI bus.
@@ -77,6 +78,7 @@ pub(super) fn add_devices(
     // The PCI root bus: whatever `attach` gives answers at the configuration ports.
     let pci = attach.map(|attach| attach(&context)).transpose().map_err(MachineError::Device)?;
     let stored = pci.clone();
+    let pci = pci.map(|pci| pci as SharedDevice);
     insert(ports, &[PCI_PORTS], &Arc::new(Mutex::new(PciPorts { pci, power })))?;
 
     let mut console = Console::open(&config.serial)?;

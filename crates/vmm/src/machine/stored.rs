@@ -15,6 +15,7 @@ use crate::clock::{Clock, HostClock};
 use crate::machine::MachineConfig;
 use crate::machine::chips::StoredDevices;
 use crate::memory::{GuestRam, Memory};
+use crate::pci::root::PciRoot;
 use crate::pvclock::PvClock;
 use crate::state::{MachineState, Moment, Shift, StateError, StoredCpu, VERSION};
 use crate::vcpu::mailbox::Mailbox;
@@ -39,6 +40,17 @@ pub struct Storer {
 pub(super) struct Resumed {
     pub(super) state: MachineState,
     shift: Shift,
+}
+
+/// The devices of a machine, which do nothing as long as this is there.
+pub struct Parked<'a>(Option<MutexGuard<'a, PciRoot>>);
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        if let Some(pci) = &mut self.0 {
+            pci.unpark();
+        }
+    }
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -112,14 +124,31 @@ impl Resumed {
 }
 
 impl Storer {
+    /// Makes the devices of a machine whose vCPUs stand still do nothing, too, until what is
+    /// returned is dropped.
+    #[must_use]
+    pub fn park(&self) -> Parked<'_> {
+        let mut pci = self.devices.pci.as_ref().map(|pci| lock(pci));
+        if let Some(pci) = &mut pci {
+            pci.park();
+        }
+        Parked(pci)
+    }
+
     /// Stores the machine, whose vCPUs stand still, in a directory that is there.
     ///
     /// # Errors
     /// [`StateError`]; then the directory is of no use.
     pub fn store(&self, directory: &Path) -> Result<(), StateError> {
-        if let Some(why) = self.devices.pci.as_ref().and_then(|pci| lock(&**pci).unsaved()) {
-            return Err(StateError::Unsaved(why));
-        }
+        let mut parked = self.park();
+        self.capture(&mut parked)?.write(&self.ram, directory)
+    }
+
+    /// What a machine that does nothing holds besides its memory.
+    ///
+    /// # Errors
+    /// [`StateError::Unsaved`]: a vCPU does not stand still.
+    pub fn capture(&self, parked: &mut Parked<'_>) -> Result<MachineState, StateError> {
         let count = self.mailboxes.len() as u32;
         let host = berth_translator::host_cpuid();
         let mut cpus = Vec::new();
@@ -143,7 +172,7 @@ impl Storer {
             });
         }
         let (ioapic, pic) = self.chipset.save();
-        let state = MachineState {
+        Ok(MachineState {
             version: VERSION,
             saved: Moment::now(&*self.clock),
             memory_bytes: self.ram.pieces().iter().map(|piece| piece.size).sum(),
@@ -155,8 +184,8 @@ impl Storer {
             pit: lock(&self.pit).save(),
             rtc: lock(&self.devices.rtc).save(),
             serial: lock(&self.devices.serial).save(),
-        };
-        state.write(&self.ram, directory)
+            pci: parked.0.as_mut().map(|pci| pci.save()),
+        })
     }
 
     /// Puts chips and mailboxes back, before the vCPUs run.
@@ -175,6 +204,11 @@ impl Storer {
         }
         lock(&self.devices.serial).restore(state.serial.clone());
         self.pvclock.stood_still();
-        Ok(())
+        match (&self.devices.pci, &state.pci) {
+            // Last: devices that go on may have interrupts for the guest.
+            (Some(pci), Some(stored)) => lock(pci).restore(stored).map_err(StateError::Unfit),
+            (None, None) => Ok(()),
+            _ => Err(unfit("one of them has a PCI bus")),
+        }
     }
 }

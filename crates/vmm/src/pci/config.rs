@@ -206,6 +206,26 @@ impl ConfigSpace {
         std::array::from_fn(|index| self.bar(index).filter(|_| decoding))
     }
 
+    /// All of it, by double words.
+    pub fn save(&self) -> Vec<u32> {
+        (0..CONFIG_SPACE_SIZE).step_by(4).map(|offset| self.u32_at(offset)).collect()
+    }
+
+    /// Writes what is writable as it was stored.
+    ///
+    /// # Errors
+    /// What is not writable was different.
+    pub fn restore(&mut self, stored: &[u32]) -> Result<(), &'static str> {
+        let bytes: Vec<u8> = stored.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let fixed = self.bytes.iter().zip(self.writable).zip(&bytes);
+        let differs = fixed.into_iter().any(|((now, mask), then)| (now ^ then) & !mask != 0);
+        if bytes.len() != CONFIG_SPACE_SIZE || differs {
+            return Err("a device in the place of another one");
+        }
+        self.write(0, &bytes);
+        Ok(())
+    }
+
     /// Changes bytes from the device side, whatever software may write.
     pub fn put(&mut self, offset: usize, data: &[u8]) {
         for (byte, new) in self.bytes.iter_mut().skip(offset).zip(data) {

@@ -4,6 +4,8 @@
 //! sends it. The methods return the messages to send instead of sending them, so that the caller can
 //! let go of its lock first.
 
+use serde::{Deserialize, Serialize};
+
 /// Bytes of one table entry: address, data, vector control.
 pub const ENTRY_SIZE: usize = 16;
 
@@ -18,6 +20,17 @@ pub struct Message {
     pub address: u64,
     /// What to write.
     pub data: u32,
+}
+
+/// The vector table and the pending bits, as they are stored; enable and mask bits are in the
+/// function's configuration space.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoredMsix {
+    /// Four double words for each vector.
+    pub table: Vec<[u32; 4]>,
+    /// The vectors that are pending.
+    pub pending: Vec<u16>,
 }
 
 /// State of the MSI-X capability of one function.
@@ -44,6 +57,41 @@ impl Msix {
             entry[12] = VECTOR_MASKED as u8;
         }
         msix
+    }
+
+    /// What is stored of it.
+    pub fn save(&self) -> StoredMsix {
+        let word = |bytes: &[u8]| bytes.try_into().map_or(0, u32::from_le_bytes);
+        let entry = |entry: &[u8]| {
+            let mut words = [0; 4];
+            words.iter_mut().zip(entry.chunks(4)).for_each(|(to, from)| *to = word(from));
+            words
+        };
+        let pending = (0..self.vectors).filter(|&index| self.is_pending(usize::from(index)));
+        StoredMsix {
+            table: self.table.chunks(ENTRY_SIZE).map(entry).collect(),
+            pending: pending.collect(),
+        }
+    }
+
+    /// Puts back what was stored. Nothing is sent.
+    ///
+    /// # Errors
+    /// It has another number of vectors.
+    pub fn restore(&mut self, stored: &StoredMsix) -> Result<(), &'static str> {
+        let vectors = usize::from(self.vectors);
+        if stored.table.len() != vectors
+            || stored.pending.iter().any(|&index| usize::from(index) >= vectors)
+        {
+            return Err("a device with another number of interrupt vectors");
+        }
+        let words = stored.table.iter().flatten();
+        for (to, word) in self.table.chunks_mut(4).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        self.pending.fill(0);
+        stored.pending.iter().for_each(|&index| self.set_pending(usize::from(index), true));
+        Ok(())
     }
 
     /// How many vectors there are.

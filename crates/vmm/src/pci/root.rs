@@ -6,9 +6,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::{Bus, BusDevice};
 use crate::irq::InterruptSink;
 use crate::pci::config::{BAR_COUNT, ConfigSpace, Identity, PciError};
+use crate::virtio::transport_pci::StoredVirtio;
 
 /// First port of the configuration mechanism; eight ports belong to it.
 pub const CONFIG_PORTS: u64 = 0xcf8;
@@ -19,13 +22,32 @@ pub const MMIO_WINDOW_END: u64 = 0xfeb0_0000;
 /// Slots of the bus, the host bridge being slot 0.
 pub const SLOT_COUNT: usize = 32;
 
-/// Bytes of configuration space.
-const CONFIG_BYTES: usize = 256;
 const ADDRESS_ENABLE: u32 = 1 << 31;
 
 /// The global interrupt that pin INTA of `slot` is connected to: 16 + slot % 4.
 pub fn intx_gsi(slot: u8) -> u32 {
     16 + u32::from(slot % 4)
+}
+
+/// A function as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoredFunction {
+    /// Configuration space, by double words.
+    pub config: Vec<u32>,
+    /// What a virtio device holds besides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub virtio: Option<StoredVirtio>,
+}
+
+/// The bus as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoredPci {
+    /// The address port.
+    pub address: u32,
+    /// By slot, the host bridge first.
+    pub slots: Vec<StoredFunction>,
 }
 
 /// A device on the bus.
@@ -46,13 +68,31 @@ pub trait PciFunction: Send {
     fn read_bar(&mut self, bar: usize, offset: u64, data: &mut [u8]);
     /// Software writes to a BAR.
     fn write_bar(&mut self, bar: usize, offset: u64, data: &[u8]);
+    /// Asks it to do nothing any more, without waiting.
+    fn request_park(&mut self) {}
+    /// Waits until it does nothing, neither to memory nor by interrupts.
+    fn wait_parked(&mut self) {}
+    /// Lets it go on.
+    fn unpark(&mut self) {}
+    /// What it holds besides configuration space; it is parked.
+    fn save(&mut self) -> Option<StoredVirtio> {
+        None
+    }
+    /// Puts that back, with configuration space as it is stored. Software has not used the function.
+    ///
+    /// # Errors
+    /// It is not of this function.
+    fn restore(&mut self, stored: &StoredFunction) -> Result<(), &'static str> {
+        match stored.virtio {
+            None => self.config().restore(&stored.config),
+            Some(_) => Err("a device in the place of another one"),
+        }
+    }
 }
 
 struct Slot {
     function: Arc<Mutex<dyn PciFunction>>,
     mapped: [Option<(u64, u64)>; BAR_COUNT],
-    /// Configuration space as software finds it.
-    fresh: [u8; CONFIG_BYTES],
 }
 
 /// The bus with its host bridge in slot 0.
@@ -68,8 +108,7 @@ impl PciRoot {
     /// An empty bus; BARs appear on `mmio`, functions interrupt through `sink`.
     pub fn new(mmio: Arc<Bus>, sink: Arc<dyn InterruptSink>) -> Self {
         let bridge: Arc<Mutex<dyn PciFunction>> = Arc::new(Mutex::new(HostBridge::new()));
-        let fresh = config_of(&bridge);
-        let slots = vec![Slot { function: bridge, mapped: [None; BAR_COUNT], fresh }];
+        let slots = vec![Slot { function: bridge, mapped: [None; BAR_COUNT] }];
         Self { mmio, sink, address: 0, slots, next_bar: MMIO_WINDOW_START }
     }
 
@@ -95,10 +134,58 @@ impl PciRoot {
                 inner.config().set_bar(index, address);
             }
         }
-        let fresh = config_of(&function);
-        self.slots.push(Slot { function, mapped: [None; BAR_COUNT], fresh });
+        self.slots.push(Slot { function, mapped: [None; BAR_COUNT] });
         self.remap(slot);
         Ok(slot)
+    }
+
+    fn each(&self, mut act: impl FnMut(&mut dyn PciFunction)) {
+        for slot in &self.slots {
+            act(&mut *slot.function.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// Makes all devices finish what they have begun, and do nothing until [`PciRoot::unpark`].
+    pub fn park(&mut self) {
+        // All at once: each of them may have to wait for its disk.
+        self.each(|function| function.request_park());
+        self.each(|function| function.wait_parked());
+    }
+
+    /// Lets devices go on.
+    pub fn unpark(&mut self) {
+        self.each(|function| function.unpark());
+    }
+
+    /// What is stored of the bus, whose devices are parked.
+    pub fn save(&mut self) -> StoredPci {
+        let mut slots = Vec::new();
+        self.each(|function| {
+            let config = function.config().save();
+            slots.push(StoredFunction { config, virtio: function.save() });
+        });
+        StoredPci { address: self.address, slots }
+    }
+
+    /// Puts back what was stored of a bus with the same devices, and lets these go on.
+    ///
+    /// # Errors
+    /// The slot, and what is wrong with it.
+    pub fn restore(&mut self, stored: &StoredPci) -> Result<(), String> {
+        let (now, then) = (self.slots.len(), stored.slots.len());
+        if now != then {
+            return Err(format!("it has {then} PCI devices, and the machine {now}"));
+        }
+        self.address = stored.address & 0x80ff_fffc;
+        for (slot, stored) in (0..).zip(&stored.slots) {
+            let function = self.function(slot);
+            if let Some(function) = function {
+                let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+                function.restore(stored).map_err(|why| format!("PCI slot {slot}: {why}"))?;
+            }
+            self.remap(slot);
+        }
+        Ok(())
     }
 
     fn allocate(&mut self, size: u64) -> Result<u32, PciError> {
@@ -157,22 +244,7 @@ impl PciRoot {
     }
 }
 
-/// What configuration space holds.
-fn config_of(function: &Arc<Mutex<dyn PciFunction>>) -> [u8; CONFIG_BYTES] {
-    let mut bytes = [0; CONFIG_BYTES];
-    let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
-    function.config().read(0, &mut bytes);
-    bytes
-}
-
 impl BusDevice for PciRoot {
-    fn unsaved(&mut self) -> Option<String> {
-        let used = self.slots.iter().position(|slot| config_of(&slot.function) != slot.fresh)?;
-        Some(format!(
-            "the guest uses the PCI device in slot {used}, and devices cannot be stored yet"
-        ))
-    }
-
     fn read(&mut self, _base: u64, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if offset < 4 {

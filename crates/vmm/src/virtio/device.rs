@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::Memory;
 use crate::virtio::interrupt::Interrupter;
-use crate::virtio::queue::{QueueError, Virtqueue};
+use crate::virtio::queue::{QueueError, QueuePosition, Virtqueue};
 
 /// Feature bit: indirect descriptors.
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -101,6 +101,31 @@ pub trait Device: Send + 'static {
     ) -> Result<(), DeviceError>;
     /// The guest's use ends. After this returns nothing touches guest memory any more.
     fn stop(&mut self, context: &mut Context);
+    /// Finishes what it has taken from the queues and takes nothing else, so that the queues alone
+    /// say what is left to do. Nothing touches guest memory until the next event.
+    ///
+    /// # Errors
+    /// The device cannot go on.
+    fn drain(&mut self, _context: &mut Context) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// What the driver could miss besides the queues when the device goes on elsewhere. Called after
+    /// [`Device::drain`], or while the guest does not use it.
+    fn save(&mut self) -> Vec<u8> {
+        Vec::new()
+    }
+    /// The driver, when it next uses the device, has used another one, which said this. Called
+    /// before [`Device::start`].
+    ///
+    /// # Errors
+    /// What was said cannot be.
+    fn restore(&mut self, saved: &[u8]) -> Result<(), &'static str> {
+        if saved.is_empty() {
+            Ok(())
+        } else {
+            Err("a device that stores nothing has stored something")
+        }
+    }
 }
 
 /// What a device has while the guest uses it.
@@ -144,6 +169,10 @@ impl Context {
             // Fails only when the counter is full; then the event is pending anyway.
             let _ = kick.write(1);
         }
+    }
+
+    pub(super) fn positions(&self) -> Vec<Option<QueuePosition>> {
+        self.queues.iter().map(|queue| queue.as_ref().map(Virtqueue::position)).collect()
     }
 
     pub(super) fn enabled_queues(&self) -> Vec<usize> {

@@ -3,8 +3,10 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::irq::InterruptSink;
-use crate::pci::msix::{Message, Msix};
+use crate::pci::msix::{Message, Msix, StoredMsix};
 
 /// "No vector": the driver wants no message for this.
 pub const NO_VECTOR: u16 = 0xffff;
@@ -27,6 +29,24 @@ struct State {
     gsi: Option<u32>,
     intx_allowed: bool,
     line: bool,
+}
+
+/// What is stored of the interrupts of a function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoredInterrupts {
+    /// The vector table.
+    pub msix: StoredMsix,
+    /// Vector of each queue.
+    pub queue_vectors: Vec<u16>,
+    /// Vector of configuration changes.
+    pub config_vector: u16,
+    /// The ISR register.
+    pub isr: u8,
+    /// The device status register.
+    pub status: u8,
+    /// Changes of the configuration, modulo 256.
+    pub generation: u8,
 }
 
 /// Raises interrupts the way the driver asked for.
@@ -56,6 +76,42 @@ impl Interrupter {
             status: AtomicU8::new(0),
             generation: AtomicU8::new(0),
         }
+    }
+
+    /// What is stored of them, while the device does nothing.
+    pub fn save(&self) -> StoredInterrupts {
+        let state = self.lock();
+        StoredInterrupts {
+            msix: state.msix.save(),
+            queue_vectors: state.queue_vectors.clone(),
+            config_vector: state.config_vector,
+            isr: state.isr,
+            status: self.status(),
+            generation: self.generation(),
+        }
+    }
+
+    /// Puts back what was stored. Nothing is sent; [`Interrupter::set_control`] comes next.
+    ///
+    /// # Errors
+    /// It cannot be a state of this function.
+    pub fn restore(&self, stored: &StoredInterrupts) -> Result<(), &'static str> {
+        let mut state = self.lock();
+        if stored.queue_vectors.len() != state.queue_vectors.len() {
+            return Err("a device with another number of queues");
+        }
+        let vectors = state.msix.vectors();
+        let known = |vector: &u16| *vector < vectors || *vector == NO_VECTOR;
+        if !stored.queue_vectors.iter().chain([&stored.config_vector]).all(known) {
+            return Err("an interrupt vector that the device does not have");
+        }
+        state.msix.restore(&stored.msix)?;
+        state.queue_vectors.clone_from(&stored.queue_vectors);
+        state.config_vector = stored.config_vector;
+        state.isr = stored.isr & (ISR_QUEUE | ISR_CONFIG);
+        self.status.store(stored.status, Ordering::SeqCst);
+        self.generation.store(stored.generation, Ordering::SeqCst);
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

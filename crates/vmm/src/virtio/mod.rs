@@ -39,6 +39,8 @@ fn may_warn() -> bool {
 }
 
 #[cfg(test)]
+mod moved;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

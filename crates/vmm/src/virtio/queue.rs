@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
@@ -41,7 +42,8 @@ pub enum QueueError {
 }
 
 /// How the driver set a queue up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueConfig {
     /// Entries.
     pub size: u16,
@@ -53,6 +55,16 @@ pub struct QueueConfig {
     pub used: u64,
     /// Whether the driver enabled it.
     pub enabled: bool,
+}
+
+/// How far a device has come in a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueuePosition {
+    /// The entry of the available ring to take next; counts on beyond the ring's size.
+    pub next_available: u16,
+    /// The entry of the used ring to fill next; counts on beyond the ring's size.
+    pub next_used: u16,
 }
 
 /// One queue of a running device.
@@ -100,6 +112,18 @@ impl Virtqueue {
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
         Ok(Self { queue, memory, interrupts, index, signalled: 0 })
+    }
+
+    /// How far it has come.
+    pub fn position(&self) -> QueuePosition {
+        QueuePosition { next_available: self.queue.next_avail(), next_used: self.queue.next_used() }
+    }
+
+    /// Goes on from there instead of the rings' beginning. The driver knows of all that was used.
+    pub fn set_position(&mut self, position: QueuePosition) {
+        self.queue.set_next_avail(position.next_available);
+        self.queue.set_next_used(position.next_used);
+        self.signalled = position.next_used;
     }
 
     /// The memory its chains are in.

@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::bus::{Bus, BusDevice};
 use crate::irq::InterruptSink;
 use crate::memory::{GuestRam, Memory};
-use crate::pci::root::{CONFIG_PORTS, PciRoot};
+use crate::pci::root::{CONFIG_PORTS, PciRoot, StoredPci};
 use crate::virtio::device::{COMMON_FEATURES, Device};
 use crate::virtio::transport_pci::attach;
 
@@ -131,6 +131,23 @@ impl Guest {
         guest.bar = u64::from(guest.config_read(0x10, 4) & !0xf);
         guest.config_write(0x04, 2, 0x6);
         guest
+    }
+
+    /// The machine with its bus stored and put back with another device, of the same kind. The old
+    /// device is dropped before `make` makes the new one.
+    pub fn moved<D: Device>(mut self, make: impl FnOnce() -> D) -> Self {
+        let stored = self.stored();
+        self.root = PciRoot::new(Arc::clone(&self.mmio), Arc::clone(&self.sink) as _);
+        attach(&mut self.root, Arc::clone(&self.memory), Box::new(make())).unwrap();
+        self.root.restore(&stored).unwrap();
+        self
+    }
+
+    /// The bus as it is stored, through its text; its devices stay parked.
+    pub fn stored(&mut self) -> StoredPci {
+        self.root.park();
+        let text = serde_json::to_string(&self.root.save()).unwrap();
+        serde_json::from_str(&text).unwrap()
     }
 
     // ---- PCI

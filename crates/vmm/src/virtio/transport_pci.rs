@@ -21,20 +21,23 @@
 
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::irq::InterruptSink;
 use crate::memory::Memory;
 use crate::pci::config::{ConfigSpace, Identity, PciError};
-use crate::pci::root::{PciFunction, PciRoot, intx_gsi};
+use crate::pci::root::{PciFunction, PciRoot, StoredFunction, intx_gsi};
 use crate::virtio::device::{
     COMMON_FEATURES, Context, Device, DeviceConfig, F_EVENT_IDX, F_VERSION_1, Info,
 };
-use crate::virtio::interrupt::{Interrupter, STATUS_DRIVER_OK, STATUS_NEEDS_RESET};
+use crate::virtio::interrupt::{
+    Interrupter, STATUS_DRIVER_OK, STATUS_NEEDS_RESET, StoredInterrupts,
+};
 use crate::virtio::limits::QUEUES_MAX;
 use crate::virtio::may_warn;
-use crate::virtio::queue::{QueueConfig, QueueError, Virtqueue};
+use crate::virtio::queue::{QueueConfig, QueueError, QueuePosition, Virtqueue};
 use crate::virtio::worker::Worker;
 
 const BAR: u8 = 0;
@@ -50,6 +53,9 @@ const NOTIFY_MULTIPLIER: u32 = 4;
 const COMMON_SIZE: usize = 60;
 
 const STATUS_FEATURES_OK: u8 = 8;
+
+/// What is said of a device that was stored in the place of another one.
+const OTHER: &str = "a device in the place of another one";
 
 const CAPABILITY_VENDOR: u8 = 0x09;
 const CAPABILITY_MSIX: u8 = 0x11;
@@ -96,6 +102,28 @@ pub fn attach(
     let function = VirtioPci::new(device, memory, root.sink())?;
     let function: Arc<Mutex<dyn PciFunction>> = Arc::new(Mutex::new(function));
     root.add(function).map_err(|source| AttachError::Pci { device: name, source })
+}
+
+/// A virtio device as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoredVirtio {
+    /// Its type.
+    pub device_type: u16,
+    /// Features that it offered.
+    pub features: u64,
+    /// Features that the driver accepted.
+    pub driver_features: u64,
+    /// Selector registers: device features, driver features, queue.
+    pub selected: (u32, u32, u16),
+    /// How the driver set the queues up.
+    pub queues: Vec<QueueConfig>,
+    /// Interrupts and status.
+    pub interrupts: StoredInterrupts,
+    /// How far the queues are, unless the driver does not use the device.
+    pub positions: Option<Vec<Option<QueuePosition>>>,
+    /// Of the type's own.
+    pub device: Vec<u8>,
 }
 
 enum State {
@@ -239,12 +267,18 @@ impl VirtioPci {
     }
 
     fn activate(&mut self) {
-        let name = self.info.name;
         if self.interrupts.status() & STATUS_FEATURES_OK == 0 {
             self.interrupts.needs_reset();
             return;
         }
-        let context = self.build_queues().map_err(|error| error.to_string()).and_then(|queues| {
+        self.begin(None);
+    }
+
+    /// Starts the device, at the rings' beginning or where it was.
+    fn begin(&mut self, positions: Option<&[Option<QueuePosition>]>) {
+        let name = self.info.name;
+        let built = self.build_queues(positions);
+        let context = built.map_err(|error| error.to_string()).and_then(|queues| {
             Context::new(
                 Arc::clone(&self.memory),
                 self.driver_features,
@@ -280,7 +314,10 @@ impl VirtioPci {
         }
     }
 
-    fn build_queues(&self) -> Result<Vec<Option<Virtqueue>>, QueueError> {
+    fn build_queues(
+        &self,
+        positions: Option<&[Option<QueuePosition>]>,
+    ) -> Result<Vec<Option<Virtqueue>>, QueueError> {
         let event_idx = self.driver_features & F_EVENT_IDX != 0;
         let sizes = self.info.queue_sizes.iter();
         let configured = self.queues.iter().zip(sizes).enumerate();
@@ -291,8 +328,13 @@ impl VirtioPci {
                 }
                 let memory = Arc::clone(&self.memory);
                 let interrupts = Arc::clone(&self.interrupts);
-                Virtqueue::new(index as u16, *size_max, config, event_idx, memory, interrupts)
-                    .map(Some)
+                let mut queue =
+                    Virtqueue::new(index as u16, *size_max, config, event_idx, memory, interrupts)?;
+                if let Some(position) = positions.and_then(|all| all.get(index).copied().flatten())
+                {
+                    queue.set_position(position);
+                }
+                Ok(Some(queue))
             })
             .collect()
     }
@@ -494,6 +536,83 @@ impl PciFunction for VirtioPci {
             self.write_bar(usize::from(BAR), address, value.get(..len).unwrap_or(&[]));
         }
         self.sync_interrupts();
+    }
+
+    fn request_park(&mut self) {
+        if let State::Running(worker) = &self.state {
+            worker.request_park();
+        }
+    }
+
+    fn wait_parked(&mut self) {
+        match &self.state {
+            State::Running(worker) => drop(worker.wait_parked()),
+            // It ends soon, since it was told to.
+            State::Stopping(worker) => {
+                worker.wait_ended();
+                self.status();
+            }
+            State::Idle(_) | State::Lost => {}
+        }
+    }
+
+    fn unpark(&mut self) {
+        if let State::Running(worker) = &self.state {
+            worker.unpark();
+        }
+    }
+
+    fn save(&mut self) -> Option<StoredVirtio> {
+        let (positions, device) = match &mut self.state {
+            State::Running(worker) => match worker.wait_parked() {
+                Some(parked) => (Some(parked.queues), parked.saved),
+                None => (None, Vec::new()),
+            },
+            State::Idle(device) => (None, device.save()),
+            State::Stopping(_) | State::Lost => (None, Vec::new()),
+        };
+        Some(StoredVirtio {
+            device_type: self.info.device_type,
+            features: self.features(),
+            driver_features: self.driver_features,
+            selected: (self.device_feature_select, self.driver_feature_select, self.queue_select),
+            queues: self.queues.clone(),
+            interrupts: self.interrupts.save(),
+            positions,
+            device,
+        })
+    }
+
+    fn restore(&mut self, stored: &StoredFunction) -> Result<(), &'static str> {
+        let virtio = stored.virtio.as_ref().ok_or(OTHER)?;
+        let queues = virtio.queues.len();
+        if virtio.device_type != self.info.device_type || queues != self.queues.len() {
+            return Err(OTHER);
+        }
+        if virtio.driver_features & !self.features() != 0 {
+            return Err("a device that offers the driver less than it used");
+        }
+        if virtio.positions.as_ref().is_some_and(|positions| positions.len() != queues) {
+            return Err("a device with another number of queues");
+        }
+        let State::Idle(device) = &mut self.state else { return Err("a device that is in use") };
+        device.restore(&virtio.device)?;
+        self.config.restore(&stored.config)?;
+        self.interrupts.restore(&virtio.interrupts)?;
+        self.driver_features = virtio.driver_features;
+        (self.device_feature_select, self.driver_feature_select, self.queue_select) =
+            virtio.selected;
+        self.queues.clone_from(&virtio.queues);
+        self.sync_interrupts();
+        match &virtio.positions {
+            Some(positions) => self.begin(Some(positions)),
+            // It had failed, and the driver was told so.
+            None if virtio.interrupts.status & STATUS_DRIVER_OK != 0 => {
+                self.interrupts.needs_reset();
+            }
+            None => {}
+        }
+        Ok(())
     }
 
     fn read_bar(&mut self, _bar: usize, offset: u64, data: &mut [u8]) {

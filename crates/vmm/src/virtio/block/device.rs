@@ -369,6 +369,19 @@ impl Device for Block {
         self.work(context)
     }
 
+    fn drain(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        let Some(queue) = context.queue(0) else { return Ok(()) };
+        self.collect(queue)?;
+        while self.free.len() < BLOCK_REQUESTS_MAX {
+            let Some(engine) = &mut self.engine else { break };
+            engine.flush().map_err(DeviceError::host("submitting disk requests"))?;
+            engine.wait().map_err(DeviceError::host("waiting for disk requests"))?;
+            self.collect(queue)?;
+        }
+        queue.signal()?;
+        Ok(())
+    }
+
     fn stop(&mut self, context: &mut Context) {
         if let Some(engine) = self.engine.take() {
             context.poller.remove(engine.event_fd());

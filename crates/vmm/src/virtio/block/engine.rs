@@ -6,11 +6,13 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use io_uring::{IoUring, Probe, opcode, types};
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::memory::Memory;
@@ -170,6 +172,19 @@ impl Engine {
         match self {
             Self::Ring(ring) => ring.flush(),
             Self::Threads(_) => Ok(()),
+        }
+    }
+
+    /// Waits until jobs have ended, when some are under way.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn wait(&self) -> std::io::Result<()> {
+        // SAFETY: the descriptor is open as long as `self` lives.
+        let event = unsafe { BorrowedFd::borrow_raw(self.event_fd()) };
+        match rustix::event::poll(&mut [PollFd::from_borrowed_fd(event, PollFlags::IN)], None) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
         }
     }
 

@@ -248,6 +248,20 @@ impl Device for Console {
         self.watch(context)
     }
 
+    fn save(&mut self) -> Vec<u8> {
+        self.flush();
+        self.backlog.clone()
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> Result<(), &'static str> {
+        // One write of the guest may be on top of a backlog that was not full.
+        if saved.len() > 2 * CONSOLE_BACKLOG {
+            return Err("a console with more output than can wait");
+        }
+        self.backlog = saved.to_vec();
+        Ok(())
+    }
+
     fn stop(&mut self, context: &mut Context) {
         context.poller.remove(self.stream.as_raw_fd());
     }

@@ -18,6 +18,9 @@ use crate::virtio::vsock::packet::{HEADER_SIZE, Header};
 const QUEUE_SIZE: u16 = 256;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const EVENT: usize = 2;
+/// The event that says that all connections are gone.
+const TRANSPORT_RESET: u32 = 0;
 
 /// The address of the guest unless another is asked for.
 pub const GUEST_CID: u32 = 3;
@@ -46,6 +49,8 @@ pub struct VsockDevice {
     listener: Option<(UnixListener, PathBuf)>,
     muxer: Muxer,
     buffer: Vec<u8>,
+    /// The driver has to be told that all its connections are gone.
+    connections_lost: bool,
 }
 
 impl VsockDevice {
@@ -64,8 +69,27 @@ impl VsockDevice {
             listener,
             muxer,
             buffer: vec![0; VSOCK_PACKET_MAX as usize],
+            connections_lost: false,
         };
         Ok((device, Vsock { shared }))
+    }
+
+    /// Tells the driver that its connections are gone, if they are (virtio 1.2, 5.10.6.7).
+    fn tell_of_loss(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        if !self.connections_lost {
+            return Ok(());
+        }
+        let Some(queue) = context.queue(EVENT) else { return Ok(()) };
+        let memory = Arc::clone(queue.memory());
+        // Without a buffer it comes back when the driver gives one.
+        let Some(chain) = queue.pop()? else { return Ok(()) };
+        chain
+            .write(&memory, 0, &TRANSPORT_RESET.to_le_bytes())
+            .map_err(|_| DeviceError::Request("a vsock event buffer that is too short"))?;
+        queue.push(chain.head(), size_of_val(&TRANSPORT_RESET) as u32)?;
+        self.connections_lost = false;
+        queue.signal()?;
+        Ok(())
     }
 
     fn transmit(&mut self, context: &mut Context) -> Result<(), DeviceError> {
@@ -215,14 +239,19 @@ impl Device for VsockDevice {
                 .add(listener.as_raw_fd(), TOKEN_LISTENER, EventSet::IN)
                 .map_err(watching("watching the vsock socket"))?;
         }
+        // Before any new connection.
+        self.tell_of_loss(context)?;
+        let poller = &context.poller;
         // Calls may have come before the driver did.
         self.muxer.take_calls(poller);
         Ok(())
     }
 
     fn queue_event(&mut self, context: &mut Context, queue: usize) -> Result<(), DeviceError> {
-        if queue == TRANSMIT {
-            self.transmit(context)?;
+        match queue {
+            TRANSMIT => self.transmit(context)?,
+            EVENT => self.tell_of_loss(context)?,
+            _ => {}
         }
         self.receive(context)
     }
@@ -243,6 +272,15 @@ impl Device for VsockDevice {
             _ => self.muxer.socket_event(&context.poller, token, events),
         }
         self.receive(context)
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> Result<(), &'static str> {
+        self.connections_lost = true;
+        if saved.is_empty() {
+            Ok(())
+        } else {
+            Err("a vsock device that stores nothing has stored something")
+        }
     }
 
     fn stop(&mut self, context: &mut Context) {

@@ -44,8 +44,10 @@ mod world;
 pub use dump::Dump;
 pub use exec::host_tsc;
 pub use opt::{Optimizations, UnknownOptimization};
+pub use ram::{Frozen, Origin};
 pub use shared::Shared;
 pub use stats::{Report, Reports, Stats};
+pub use sys::Reservation;
 
 /// One contiguous piece of guest RAM backed by a file (a memfd or a mapped snapshot).
 pub struct RamSlot<'a> {

@@ -1,6 +1,6 @@
 //! Guest RAM as the translator maps it.
 //!
-//! Three views of the same files, each at `base + gpa`:
+//! Three views of the same file, each at `base + gpa`:
 //!
 //! * `raw`: always writable, for our own accesses (page walks, helpers). Whoever writes through it
 //!   reports the write to [`crate::shared::Shared::ram_written`].
@@ -14,16 +14,23 @@
 //! access: an access across the end traps. Two pages across whose border accesses go again and again
 //! get a mapping of both, a *pair*.
 //!
+//! RAM can be frozen: what it held then stays in a file that nobody writes any more, and a page is
+//! copied to another one before it is next written (see [`layers`]).
+//!
 //! All accesses race with other vCPUs and devices by design; they are volatile or atomic.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+mod layers;
+
+use std::os::fd::AsRawFd;
 use std::ptr;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use berth_x86::PhysMem;
 
 use crate::code::FastMap;
+use crate::ram::layers::{Bits, Layers};
+pub use crate::ram::layers::{Frozen, Origin};
 use crate::shared::lock;
 use crate::sys::{self, Reservation};
 use crate::{RamSlot, SetupError};
@@ -37,7 +44,7 @@ const GUARDED_STRIDE: u64 = 2 * PAGE;
 struct Slot {
     gpa: u64,
     size: u64,
-    fd: OwnedFd,
+    /// Where it begins in each file.
     offset: u64,
 }
 
@@ -45,11 +52,16 @@ struct Slot {
 pub struct Ram {
     slots: Vec<Slot>,
     span: u64,
-    raw: Reservation,
+    raw: Arc<Reservation>,
     rw: Reservation,
     ro: Reservation,
     guarded: Guarded,
     pairs: Mutex<Pairs>,
+    layers: Layers,
+    /// For each page: it is write-protected in the writable view, since there are translations of it.
+    protected: Bits,
+    /// Held by whoever changes mappings or their protection.
+    pub(crate) mapping: Mutex<()>,
 }
 
 /// Mappings of two pages, each in the place of a guarded page and what follows it.
@@ -57,8 +69,8 @@ pub struct Ram {
 struct Pairs {
     /// By the physical addresses of both pages, and whether for writing: its number.
     numbers: FastMap<(u64, u64, bool), u32>,
-    /// By physical address: host addresses where the page is mapped for writing.
-    writable: FastMap<u64, Vec<u64>>,
+    /// By physical address: host addresses where the page is mapped, and whether for writing.
+    places: FastMap<u64, Vec<(u64, bool)>>,
     /// Numbers of those that were forgotten.
     free: Vec<u32>,
 }
@@ -86,42 +98,51 @@ fn guarded_limit() -> usize {
 }
 
 impl Ram {
-    /// Maps the slots; there will be at most `guarded_pages` guarded mappings.
+    /// Maps the slots; there will be at most `guarded_pages` guarded mappings. `raw` has them mapped
+    /// already, each at its guest address from the beginning.
     ///
     /// # Errors
     /// When address space or a mapping is refused.
-    pub fn new(slots: &[RamSlot<'_>], guarded_pages: usize) -> Result<Self, SetupError> {
+    pub fn new(
+        slots: &[RamSlot<'_>],
+        raw: Option<Arc<Reservation>>,
+        origin: Option<&Origin>,
+        guarded_pages: usize,
+    ) -> Result<Self, SetupError> {
+        let map_err = |what| move |source| SetupError::Map { what, source };
         let span = slots.iter().map(|s| s.gpa.saturating_add(s.size)).max().unwrap_or(0);
-        let reserve = |what| {
-            Reservation::new(span as usize + (1 << 21))
-                .map_err(|source| SetupError::Map { what, source })
-        };
-        let raw = reserve("guest RAM")?;
+        let reserve = |what| Reservation::new(span as usize + (1 << 21)).map_err(map_err(what));
+        let mapped = raw.is_some();
+        let raw = raw.map_or_else(|| reserve("guest RAM").map(Arc::new), Ok)?;
         let rw = reserve("guest RAM (writable view)")?;
         let ro = reserve("guest RAM (read-only view)")?;
-        let mut list = Vec::new();
-        for s in slots {
-            for (view, prot) in [
-                (&raw, libc::PROT_READ | libc::PROT_WRITE),
-                (&rw, libc::PROT_READ | libc::PROT_WRITE),
-                (&ro, libc::PROT_READ),
-            ] {
-                view.map_file(s.gpa as usize, s.size as usize, prot, s.fd.as_raw_fd(), s.offset)
-                    .map_err(|source| SetupError::Map { what: "a guest RAM slot", source })?;
-            }
-            let fd =
-                s.fd.try_clone_to_owned()
-                    .map_err(|source| SetupError::Map { what: "a guest RAM slot", source })?;
-            list.push(Slot { gpa: s.gpa, size: s.size, fd, offset: s.offset });
-        }
+        let own = slots.first().map(|slot| slot.fd.try_clone_to_owned()).transpose();
+        let own = own.map_err(map_err("a guest RAM slot"))?.map(Arc::new);
+        let end = slots.iter().map(|slot| slot.offset + slot.size).max().unwrap_or(0);
+        let layers = Layers::new(end, own.as_ref(), origin);
+        let slots: Vec<_> =
+            slots.iter().map(|s| Slot { gpa: s.gpa, size: s.size, offset: s.offset }).collect();
         let limit = guarded_limit().min(guarded_pages);
         let space = Reservation::new((limit as u64 * GUARDED_STRIDE + PAGE) as usize)
-            .map_err(|source| SetupError::Map { what: "guarded pages", source })?;
+            .map_err(map_err("guarded pages"))?;
         let pages = (span / PAGE) as usize;
         let table = || (0..pages).map(|_| AtomicU32::new(0)).collect();
         let guarded =
             Guarded { space, limit, used: AtomicUsize::new(0), of_page: [table(), table()] };
-        Ok(Self { slots: list, span, raw, rw, ro, guarded, pairs: Mutex::default() })
+        let mut ram = Self {
+            slots,
+            span,
+            raw,
+            rw,
+            ro,
+            guarded,
+            pairs: Mutex::default(),
+            layers,
+            protected: Bits::new(span / PAGE),
+            mapping: Mutex::new(()),
+        };
+        ram.map_views(!mapped).map_err(map_err("a guest RAM slot"))?;
+        Ok(ram)
     }
 
     /// One past the highest RAM address.
@@ -135,15 +156,10 @@ impl Ram {
         self.slots.iter().any(|s| gpa >= s.gpa && len <= s.size && gpa - s.gpa <= s.size - len)
     }
 
-    /// The files it is in.
-    pub fn files(&self) -> Vec<i32> {
-        self.slots.iter().map(|s| s.fd.as_raw_fd()).collect()
-    }
-
-    /// The file of a page, and where in it the page is.
-    pub fn file_of(&self, gpa: u64) -> Option<(i32, u64)> {
+    /// Where a page is in the files.
+    fn offset_of(&self, gpa: u64) -> Option<u64> {
         let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.size)?;
-        Some((slot.fd.as_raw_fd(), slot.offset + (gpa - slot.gpa)))
+        Some(slot.offset + (gpa - slot.gpa))
     }
 
     /// Host address of a RAM byte in the writable or the read-only view.
@@ -170,33 +186,36 @@ impl Ram {
         self.raw.addr() + gpa
     }
 
-    /// Protects or unprotects a page of the writable view and its other mappings.
+    /// Protects or unprotects a page of the writable view and its other mappings. The caller holds
+    /// the lock of mappings.
     pub fn protect(&self, gpa: u64, writable: bool) -> std::io::Result<()> {
+        self.protected.set(gpa / PAGE, !writable);
+        if self.is_frozen(gpa) {
+            // It is not writable anyway.
+            return Ok(());
+        }
         let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         sys::mprotect(self.rw_addr(gpa), PAGE as usize, prot)?;
-        for at in lock(&self.pairs).writable.get(&gpa).into_iter().flatten() {
-            sys::mprotect(*at, PAGE as usize, prot)?;
-        }
-        match self.guarded_addr(gpa, true) {
-            Some(at) => sys::mprotect(at, PAGE as usize, prot),
-            None => Ok(()),
+        self.others(gpa)
+            .filter(|(_, rw)| *rw)
+            .try_for_each(|(at, _)| sys::mprotect(at, PAGE as usize, prot))
+    }
+
+    /// Makes everything of the writable view writable again, but what is frozen. The caller holds the
+    /// lock of mappings.
+    pub fn unprotect_all(&self) {
+        for gpa in self.slots.iter().flat_map(|s| (s.gpa..s.gpa + s.size).step_by(PAGE as usize)) {
+            if self.protected.get(gpa / PAGE) {
+                let _ = self.protect(gpa, true);
+            }
         }
     }
 
-    /// Makes everything of the writable view writable again.
-    pub fn unprotect_all(&self) {
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        for s in &self.slots {
-            let _ = sys::mprotect(self.rw_addr(s.gpa), s.size as usize, prot);
-        }
-        for n in self.guarded.of_page[0].iter().map(|n| n.load(Ordering::Acquire)) {
-            if let Some(n) = n.checked_sub(1) {
-                let _ = sys::mprotect(self.guarded_at(n), PAGE as usize, prot);
-            }
-        }
-        for at in lock(&self.pairs).writable.values().flatten() {
-            let _ = sys::mprotect(*at, PAGE as usize, prot);
-        }
+    /// The mappings of a page besides the views, and whether they are for writing.
+    fn others(&self, gpa: u64) -> impl Iterator<Item = (u64, bool)> + use<> {
+        let pairs = lock(&self.pairs).places.get(&gpa).cloned().unwrap_or_default();
+        let guarded = [true, false].map(|rw| self.guarded_addr(gpa, rw).map(|at| (at, rw)));
+        pairs.into_iter().chain(guarded.into_iter().flatten())
     }
 
     fn guarded_at(&self, n: u32) -> u64 {
@@ -233,11 +252,12 @@ impl Ram {
 
     /// Maps a page of RAM at a place among the guarded ones.
     fn map_at(&self, at: u64, gpa: u64, writable: bool) -> Option<u64> {
-        let (fd, offset) = self.file_of(gpa)?;
+        let (file, offset) = self.file_of(gpa)?;
+        let writable = writable && !self.is_frozen(gpa);
         let prot = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let space = &self.guarded.space;
         let at = (at - space.addr()) as usize;
-        space.map_file(at, PAGE as usize, prot, fd, offset).ok()
+        space.map_file(at, PAGE as usize, prot, file.as_raw_fd(), offset).ok()
     }
 
     /// Host address of the mapping of two pages one after the other, when there is one.
@@ -261,7 +281,7 @@ impl Ram {
     pub fn forget_pairs(&self) {
         let pairs = &mut *lock(&self.pairs);
         pairs.free.extend(pairs.numbers.drain().map(|(_, number)| number));
-        pairs.writable.clear();
+        pairs.places.clear();
     }
 
     /// Makes a mapping of two pages one after the other; `None` when there are too many. The caller
@@ -281,10 +301,8 @@ impl Ram {
             }
         }
         pairs.numbers.insert((pages.0, pages.1, rw), number);
-        if rw {
-            for (at, gpa, _) in places {
-                pairs.writable.entry(gpa).or_default().push(at);
-            }
+        for (at, gpa, _) in places {
+            pairs.places.entry(gpa).or_default().push((at, rw));
         }
         Some(at)
     }
@@ -303,6 +321,7 @@ impl Ram {
     #[inline]
     pub fn write(&self, gpa: u64, data: &[u8]) {
         assert!(self.contains(gpa, data.len() as u64), "caller checks that this is RAM");
+        self.own(gpa, data.len() as u64);
         let dst = self.raw_addr(gpa) as *mut u8;
         // SAFETY: the range is inside a mapped, writable slot (asserted). Aligned powers of two are
         // written by one store so that other vCPUs never see half of them.
@@ -326,6 +345,7 @@ impl Ram {
     /// Copies within RAM, `len` bytes, ranges checked by the caller; they may overlap.
     pub fn copy(&self, src: u64, dst: u64, len: u64) {
         assert!(self.contains(src, len) && self.contains(dst, len));
+        self.own(dst, len);
         // SAFETY: both ranges are inside mapped slots (asserted).
         unsafe {
             ptr::copy(self.raw_addr(src) as *const u8, self.raw_addr(dst) as *mut u8, len as usize);
@@ -335,6 +355,7 @@ impl Ram {
     /// Fills `len` bytes by a repeated pattern of 1, 2, 4 or 8 bytes.
     pub fn fill(&self, gpa: u64, len: u64, pattern: &[u8]) {
         assert!(self.contains(gpa, len));
+        self.own(gpa, len);
         let p = self.raw_addr(gpa) as *mut u8;
         // SAFETY: the range is inside a mapped slot (asserted).
         let bytes = unsafe { std::slice::from_raw_parts_mut(p, len as usize) };
@@ -379,11 +400,13 @@ impl PhysMem for Ram {
         self.atomic32(gpa).map_or(!0, |a| a.load(Ordering::Relaxed))
     }
     fn cas_u64(&self, gpa: u64, old: u64, new: u64) -> bool {
+        self.own(gpa, 8);
         self.atomic64(gpa).is_none_or(|a| {
             a.compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed).is_ok()
         })
     }
     fn cas_u32(&self, gpa: u64, old: u32, new: u32) -> bool {
+        self.own(gpa, 4);
         self.atomic32(gpa).is_none_or(|a| {
             a.compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed).is_ok()
         })

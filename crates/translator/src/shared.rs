@@ -7,10 +7,13 @@
 //! set; whoever writes by another way looks for the bits only after the bytes are there. So one of
 //! the two always notices.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::ram::{PAGE, Ram};
+use crate::ram::{Frozen, Origin, PAGE, Ram};
+use crate::sys::Reservation;
 use crate::world::World;
 use crate::{Config, RamSlot, SetupError, signal};
 
@@ -21,6 +24,9 @@ pub const MAX_VCPUS: usize = 16;
 pub const ALL_PAGES: u64 = u64::MAX;
 /// In an inbox: no code, but everything in the software TLB.
 pub const ALL_MAPPINGS: u64 = u64::MAX - 1;
+
+/// In an inbox: all processes for direct execution are to end.
+pub const ALL_SPACES: u64 = u64::MAX - 2;
 
 /// In an inbox, with the number of a page: processes for direct execution are to drop it.
 pub const UNMIRROR: u64 = 1 << 62;
@@ -100,7 +106,6 @@ pub struct Shared {
     code: Box<[AtomicU16]>,
     /// For each page of RAM: the vCPUs that may have processes which can write to it.
     mirrors: Box<[AtomicU16]>,
-    code_lock: Mutex<()>,
     /// Which vCPUs run.
     pub(crate) world: World,
     boxes: Mutex<Vec<Arc<Mailbox>>>,
@@ -112,8 +117,23 @@ impl Shared {
     /// # Errors
     /// [`SetupError`] when the host lacks an instruction or address space.
     pub fn new(slots: &[RamSlot<'_>], config: Config) -> Result<Arc<Self>, SetupError> {
+        Self::with_mapping(slots, None, None, config)
+    }
+
+    /// The same for RAM that is mapped already, writable, in `raw`, each slot at its guest address from
+    /// the beginning. Slots are in one file. Pages that `origin` names are there so far, and not
+    /// in the slots' file: they are mapped anew here.
+    ///
+    /// # Errors
+    /// As [`Shared::new`].
+    pub fn with_mapping(
+        slots: &[RamSlot<'_>],
+        raw: Option<Arc<Reservation>>,
+        origin: Option<&Origin>,
+        config: Config,
+    ) -> Result<Arc<Self>, SetupError> {
         crate::host_check()?;
-        let ram = Ram::new(slots, config.guarded_pages)?;
+        let ram = Ram::new(slots, raw, origin, config.guarded_pages)?;
         let pages = (ram.span() / PAGE) as usize;
         let table = || (0..pages).map(|_| AtomicU16::new(0)).collect();
         Ok(Arc::new(Self {
@@ -121,7 +141,6 @@ impl Shared {
             config,
             code: table(),
             mirrors: table(),
-            code_lock: Mutex::new(()),
             world: World::default(),
             boxes: Mutex::new(Vec::new()),
         }))
@@ -157,6 +176,36 @@ impl Shared {
         }
     }
 
+    /// Must be called before anything but a vCPU writes guest RAM: pages that are shared become the
+    /// machine's own.
+    #[inline]
+    pub fn before_write(&self, gpa: u64, len: u64) {
+        self.ram.own(gpa, len);
+    }
+
+    /// Freezes what RAM holds; from here on `new`, a file of zeroes as long as that of the slots, takes
+    /// what is written. No vCPU is in `run` meanwhile, and nothing else writes RAM.
+    ///
+    /// # Errors
+    /// The system refuses, or RAM is in too many files; the machine can go on.
+    pub fn freeze(&self, new: OwnedFd) -> io::Result<Frozen> {
+        self.leave_mail(!0, ALL_SPACES);
+        self.ram.freeze(new)
+    }
+
+    /// Where RAM is now. Nothing may write it as long as that is used.
+    pub fn origin(&self) -> Origin {
+        self.ram.origin()
+    }
+
+    /// What was frozen is needed by nobody else any more. vCPUs may run.
+    ///
+    /// # Errors
+    /// The system refuses; some pages stay frozen then, which does no harm.
+    pub fn unfreeze(&self, frozen: &Frozen) -> io::Result<()> {
+        self.ram.unfreeze(frozen)
+    }
+
     /// Whether any vCPU has blocks made from a page.
     #[inline]
     pub(crate) fn has_code(&self, page: u64) -> bool {
@@ -181,7 +230,7 @@ impl Shared {
         if c.load(Ordering::SeqCst) & bit != 0 {
             return;
         }
-        let guard = lock(&self.code_lock);
+        let guard = lock(&self.ram.mapping);
         if c.fetch_or(bit, Ordering::SeqCst) == 0 && self.ram.protect(page * PAGE, false).is_err() {
             // Out of mappings: the host has a limit on their number. Start over.
             self.drop_all();
@@ -198,7 +247,7 @@ impl Shared {
     pub(crate) fn may_mirror(&self, page: u64, index: usize) -> bool {
         let bit = 1u16 << index;
         let Some(mirrors) = self.mirrors.get(page as usize) else { return false };
-        let _guard = lock(&self.code_lock);
+        let _guard = lock(&self.ram.mapping);
         if self.has_code(page) {
             return false;
         }
@@ -215,7 +264,7 @@ impl Shared {
     pub(crate) fn no_mirrors(&self, page: u64, index: usize) {
         let at = page as usize;
         let (Some(code), Some(mirrors)) = (self.code.get(at), self.mirrors.get(at)) else { return };
-        let _guard = lock(&self.code_lock);
+        let _guard = lock(&self.ram.mapping);
         // Else somebody has written to it, and others may map it again.
         if code.load(Ordering::SeqCst) & 1 << index != 0 {
             mirrors.store(0, Ordering::SeqCst);
@@ -247,7 +296,7 @@ impl Shared {
         make: impl FnOnce() -> Option<u64>,
     ) -> Option<u64> {
         find().or_else(|| {
-            let _guard = lock(&self.code_lock);
+            let _guard = lock(&self.ram.mapping);
             find().or_else(make)
         })
     }
@@ -269,7 +318,7 @@ impl Shared {
         self.stop_others(index);
         // Another vCPU may have done so a moment ago.
         if self.ram.pairs_are_full() {
-            let _guard = lock(&self.code_lock);
+            let _guard = lock(&self.ram.mapping);
             for (i, m) in lock(&self.boxes).iter().enumerate() {
                 let mut inbox = lock(&m.inbox);
                 if i != index && !inbox.contains(&ALL_MAPPINGS) {
@@ -295,7 +344,7 @@ impl Shared {
     /// and makes the page writable.
     pub(crate) fn invalidate_page(&self, page: u64, except: Option<usize>) {
         let Some(c) = self.code.get(page as usize) else { return };
-        let _guard = lock(&self.code_lock);
+        let _guard = lock(&self.ram.mapping);
         let mask = c.swap(0, Ordering::SeqCst);
         if mask == 0 {
             return;
@@ -308,6 +357,6 @@ impl Shared {
 }
 
 fn tracing_free_abort(what: &str) -> ! {
-    eprintln!("berth: {what}: {}", std::io::Error::last_os_error());
+    eprintln!("berth: {what}: {}", io::Error::last_os_error());
     std::process::abort()
 }

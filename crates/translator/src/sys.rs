@@ -114,3 +114,30 @@ pub fn punch_hole(fd: i32, offset: u64, len: u64) -> io::Result<()> {
     };
     if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+/// Where a file of `len` bytes has no data.
+pub fn holes(fd: i32, len: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
+    let mut holes = Vec::new();
+    let mut at = 0;
+    while at < len {
+        // SAFETY: plain system call.
+        let data = unsafe { libc::lseek(fd, at as libc::off_t, libc::SEEK_DATA) };
+        let data = match u64::try_from(data) {
+            Ok(data) => data.min(len),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(libc::ENXIO) => len,
+                error => return Err(error),
+            },
+        };
+        if data > at {
+            holes.push(at..data);
+        }
+        // SAFETY: plain system call.
+        let hole = unsafe { libc::lseek(fd, data as libc::off_t, libc::SEEK_HOLE) };
+        at = match u64::try_from(hole) {
+            Ok(hole) if data < len => hole,
+            _ => len,
+        };
+    }
+    Ok(holes)
+}

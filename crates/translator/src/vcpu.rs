@@ -39,7 +39,7 @@ use crate::layout::{Area, ExitCode, FLAG_MASKS, Gate, MAX_ACCESS_SHIFT, S0, mapp
 use crate::mem::{self, Lin, Pieces, Walked};
 use crate::ram::PAGE;
 use crate::returns::Returns;
-use crate::shared::{ALL_MAPPINGS, ALL_PAGES, Mailbox, Shared, UNMIRROR, lock};
+use crate::shared::{ALL_MAPPINGS, ALL_PAGES, ALL_SPACES, Mailbox, Shared, UNMIRROR, lock};
 use crate::signal::Stop;
 use crate::stats::{Report, Stats};
 use crate::thunks::{Then, Thunks};
@@ -617,6 +617,7 @@ impl Inner {
                 match p {
                     ALL_PAGES => self.drop_all_code(),
                     ALL_MAPPINGS => self.flush_everything(),
+                    ALL_SPACES => self.end_spaces(),
                     _ if p & UNMIRROR != 0 => self.drop_mirrors(p & !UNMIRROR),
                     _ => self.drop_page(p),
                 }
@@ -1535,6 +1536,9 @@ impl Inner {
                 if watching && let Some(o) = self.watched(va, size, site.writes()) {
                     return Ok(o);
                 }
+                if site.writes() {
+                    self.lin.shared.ram.own(w.gpa, 1);
+                }
                 if site.writes()
                     && self.lin.shared.has_code(w.gpa >> 12)
                     && self.store_to_code(w.gpa >> 12)
@@ -1560,6 +1564,7 @@ impl Inner {
             let mut alone = false;
             if site.writes() {
                 for page in [p.first.gpa >> 12, p.second.gpa >> 12] {
+                    self.lin.shared.ram.own(page * PAGE, 1);
                     alone |= self.lin.shared.has_code(page) && self.store_to_code(page);
                 }
             }
@@ -1758,6 +1763,9 @@ impl Inner {
             || write && (!rw || self.lin.shared.has_code(page >> 12))
         {
             return;
+        }
+        if write {
+            self.lin.shared.ram.own(page, 1);
         }
         if let Some(addend) = known {
             let host = addend.wrapping_add(va & !(PAGE - 1));

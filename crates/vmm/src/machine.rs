@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use berth_translator::Origin;
 use berth_x86::CpuState;
 use berth_x86::cpuid::{CpuidTable, Topology};
 
@@ -32,13 +33,12 @@ use crate::error::MachineError;
 use crate::irq::InterruptSink;
 use crate::limits::CPUS_MAX;
 use crate::machine::stored::Resumed;
-pub use crate::machine::stored::{Parked, Storer};
+pub use crate::machine::stored::{FrozenMachine, Parked, Storer};
 use crate::machine::threads::Runner;
 use crate::memory::{GuestRam, Memory};
 use crate::outcome::{Ending, Outcome};
 use crate::pci::root::PciRoot;
 use crate::pvclock::PvClock;
-use crate::state::load_memory;
 use crate::timer::TimerThread;
 use crate::vcpu::kvm::vm::KvmVm;
 use crate::vcpu::mailbox::Mailbox;
@@ -202,7 +202,6 @@ impl Machine {
         let ram = GuestRam::new(config.memory_bytes)?;
         if let Some(directory) = &config.resume {
             let state = stored::read(config, accel, directory)?;
-            load_memory(&ram, directory)?;
             tracing::info!(cpus = config.cpus, "a stored machine goes on");
             return start_translated(
                 config,
@@ -281,6 +280,14 @@ impl Begin {
             Self::Stored(resumed) => resumed.state.tsc_khz,
         }
     }
+
+    /// Where memory is, if it is not new.
+    fn origin(&self) -> Option<&Origin> {
+        match self {
+            Self::Entry(_) => None,
+            Self::Stored(resumed) => Some(&resumed.memory),
+        }
+    }
 }
 
 /// What CPUID tells vCPU `index` of `count`, the same under both processors.
@@ -316,7 +323,7 @@ fn start_translated(
     let interrupts = Arc::clone(&chipset) as Arc<dyn InterruptSink>;
     let (context, console, devices) = chips::add_devices(config, &board, &interrupts, attach)?;
 
-    let shared = translated::share(&board.ram, config.translator.clone())
+    let shared = translated::share(&board.ram, begin.origin(), config.translator.clone())
         .map_err(MachineError::Translator)?;
     let (clock, memory) = (Arc::clone(&board.clock), board.ram.memory().clone());
     let pvclock = Arc::new(match begin {
@@ -341,6 +348,7 @@ fn start_translated(
         pvclock: Arc::clone(&pvclock),
         msrs: apics.iter().map(|_| Arc::default()).collect(),
         tsc_khz,
+        shared: Arc::clone(&shared),
     };
     if let Begin::Stored(resumed) = begin {
         storer.restore(resumed)?;

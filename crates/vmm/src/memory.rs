@@ -8,18 +8,25 @@
 //! 0x1_0000_0000  the rest of RAM, then the 64-bit PCI memory window
 //! ```
 //!
-//! RAM is one memfd per piece, so that the translator, KVM and device processes can map the same
-//! pages. Whatever writes RAM through [`Memory`] tells the translator by itself: [`CodeBitmap`] takes
-//! the place of a dirty bitmap and calls a hook with the guest address.
+//! RAM is a memfd, the pieces one after the other, so that the translator, KVM and device processes
+//! can map the same pages. Whatever writes RAM through [`Memory`] tells the translator by itself,
+//! before, since pages may be shared and have to be copied first, and afterwards, since there may be
+//! translations of them: [`CodeBitmap`] takes the place of a dirty bitmap and calls a hook with the
+//! guest address.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::{Arc, OnceLock};
 
-use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+use berth_translator::Reservation;
+use vm_memory::bitmap::{BS, Bitmap, BitmapSlice, WithBitmapSlice};
+use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap, Permissions,
+};
 
 use crate::limits::MEMORY_BYTES_MIN;
 
@@ -37,9 +44,36 @@ pub const HIGH_RAM_START: u64 = 1 << 32;
 pub const PCI_WINDOW_64_SIZE: u64 = 64 << 30;
 
 /// Guest RAM as loaders and devices see it.
-pub type Memory = vm_memory::GuestMemoryMmap<CodeBitmap>;
+#[derive(Clone)]
+pub struct Memory {
+    map: GuestMemoryMmap<CodeBitmap>,
+    before: WriteHook,
+    /// The regions lie in it.
+    _mapping: Arc<Reservation>,
+}
 
-/// Called with guest address and length after a write to RAM by anything but a vCPU.
+impl GuestMemory for Memory {
+    type PhysicalMemory = GuestMemoryMmap<CodeBitmap>;
+    type Bitmap = CodeBitmap;
+
+    fn check_range(&self, address: GuestAddress, count: usize, access: Permissions) -> bool {
+        GuestMemory::check_range(&self.map, address, count, access)
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        address: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, CodeBitmap>>, GuestMemoryError> {
+        if matches!(access, Permissions::Write | Permissions::ReadWrite) {
+            wrote(&self.before, address.0, count);
+        }
+        GuestMemory::get_slices(&self.map, address, count, access)
+    }
+}
+
+/// Called with guest address and length before or after a write to RAM by anything but a vCPU.
 pub type WriteHook = Arc<OnceLock<Box<dyn Fn(u64, u64) + Send + Sync>>>;
 
 /// Passes writes on to a [`WriteHook`] (a "dirty bitmap" that stores nothing).
@@ -160,8 +194,11 @@ pub enum MemoryError {
 #[derive(Clone)]
 pub struct GuestRam {
     memory: Memory,
+    file: Arc<File>,
     pieces: Vec<RamPiece>,
+    before: WriteHook,
     hook: WriteHook,
+    mapping: Arc<Reservation>,
 }
 
 /// One contiguous piece of RAM.
@@ -171,8 +208,8 @@ pub struct RamPiece {
     pub gpa: u64,
     /// Bytes.
     pub size: u64,
-    /// The memfd that holds exactly this piece.
-    pub file: Arc<File>,
+    /// Where it begins in the memfd.
+    pub offset: u64,
     /// Where this process has it mapped.
     pub host_address: u64,
 }
@@ -194,31 +231,62 @@ impl GuestRam {
             return Err(MemoryError::TooBig { bytes, host, from });
         }
         let hook = WriteHook::default();
+        let before = WriteHook::default();
         let low = bytes.min(HOLE_START);
-        let mut ranges = vec![(0, low)];
+        let mut ranges = vec![(0, low, 0)];
         if bytes > low {
-            ranges.push((HIGH_RAM_START, bytes - low));
+            ranges.push((HIGH_RAM_START, bytes - low, low));
         }
+        let fail = |operation, source| MemoryError::Host { operation, gpa: 0, bytes, source };
+        let span = ranges.iter().map(|(gpa, size, _)| gpa + size).max().unwrap_or(0);
+        let mapping = Reservation::new(span as usize).map_err(|e| fail("mmap", e))?;
+        let mapping = Arc::new(mapping);
+        let file = Arc::new(ram_file(bytes).map_err(|(op, e)| fail(op, e))?);
         let mut regions = Vec::new();
         let mut pieces = Vec::new();
-        for (gpa, size) in ranges {
+        for (gpa, size, offset) in ranges {
             let fail =
                 |operation, source| MemoryError::Host { operation, gpa, bytes: size, source };
-            let file = Arc::new(sealed_memfd(size).map_err(|(op, e)| fail(op, e))?);
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            let at = mapping
+                .map_file(gpa as usize, size as usize, prot, file.as_raw_fd(), offset)
+                .map_err(|e| fail("mmap", e))?;
             let bitmap = CodeBitmap { base: gpa, hook: Arc::clone(&hook) };
-            let region = MmapRegionBuilder::new_with_bitmap(size as usize, bitmap)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), 0))
+            let builder = MmapRegionBuilder::new_with_bitmap(size as usize, bitmap)
+                .with_mmap_prot(prot)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
+            // SAFETY: the range was mapped just now, and stays so as long as `Memory` keeps the
+            // reservation; parts of it are at most replaced by mappings that can be read.
+            let region = unsafe { builder.with_raw_mmap_pointer(at as *mut u8) }
                 .build()
                 .map_err(|e| fail("mmap", io::Error::other(e)))?;
-            pieces.push(RamPiece { gpa, size, file, host_address: region.as_ptr() as u64 });
+            pieces.push(RamPiece { gpa, size, offset, host_address: at });
             let region = GuestRegionMmap::new(region, GuestAddress(gpa))
                 .ok_or_else(|| MemoryError::Map(format!("the piece at {gpa:#x} is too long")))?;
             regions.push(region);
         }
-        let memory = Memory::from_regions(regions).map_err(|e| MemoryError::Map(e.to_string()))?;
-        Ok(Self { memory, pieces, hook })
+        let map =
+            GuestMemoryMmap::from_regions(regions).map_err(|e| MemoryError::Map(e.to_string()))?;
+        let memory = Memory { map, before: Arc::clone(&before), _mapping: Arc::clone(&mapping) };
+        Ok(Self { memory, file, pieces, before, hook, mapping })
+    }
+
+    /// The memfd that holds all of it.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where all of it is mapped, at its guest addresses from the beginning.
+    #[must_use]
+    pub fn mapping(&self) -> &Arc<Reservation> {
+        &self.mapping
+    }
+
+    /// Bytes of it.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.size).sum()
     }
 
     /// The memory for loaders and devices.
@@ -233,7 +301,13 @@ impl GuestRam {
         &self.pieces
     }
 
-    /// Where to put the function to be told of writes; it can be set once.
+    /// Where to put the function to be told of writes before they are made; it can be set once.
+    #[must_use]
+    pub fn before_write_hook(&self) -> &WriteHook {
+        &self.before
+    }
+
+    /// Where to put the function to be told of writes that were made; it can be set once.
     #[must_use]
     pub fn write_hook(&self) -> &WriteHook {
         &self.hook
@@ -262,10 +336,14 @@ impl GuestRam {
 /// The last guest address that is RAM.
 #[must_use]
 pub fn last_address(memory: &Memory) -> u64 {
-    memory.iter().map(|region| region.last_addr().0).max().unwrap_or(0)
+    memory.map.iter().map(|region| region.last_addr().0).max().unwrap_or(0)
 }
 
-fn sealed_memfd(size: u64) -> Result<File, (&'static str, io::Error)> {
+/// A file of zeroes for so many bytes of RAM.
+///
+/// # Errors
+/// What the system refuses, and why.
+pub fn ram_file(size: u64) -> Result<File, (&'static str, io::Error)> {
     // SAFETY: the name is a constant C string; the call has no other memory effects.
     let fd = unsafe {
         libc::memfd_create(c"berth-ram".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
@@ -321,7 +399,7 @@ fn cgroup_limit() -> Option<u64> {
 mod tests {
     use super::{GuestRam, MemoryError, host_memory};
     use std::sync::{Arc, Mutex};
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+    use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
     #[test]
     fn writes_are_reported_with_their_guest_address() {
@@ -333,7 +411,9 @@ mod tests {
         assert!(ram.write_hook().set(hook).is_ok());
         ram.memory().write_slice(&[1, 2, 3], GuestAddress(0x1234)).unwrap();
         ram.memory().write_obj(7u32, GuestAddress(0x5000)).unwrap();
-        ram.memory().get_slice(GuestAddress(0x7000), 64).unwrap().write_slice(&[5; 8], 16).unwrap();
+        let write = vm_memory::Permissions::Write;
+        let mut slices = ram.memory().get_slices(GuestAddress(0x7000), 64, write).unwrap();
+        slices.next().unwrap().unwrap().write_slice(&[5; 8], 16).unwrap();
         ram.memory().read_obj::<u64>(GuestAddress(0)).unwrap();
         assert_eq!(*seen.lock().unwrap(), [(0x1234, 3), (0x5000, 4), (0x7010, 8)]);
     }

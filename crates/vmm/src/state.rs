@@ -5,9 +5,12 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use berth_translator::Origin;
 use berth_x86::cpuid::CpuidEntry;
 use berth_x86::{CpuState, cpuid};
 use rustix::fs::SeekFrom;
@@ -221,11 +224,11 @@ impl MachineState {
     ///
     /// # Errors
     /// [`StateError::File`]; then the directory is of no use.
-    pub fn write(&self, ram: &GuestRam, directory: &Path) -> Result<(), StateError> {
+    pub fn write(&self, memory: &Origin, directory: &Path) -> Result<(), StateError> {
         let path = directory.join(MEMORY);
         let write = || {
             let file = File::create(&path)?;
-            save_memory(ram, &file)?;
+            save_memory(memory, &file)?;
             file.sync_all()
         };
         write().map_err(failed("writing", &path))?;
@@ -260,22 +263,73 @@ impl MachineState {
     }
 }
 
+/// Pages without data that are not looked for in the file of a state.
+const GAP_PAGES: u64 = 64;
+
 /// Writes all of memory that is not zero.
-fn save_memory(ram: &GuestRam, to: &File) -> io::Result<()> {
+fn save_memory(memory: &Origin, to: &File) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK];
-    let mut base = 0;
-    for piece in ram.pieces() {
-        each_data(&piece.file, piece.size, &mut chunk, |at, bytes| {
-            for (n, page) in bytes.chunks(PAGE).enumerate() {
-                if page.iter().any(|&byte| byte != 0) {
-                    to.write_all_at(page, base + at + (n * PAGE) as u64)?;
-                }
+    let mut at = 0;
+    for run in memory.of_page.chunk_by(|a, b| a == b) {
+        let end = at + (run.len() * PAGE) as u64;
+        let number = run.first().copied().unwrap_or(0);
+        if let Some(file) = memory.files.get(usize::from(number).wrapping_sub(1)) {
+            let file = File::from(file.try_clone()?);
+            for data in data_of(&file, at..end)? {
+                save_data(&file, data, &mut chunk, to)?;
             }
-            Ok(())
-        })?;
-        base += piece.size;
+        }
+        at = end;
     }
-    to.set_len(base)
+    to.set_len(at)
+}
+
+fn save_data(from: &File, data: Range<u64>, chunk: &mut [u8], to: &File) -> io::Result<()> {
+    let mut at = data.start;
+    while at < data.end {
+        let count = chunk.len().min((data.end - at) as usize);
+        let bytes = chunk.get_mut(..count).unwrap_or_default();
+        from.read_exact_at(bytes, at)?;
+        // Pages that are not zero, as many as there are behind each other.
+        let pages: Vec<_> = bytes.chunks(PAGE).collect();
+        let mut n = 0;
+        for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+            let (first, last) = (n * PAGE, ((n + run.len()) * PAGE).min(count));
+            if !run.first().is_some_and(|page| is_zero(page)) {
+                to.write_all_at(bytes.get(first..last).unwrap_or_default(), at + first as u64)?;
+            }
+            n += run.len();
+        }
+        at += count as u64;
+    }
+    Ok(())
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    page.iter().all(|&byte| byte == 0)
+}
+
+/// Where memory is that was stored: pages are read when they are first needed.
+///
+/// # Errors
+/// [`StateError::File`].
+pub fn stored_memory(directory: &Path) -> Result<Origin, StateError> {
+    let path = directory.join(MEMORY);
+    let look = || {
+        let file = File::open(&path)?;
+        let len = file.metadata()?.len();
+        let mut of_page = vec![0; (len / PAGE as u64) as usize];
+        let mut end = 0;
+        for data in data_of(&file, 0..len)? {
+            let (first, last) = (data.start / PAGE as u64, data.end.div_ceil(PAGE as u64));
+            // A few pages of zeroes are cheaper than two more mappings.
+            let first = if first < end + GAP_PAGES { end } else { first };
+            of_page.get_mut(first as usize..last as usize).unwrap_or_default().fill(1);
+            end = last;
+        }
+        Ok(Origin { files: vec![Arc::new(file.into())], of_page })
+    };
+    look().map_err(failed("reading", &path))
 }
 
 /// Fills memory, which is zero, from a file.
@@ -287,50 +341,33 @@ pub fn load_memory(ram: &GuestRam, directory: &Path) -> Result<(), StateError> {
     let load = || {
         let from = File::open(&path)?;
         let mut chunk = vec![0; CHUNK];
-        each_data(&from, from.metadata()?.len(), &mut chunk, |at, bytes| {
-            let mut base = 0;
-            for piece in ram.pieces() {
-                let end = base + piece.size;
-                // A chunk may lie across the end of a piece.
-                let (first, last) = (at.max(base), (at + bytes.len() as u64).min(end));
-                if let Some(bytes) = (first < last)
-                    .then(|| bytes.get((first - at) as usize..(last - at) as usize))
-                    .flatten()
-                {
-                    piece.file.write_all_at(bytes, first - base)?;
-                }
-                base = end;
-            }
-            Ok(())
-        })
+        for data in data_of(&from, 0..from.metadata()?.len().min(ram.bytes()))? {
+            save_data(&from, data, &mut chunk, ram.file())?;
+        }
+        Ok(())
     };
     load().map_err(failed("loading", &path))
 }
 
-/// Gives all data of a sparse file, in order, with its place.
-fn each_data(
-    file: &File,
-    len: u64,
-    chunk: &mut [u8],
-    mut give: impl FnMut(u64, &[u8]) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut at = 0;
-    while at < len {
-        at = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+/// Where a sparse file has data within a range, in whole pages.
+fn data_of(file: &File, within: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let mut pieces = Vec::new();
+    let mut at = within.start;
+    while at < within.end {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
             Ok(data) => data & !(PAGE as u64 - 1),
-            Err(Errno::NXIO) => return Ok(()),
+            Err(Errno::NXIO) => break,
             Err(errno) => return Err(errno.into()),
         };
-        let hole = rustix::fs::seek(file, SeekFrom::Hole(at))?.min(len);
-        while at < hole {
-            let count = chunk.len().min((hole - at) as usize);
-            let bytes = chunk.get_mut(..count).unwrap_or_default();
-            file.read_exact_at(bytes, at)?;
-            give(at, bytes)?;
-            at += count as u64;
+        if data >= within.end {
+            break;
         }
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(at.max(data)))?.min(within.end);
+        let hole = hole.next_multiple_of(PAGE as u64).min(within.end);
+        pieces.push(data.max(within.start)..hole);
+        at = hole;
     }
-    Ok(())
+    Ok(pieces)
 }
 
 #[cfg(test)]
@@ -349,7 +386,9 @@ mod tests {
         put((16 << 20) - 1, b"!");
         put(8 << 20, &vec![0; 1 << 20]);
         let file = File::create(dir.path().join(MEMORY)).unwrap();
-        save_memory(&ram, &file).unwrap();
+        let own = Arc::new(ram.file().try_clone().unwrap().into());
+        let origin = Origin { files: vec![own], of_page: vec![1; 4096] };
+        save_memory(&origin, &file).unwrap();
         let meta = file.metadata().unwrap();
         assert_eq!(meta.len(), 16 << 20);
         let blocks = std::os::unix::fs::MetadataExt::blocks(&meta);

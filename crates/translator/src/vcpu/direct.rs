@@ -164,6 +164,12 @@ impl Inner {
         }
     }
 
+    /// Ends all processes: they may have RAM mapped where it is not any more.
+    pub(super) fn end_spaces(&mut self) {
+        self.direct.spaces.iter_mut().for_each(|space| *space = None);
+        self.direct.floating = None;
+    }
+
     fn new_space(&mut self) -> std::io::Result<Space> {
         let mut files = self.lin.shared.ram.files();
         if self.direct.copies.is_none() {

@@ -1,6 +1,7 @@
 //! User code left to the processor: what its processes have mapped.
 
 use std::io;
+use std::os::fd::AsRawFd;
 
 use berth_x86::paging::{self, Kind, Rights, Walk};
 
@@ -203,7 +204,10 @@ impl Inner {
         if !w.readable_user || w.global {
             return Ok(None);
         }
-        let Some((mut fd, mut offset)) = self.lin.shared.ram.file_of(gpa) else { return Ok(None) };
+        // Where it is must not change as long as a process has it mapped.
+        self.lin.shared.ram.own(gpa, PAGE);
+        let Some((file, mut offset)) = self.lin.shared.ram.file_of(gpa) else { return Ok(None) };
+        let mut fd = file.as_raw_fd();
         let mut prot = libc::PROT_READ;
         let mut stops = Places::new();
         let how = if w.nx { None } else { self.executable(at, va, gpa, fetch) };

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use berth_translator::{Frozen, Origin, Shared};
 use berth_x86::CpuState;
 use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::XSAVE_SIZE;
@@ -14,10 +15,10 @@ use crate::chips::pit::Pit;
 use crate::clock::{Clock, HostClock};
 use crate::machine::MachineConfig;
 use crate::machine::chips::StoredDevices;
-use crate::memory::{GuestRam, Memory};
+use crate::memory::{GuestRam, Memory, ram_file};
 use crate::pci::root::PciRoot;
 use crate::pvclock::PvClock;
-use crate::state::{MachineState, Moment, Shift, StateError, StoredCpu, VERSION};
+use crate::state::{MachineState, Moment, Shift, StateError, StoredCpu, VERSION, stored_memory};
 use crate::vcpu::mailbox::Mailbox;
 use crate::vcpu::platform::ClockMsrs;
 use crate::vcpu::probe::Accel;
@@ -34,11 +35,46 @@ pub struct Storer {
     pub(super) pvclock: Arc<PvClock>,
     pub(super) msrs: Vec<Arc<ClockMsrs>>,
     pub(super) tsc_khz: u32,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// A machine as it was at an instant, which has gone on since.
+pub struct FrozenMachine {
+    /// What it held besides its memory.
+    pub state: MachineState,
+    frozen: Frozen,
+    shared: Arc<Shared>,
+}
+
+impl FrozenMachine {
+    /// Where its memory is; it is there as long as these files are open, if nobody calls
+    /// [`FrozenMachine::release`].
+    #[must_use]
+    pub fn memory(&self) -> &Origin {
+        &self.frozen.origin
+    }
+
+    /// Writes it into a directory that is there.
+    ///
+    /// # Errors
+    /// [`StateError::File`]; then the directory is of no use.
+    pub fn write(&self, directory: &Path) -> Result<(), StateError> {
+        self.state.write(self.memory(), directory)
+    }
+
+    /// Nobody needs it any more: the machine may write to its memory where it is.
+    pub fn release(self) {
+        if let Err(error) = self.shared.unfreeze(&self.frozen) {
+            // It is copied when it is written, as before.
+            tracing::warn!(%error, "memory of the machine stays write-protected");
+        }
+    }
 }
 
 /// A machine that was stored, and how far its counters are to be set.
 pub(super) struct Resumed {
     pub(super) state: MachineState,
+    pub(super) memory: Origin,
     shift: Shift,
 }
 
@@ -84,7 +120,8 @@ pub(super) fn read(
         check_extended(&cpu.state)?;
     }
     let shift = state.saved.shift_to(&Moment::now(&HostClock::new()));
-    Ok(Box::new(Resumed { state, shift }))
+    let memory = stored_memory(directory)?;
+    Ok(Box::new(Resumed { state, memory, shift }))
 }
 
 /// What the host would refuse to load: reserved bits of MXCSR and of the header of the XSAVE area
@@ -141,7 +178,21 @@ impl Storer {
     /// [`StateError`]; then the directory is of no use.
     pub fn store(&self, directory: &Path) -> Result<(), StateError> {
         let mut parked = self.park();
-        self.capture(&mut parked)?.write(&self.ram, directory)
+        self.capture(&mut parked)?.write(&self.shared.origin(), directory)
+    }
+
+    /// Keeps a machine, whose vCPUs stand still, as it is; it can go on before that is written.
+    ///
+    /// # Errors
+    /// [`StateError`]; the machine can go on.
+    pub fn freeze(&self, parked: &mut Parked<'_>) -> Result<FrozenMachine, StateError> {
+        let state = self.capture(parked)?;
+        let new = ram_file(state.memory_bytes);
+        let frozen = new
+            .map_err(|(_, error)| error)
+            .and_then(|new| self.shared.freeze(new.into()))
+            .map_err(|error| StateError::Unsaved(format!("its memory cannot be kept: {error}")))?;
+        Ok(FrozenMachine { state, frozen, shared: Arc::clone(&self.shared) })
     }
 
     /// What a machine that does nothing holds besides its memory.
@@ -175,7 +226,7 @@ impl Storer {
         Ok(MachineState {
             version: VERSION,
             saved: Moment::now(&*self.clock),
-            memory_bytes: self.ram.pieces().iter().map(|piece| piece.size).sum(),
+            memory_bytes: self.ram.bytes(),
             tsc_khz: self.tsc_khz,
             cpus,
             pvclock: self.pvclock.save(),

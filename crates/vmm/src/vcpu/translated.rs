@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use berth_translator::{Config, Exit, Kicker, RamSlot, SetupError, Shared, TranslatedVcpu};
+use berth_translator::{Config, Exit, Kicker, Origin, RamSlot, SetupError, Shared, TranslatedVcpu};
 use berth_x86::cpuid::CpuidTable;
 use berth_x86::{CpuState, Platform};
 
@@ -14,22 +14,31 @@ use crate::vcpu::{Capabilities, Vcpu, VcpuError, VcpuExit, VcpuHandle};
 
 /// Gives the translator the machine's RAM, and lets it know of writes that do not come from vCPUs.
 ///
+/// `origin` is where pages of it are so far, if they are not in its own file.
+///
 /// # Errors
 /// [`SetupError`] when the host cannot do it.
-pub fn share(ram: &GuestRam, config: Config) -> Result<Arc<Shared>, SetupError> {
+pub fn share(
+    ram: &GuestRam,
+    origin: Option<&Origin>,
+    config: Config,
+) -> Result<Arc<Shared>, SetupError> {
     let pieces = ram.pieces().iter();
     let slots: Vec<_> = pieces
         .map(|piece| RamSlot {
             gpa: piece.gpa,
             size: piece.size,
-            fd: piece.file.as_fd(),
-            offset: 0,
+            fd: ram.file().as_fd(),
+            offset: piece.offset,
         })
         .collect();
-    let shared = Shared::new(&slots, config)?;
+    let mapping = Some(Arc::clone(ram.mapping()));
+    let shared = Shared::with_mapping(&slots, mapping, origin, config)?;
     let told = Arc::clone(&shared);
     let hook = Box::new(move |gpa, len| told.ram_written(gpa, len));
-    if ram.write_hook().set(hook).is_err() {
+    let asked = Arc::clone(&shared);
+    let before = Box::new(move |gpa, len| asked.before_write(gpa, len));
+    if ram.write_hook().set(hook).is_err() || ram.before_write_hook().set(before).is_err() {
         tracing::error!("guest memory belongs to two translators");
     }
     Ok(shared)

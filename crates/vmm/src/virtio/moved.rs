@@ -136,15 +136,15 @@ fn what_is_altered_is_refused_or_does_no_harm() {
     refused("PCI devices", &|pci| drop(pci.slots.pop()));
     refused("slot 1", &|pci| pci.slots[1].virtio = None);
     refused("another one", &|pci| pci.slots[1].config[0] ^= 1);
-    refused("another one", &|pci| drop(pci.slots[1].config.pop()));
+    refused("another one", &|pci| pci.slots[1].config.truncate(63));
     fn rng(pci: &mut StoredPci) -> &mut StoredVirtio {
         pci.slots[1].virtio.as_mut().unwrap()
     }
     refused("another one", &|pci| rng(pci).device_type = 2);
-    refused("another one", &|pci| drop(rng(pci).queues.pop()));
+    refused("another one", &|pci| rng(pci).queues.clear());
     refused("less", &|pci| rng(pci).driver_features |= 1 << 60);
     refused("vector", &|pci| rng(pci).interrupts.config_vector = 77);
-    refused("vectors", &|pci| drop(rng(pci).interrupts.msix.table.pop()));
+    refused("vectors", &|pci| rng(pci).interrupts.msix.table.clear());
     refused("vectors", &|pci| rng(pci).interrupts.msix.pending.push(9));
     refused("stores nothing", &|pci| rng(pci).device.push(1));
     refused("queues", &|pci| rng(pci).positions = Some(Vec::new()));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use berth_disk::error::DiskError as OpenError;
 use berth_disk::format::Format;
 use berth_disk::tools::{Backing, convert};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use crate::virtio::block::device::{Block, F_DISCARD, F_FLUSH, F_RO, F_WRITE_ZEROES};
 use crate::virtio::block::disk::{Contents, Disk, DiskConfig, DiskError};
@@ -341,7 +341,9 @@ fn stall(guest: &mut Guest) {
     // Not offered yet: a device that has just started looks at its rings without being told.
     let head = guest.prepare(0, &[Part::Out(&header), Part::In(8192), Part::In(1)], false);
     // Whole pages of that buffer, which begins at 0x40_0040.
-    let page = guest.memory.get_slice(GuestAddress(0x40_1000), 4096).unwrap();
+    let memory = Arc::clone(&guest.memory);
+    let mut pages = memory.get_slices(GuestAddress(0x40_1000), 4096, Permissions::Write).unwrap();
+    let page = pages.next().unwrap().unwrap();
     let stall = match Stall::new(page.ptr_guard_mut().as_ptr(), 4096) {
         Ok(stall) => stall,
         Err(error) => return println!("skipped: no userfaultfd here: {error}"),

@@ -29,6 +29,8 @@ difftest --traps                        run the table of cases with known answer
                     looking          the same with accesses that look whether they cross pages
                     looking-stopped  both
                     direct           the translator, with the processor executing user code itself
+                    frozen           the translator, with memory that is copied when it is written
+                    frozen-direct    both of these
                     translated:none,shared
                                      with the optimizations of this list (as of
                                      berth vm run --translator-opt); so for the others

@@ -22,10 +22,12 @@ use crate::Arguments;
 fn backend(name: &str) -> anyhow::Result<Box<dyn Backend>> {
     let (name, optimizations) = name.split_once(':').unwrap_or((name, "all"));
     Ok(match name {
-        "translated" | "stopped" | "looking" | "looking-stopped" | "direct" => {
+        "translated" | "stopped" | "looking" | "looking-stopped" | "direct" | "frozen"
+        | "frozen-direct" => {
             let (looking, stopped) = (name.contains("looking"), name.contains("stopped"));
-            let direct = name == "direct";
-            let way = Way { looking, stopped, direct, optimizations: optimizations.parse()? };
+            let (direct, frozen) = (name.contains("direct"), name.contains("frozen"));
+            let way =
+                Way { looking, stopped, direct, frozen, optimizations: optimizations.parse()? };
             Box::new(GuardedBackend::new(way).context("setting up the translator")?)
         }
         "native" => Box::new(NativeBackend::new()?),

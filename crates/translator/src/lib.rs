@@ -74,6 +74,9 @@ pub struct Config {
     /// next one in RAM; fewer if the system allows fewer mappings (each costs two). With more such
     /// pages, accesses look whether they cross.
     pub guarded_pages: usize,
+    /// Pages of frozen memory that are copied one by one when they are written, each of which may cost
+    /// six of the host's mappings; after that, whole regions are.
+    pub single_copies: usize,
     /// What is done for speed.
     pub optimizations: Optimizations,
     /// For tests: user code is left to the processor wherever that is possible, whether it pays or
@@ -91,6 +94,7 @@ impl Default for Config {
             code_cache_bytes: 16 << 20,
             address_spaces: 6,
             guarded_pages: 20_000,
+            single_copies: 2_500,
             optimizations: Optimizations::all(),
             always_direct: false,
             reports: None,

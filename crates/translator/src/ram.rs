@@ -33,7 +33,7 @@ use crate::ram::layers::{Bits, Layers};
 pub use crate::ram::layers::{Frozen, Origin};
 use crate::shared::lock;
 use crate::sys::{self, Reservation};
-use crate::{RamSlot, SetupError};
+use crate::{Config, RamSlot, SetupError};
 
 /// Page size of the host and of the smallest guest mapping.
 pub const PAGE: u64 = 4096;
@@ -98,8 +98,7 @@ fn guarded_limit() -> usize {
 }
 
 impl Ram {
-    /// Maps the slots; there will be at most `guarded_pages` guarded mappings. `raw` has them mapped
-    /// already, each at its guest address from the beginning.
+    /// Maps the slots, within the limits of `config`. `raw` has them mapped already, each at its guest address from the beginning.
     ///
     /// # Errors
     /// When address space or a mapping is refused.
@@ -107,7 +106,7 @@ impl Ram {
         slots: &[RamSlot<'_>],
         raw: Option<Arc<Reservation>>,
         origin: Option<&Origin>,
-        guarded_pages: usize,
+        config: &Config,
     ) -> Result<Self, SetupError> {
         let map_err = |what| move |source| SetupError::Map { what, source };
         let span = slots.iter().map(|s| s.gpa.saturating_add(s.size)).max().unwrap_or(0);
@@ -119,10 +118,10 @@ impl Ram {
         let own = slots.first().map(|slot| slot.fd.try_clone_to_owned()).transpose();
         let own = own.map_err(map_err("a guest RAM slot"))?.map(Arc::new);
         let end = slots.iter().map(|slot| slot.offset + slot.size).max().unwrap_or(0);
-        let layers = Layers::new(end, own.as_ref(), origin);
+        let layers = Layers::new(end, own.as_ref(), origin, config.single_copies);
         let slots: Vec<_> =
             slots.iter().map(|s| Slot { gpa: s.gpa, size: s.size, offset: s.offset }).collect();
-        let limit = guarded_limit().min(guarded_pages);
+        let limit = guarded_limit().min(config.guarded_pages);
         let space = Reservation::new((limit as u64 * GUARDED_STRIDE + PAGE) as usize)
             .map_err(map_err("guarded pages"))?;
         let pages = (span / PAGE) as usize;

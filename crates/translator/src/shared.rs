@@ -133,7 +133,7 @@ impl Shared {
         config: Config,
     ) -> Result<Arc<Self>, SetupError> {
         crate::host_check()?;
-        let ram = Ram::new(slots, raw, origin, config.guarded_pages)?;
+        let ram = Ram::new(slots, raw, origin, &config)?;
         let pages = (ram.span() / PAGE) as usize;
         let table = || (0..pages).map(|_| AtomicU16::new(0)).collect();
         Ok(Arc::new(Self {

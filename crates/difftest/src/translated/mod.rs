@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use berth_translator::{
-    Config, Exit, Kicker, Optimizations, RamSlot, SetupError, Shared, TranslatedVcpu, host_cpuid,
+    Config, Exit, Frozen, Kicker, Optimizations, RamSlot, Reservation, SetupError, Shared,
+    TranslatedVcpu, host_cpuid,
 };
 use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::{reg, sreg, vector};
@@ -72,51 +73,47 @@ impl Platform for Bare {
 
 /// Guest RAM as this process sees it.
 struct Ram {
-    at: *mut u8,
+    mapping: Arc<Reservation>,
     fd: OwnedFd,
+}
+
+/// A file of zeroes for RAM.
+fn ram_file() -> Result<OwnedFd, TranslatedError> {
+    let error = |what| TranslatedError::Ram { what, source: std::io::Error::last_os_error() };
+    // SAFETY: a name and flags; the result is a new descriptor or -1.
+    let fd = unsafe { libc::memfd_create(c"difftest-ram".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(error("memfd_create"));
+    }
+    // SAFETY: the descriptor is new and owned by nobody else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: the descriptor is valid.
+    if unsafe { libc::ftruncate(fd.as_raw_fd(), RAM as libc::off_t) } != 0 {
+        return Err(error("ftruncate"));
+    }
+    Ok(fd)
 }
 
 impl Ram {
     fn new() -> Result<Self, TranslatedError> {
-        let error = |what| TranslatedError::Ram { what, source: std::io::Error::last_os_error() };
-        // SAFETY: a name and flags; the result is a new descriptor or -1.
-        let fd = unsafe { libc::memfd_create(c"difftest-ram".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(error("memfd_create"));
-        }
-        // SAFETY: the descriptor is new and owned by nobody else.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: the descriptor is valid; the mapping is new, at an address the kernel chooses.
-        let at = unsafe {
-            if libc::ftruncate(fd.as_raw_fd(), RAM as libc::off_t) != 0 {
-                return Err(error("ftruncate"));
-            }
-            libc::mmap(
-                std::ptr::null_mut(),
-                RAM,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            return Err(error("mmap"));
-        }
-        Ok(Self { at: at.cast(), fd })
+        let error = |source| TranslatedError::Ram { what: "mmap", source };
+        let fd = ram_file()?;
+        let mapping = Reservation::new(RAM).map_err(error)?;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        mapping.map_file(0, RAM, prot, fd.as_raw_fd(), 0).map_err(error)?;
+        Ok(Self { mapping: Arc::new(mapping), fd })
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    fn bytes(&self) -> &[u8] {
         // SAFETY: RAM bytes are mapped for the life of `self`; the guest, which shares them, runs
         // only inside `TranslatedVcpu::run`, when no such borrow is alive.
-        unsafe { std::slice::from_raw_parts_mut(self.at, RAM) }
+        unsafe { std::slice::from_raw_parts(self.mapping.addr() as *const u8, RAM) }
     }
-}
 
-impl Drop for Ram {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new` with this size; nothing refers to it any more.
-        unsafe { libc::munmap(self.at.cast(), RAM) };
+    /// The same, to be written where [`Shared::before_write`] was told of that.
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.mapping.addr() as *mut u8, RAM) }
     }
 }
 
@@ -131,6 +128,8 @@ pub struct Way {
     pub stopped: bool,
     /// The processor executes what it can by itself.
     pub direct: bool,
+    /// Memory is frozen before each case.
+    pub frozen: bool,
 }
 
 /// The translator.
@@ -142,6 +141,8 @@ pub struct TranslatedBackend {
     /// Twice the number of cases begun, plus one while one runs.
     progress: Arc<AtomicU64>,
     stopped: bool,
+    frozen: bool,
+    kept: Option<Frozen>,
 }
 
 impl TranslatedBackend {
@@ -152,18 +153,22 @@ impl TranslatedBackend {
     pub fn new(way: Way) -> Result<Self, TranslatedError> {
         let mut config = Config { optimizations: way.optimizations, ..Config::default() };
         config.always_direct = way.direct;
+        if way.frozen {
+            config.single_copies = 5;
+        }
         if way.looking {
             config.guarded_pages = 0;
         }
         let mut ram = Ram::new()?;
         let base = base_image();
-        machine::build(ram.bytes());
+        machine::build(ram.bytes_mut());
         for world in World::ALL {
             let at = image_at(world) as usize;
-            ram.bytes()[at..at + base.len()].copy_from_slice(&base);
+            ram.bytes_mut()[at..at + base.len()].copy_from_slice(&base);
         }
         let slot = RamSlot { gpa: 0, size: RAM as u64, fd: ram.fd.as_fd(), offset: 0 };
-        let shared = Shared::new(&[slot], config)?;
+        let mapping = Some(Arc::clone(&ram.mapping));
+        let shared = Shared::with_mapping(&[slot], mapping, None, config)?;
         let idle = Case {
             mode: crate::case::Mode::Bits64,
             world: World::Low,
@@ -185,7 +190,29 @@ impl TranslatedBackend {
         let vcpu = TranslatedVcpu::new(Arc::clone(&shared), state, cpuid, Box::new(Bare))?;
         let progress = Arc::new(AtomicU64::new(0));
         watch(vcpu.kicker(), &progress);
-        Ok(Self { vcpu, shared, ram, base, progress, stopped: way.stopped })
+        Ok(Self {
+            vcpu,
+            shared,
+            ram,
+            base,
+            progress,
+            stopped: way.stopped,
+            frozen: way.frozen,
+            kept: None,
+        })
+    }
+
+    /// Freezes RAM, and every other time lets go of what was frozen before.
+    fn freeze(&mut self) -> Result<(), TranslatedError> {
+        let error = |source| TranslatedError::Ram { what: "freezing it", source };
+        if let Some(before) = self.kept.take() {
+            self.shared.unfreeze(&before).map_err(error)?;
+        }
+        let kept = self.shared.freeze(ram_file()?).map_err(error)?;
+        if self.progress.load(Ordering::Relaxed).is_multiple_of(4) {
+            self.kept = Some(kept);
+        }
+        Ok(())
     }
 
     fn collect(&mut self, case: &Case, expected: &[u8]) -> Vec<(u32, u64)> {
@@ -213,9 +240,10 @@ impl TranslatedBackend {
         let at = image_at(world) as usize;
         for page in (0..IMAGE as usize).step_by(PAGE as usize) {
             let good = &self.base[page..page + PAGE as usize];
-            let is = &mut self.ram.bytes()[at + page..at + page + PAGE as usize];
-            if is != good {
-                is.copy_from_slice(good);
+            let place = at + page..at + page + PAGE as usize;
+            if self.ram.bytes()[place.clone()] != *good {
+                self.shared.before_write((at + page) as u64, u64::from(PAGE));
+                self.ram.bytes_mut()[place].copy_from_slice(good);
                 self.shared.ram_written((at + page) as u64, u64::from(PAGE));
             }
         }
@@ -229,8 +257,7 @@ impl TranslatedBackend {
         }
         let memory = self.collect(case, expected);
         let state = self.vcpu.state();
-        // SAFETY: as in `Ram::bytes`; a second view for reading while the state is borrowed.
-        let ram = unsafe { std::slice::from_raw_parts(self.ram.at, RAM) };
+        let ram = self.ram.bytes();
         let Some(Frame([vector, error, rip, cs, rflags, rsp, ss])) = Frame::read(ram, state) else {
             return Outcome::Broken("halted elsewhere than in an exception stub".to_owned());
         };
@@ -265,8 +292,14 @@ impl Backend for TranslatedBackend {
             let offset = offset as usize;
             expected[offset..offset + data.len()].copy_from_slice(data);
             let to = at + offset;
-            self.ram.bytes()[to..to + data.len()].copy_from_slice(data);
+            self.shared.before_write(to as u64, data.len() as u64);
+            self.ram.bytes_mut()[to..to + data.len()].copy_from_slice(data);
             self.shared.ram_written(to as u64, data.len() as u64);
+        }
+        if self.frozen
+            && let Err(error) = self.freeze()
+        {
+            return Outcome::Broken(format!("memory cannot be frozen: {error}"));
         }
         *self.vcpu.state_mut() = machine::initial_state(case);
         self.progress.fetch_add(1, Ordering::Relaxed);

@@ -48,6 +48,13 @@ fn direct_execution_agrees_with_the_processor() {
     agrees("direct", "10000");
 }
 
+/// Each page is copied before it is first written, also while the processor executes user code.
+#[test]
+fn memory_that_is_shared_is_copied_in_time() {
+    agrees("frozen", "5000");
+    agrees("frozen-direct", "5000");
+}
+
 #[test]
 fn the_translator_agrees_with_each_optimization_alone() {
     agrees("translated:none", "3000");

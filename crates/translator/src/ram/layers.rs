@@ -13,7 +13,7 @@
 //! there as it does for pages with translations, and comes to the slow path.
 //!
 //! Each page copied alone may cost two mappings of the host's in each of three views, whose number is
-//! limited; after [`SINGLE_COPIES`] whole regions are copied, which then are one mapping again.
+//! limited; after [`Config::single_copies`](crate::Config) whole regions are copied, which then are one mapping again.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -25,8 +25,6 @@ use super::{PAGE, Ram};
 use crate::shared::lock;
 use crate::sys;
 
-/// Pages that are copied alone.
-const SINGLE_COPIES: usize = 2500;
 /// Bytes that are copied at once afterwards.
 const REGION: u64 = 2 << 20;
 /// Pages without data that are worth a mapping of their own.
@@ -99,11 +97,17 @@ pub struct Layers {
     /// The number of the file that copies go to.
     own: AtomicU8,
     singles: AtomicUsize,
+    singles_max: usize,
 }
 
 impl Layers {
     /// `bytes` of RAM in `own`, but what is in `origin`.
-    pub fn new(bytes: u64, own: Option<&Arc<OwnedFd>>, origin: Option<&Origin>) -> Self {
+    pub fn new(
+        bytes: u64,
+        own: Option<&Arc<OwnedFd>>,
+        origin: Option<&Origin>,
+        singles_max: usize,
+    ) -> Self {
         let number = |page: usize| origin.and_then(|o| o.of_page.get(page)).copied().unwrap_or(0);
         let files = origin.map(|o| o.files.as_slice()).unwrap_or_default();
         let files: Vec<_> = own.into_iter().chain(files).cloned().map(Some).collect();
@@ -117,6 +121,7 @@ impl Layers {
             files: Mutex::new(files),
             own: AtomicU8::new(0),
             singles: AtomicUsize::new(0),
+            singles_max,
         }
     }
 
@@ -253,7 +258,7 @@ impl Ram {
     /// Copies a frozen page into the file of our own, or all of its region. The caller holds the lock
     /// of mappings.
     fn thaw(&self, gpa: u64) -> io::Result<()> {
-        let single = self.layers.singles.load(Ordering::Relaxed) < SINGLE_COPIES;
+        let single = self.layers.singles.load(Ordering::Relaxed) < self.layers.singles_max;
         let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.size);
         let Some(slot) = slot else { return Ok(()) };
         let (start, end) = match single {
@@ -492,7 +497,7 @@ impl Ram {
                 }
                 self.layers.frozen.set(gpa / PAGE, true);
             }
-            self.layers.singles.store(SINGLE_COPIES, Ordering::SeqCst);
+            self.layers.singles.store(self.layers.singles_max, Ordering::SeqCst);
             for gpa in (gpa..gpa + len).step_by(PAGE as usize) {
                 if self.is_frozen(gpa) {
                     self.thaw(gpa)?;

@@ -8,6 +8,7 @@
 mod boot;
 mod cmdline;
 mod dhcp;
+mod identity;
 mod network;
 mod power;
 mod reaper;

@@ -40,11 +40,37 @@ pub fn bring_up() {
     }
 }
 
+/// Gives the card another hardware address, and asks for an address on the network with it, which may
+/// come after this returns. A card that has it already stays as it is.
+///
+/// # Errors
+/// The card refuses it.
+pub fn become_another(mac: [u8; 6]) -> io::Result<()> {
+    if !Path::new("/sys/class/net").join(CARD).exists() || hardware_address()? == mac {
+        return Ok(());
+    }
+    // A card that is up keeps its address.
+    sys::link_down(CARD)?;
+    let changed = sys::set_hardware_address(CARD, mac);
+    sys::link_up(CARD)?;
+    changed?;
+    std::thread::Builder::new().spawn(|| {
+        if let Err(error) = configure() {
+            say(&format!("{CARD} has no new address: {error}"));
+        }
+    })?;
+    Ok(())
+}
+
+fn hardware_address() -> io::Result<[u8; 6]> {
+    let mac = fs::read_to_string(Path::new("/sys/class/net").join(CARD).join("address"))?;
+    Ok(dhcp::parse_mac(mac.trim()).ok_or(io::ErrorKind::InvalidData)?)
+}
+
 fn configure() -> io::Result<()> {
     sys::link_up(CARD)?;
     let directory = Path::new("/sys/class/net").join(CARD);
-    let mac = fs::read_to_string(directory.join("address"))?;
-    let mac = dhcp::parse_mac(mac.trim()).ok_or(io::ErrorKind::InvalidData)?;
+    let mac = hardware_address()?;
     let index = fs::read_to_string(directory.join("ifindex"))?;
     let index = index.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?;
     let lease = dhcp::request(index, mac, &RETRIES)?;

@@ -12,12 +12,13 @@ use berth_api::agent::limits::{
     DATA_CHUNK_BYTES, OUTPUT_QUEUE_BYTES, PROTOCOL_VERSION, STDIN_WINDOW_BYTES,
 };
 use berth_api::agent::message::{
-    Clocks, Exec, Hello, MessageError, Reason, Refusal, Shutdown, ToAgent, ToHost,
+    Clocks, Exec, Hello, Identify, MessageError, Reason, Refusal, Shutdown, ToAgent, ToHost,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
+use crate::identity;
 use crate::power::Power;
 use crate::reaper::Reaper;
 use crate::spawn::{self, Started};
@@ -207,6 +208,7 @@ impl Session {
             ToAgent::Time => self.send(&ToHost::Clocks(clocks())),
             ToAgent::Shutdown(how) => self.begin_shutdown(how),
             ToAgent::SetTime(ns) => self.set_time(ns),
+            ToAgent::Identify(identity) => self.identify(&identity),
             ToAgent::Exec(exec) => self.start(&exec),
             other => self.handle_input(other),
         }
@@ -237,6 +239,16 @@ impl Session {
         match clock_settime(ClockId::Realtime, time) {
             Ok(()) => self.send(&ToHost::Clocks(clocks())),
             Err(error) => self.refuse(&format!("setting the clock failed: {error}")),
+        }
+    }
+
+    fn identify(&mut self, identity: &Identify) -> Result<(), SessionError> {
+        if !self.can_shut_down {
+            return self.refuse(NO_MACHINE);
+        }
+        match identity::assume(identity) {
+            Ok(()) => self.send(&ToHost::Identified),
+            Err(why) => self.refuse(&format!("the guest is not all that it should be: {why}")),
         }
     }
 

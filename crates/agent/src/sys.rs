@@ -57,6 +57,26 @@ pub fn link_up(name: &str) -> io::Result<()> {
     interface_ioctl(libc::SIOCSIFFLAGS, &mut request)
 }
 
+/// Switches an interface off.
+pub fn link_down(name: &str) -> io::Result<()> {
+    let mut request = interface_request(name)?;
+    interface_ioctl(libc::SIOCGIFFLAGS, &mut request)?;
+    // SAFETY: SIOCGIFFLAGS filled this member of the union; every bit pattern is a valid number.
+    unsafe { request.ifr_ifru.ifru_flags &= !(libc::IFF_UP as libc::c_short) };
+    interface_ioctl(libc::SIOCSIFFLAGS, &mut request)
+}
+
+/// Gives an interface that is off another hardware address.
+pub fn set_hardware_address(name: &str, mac: [u8; 6]) -> io::Result<()> {
+    let mut request = interface_request(name)?;
+    let mut data = [0 as libc::c_char; 14];
+    for (to, from) in data.iter_mut().zip(mac) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_hwaddr = libc::sockaddr { sa_family: libc::ARPHRD_ETHER, sa_data: data };
+    interface_ioctl(libc::SIOCSIFHWADDR, &mut request)
+}
+
 /// Gives an interface its address and netmask.
 pub fn set_address(name: &str, address: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
     let mut request = interface_request(name)?;

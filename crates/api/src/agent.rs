@@ -1,4 +1,4 @@
-//! The protocol between the host and the agent inside a virtual machine, version 1.
+//! The protocol between the host and the agent inside a virtual machine.
 //!
 //! A connection (vsock port [`limits::AGENT_PORT`]) carries frames both ways:
 //!

@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::v1::machine::MachineState;
+use crate::v1::machine::{MachineConfig, MachineState};
 
 /// The socket's name.
 pub const SOCKET: &str = "state/vmm.sock";
@@ -17,6 +17,8 @@ pub const EXIT_FILE: &str = "state/exit.json";
 pub const UNFINISHED: &str = "its process ended without saying why; it may have been killed";
 /// Locked by the process of the machine, and by whoever changes the folder.
 pub const LOCK: &str = "lock";
+/// It is there when a machine is a clone whose guest has not been told so yet.
+pub const IDENTITY: &str = "state/identity";
 /// A machine that was suspended: what it is to go on with.
 pub const SUSPENDED: &str = "state/suspended";
 /// Bytes a line may have.
@@ -36,6 +38,13 @@ pub enum Request {
     Unpause,
     /// Stores the machine in [`SUSPENDED`] and ends it. Answered when it is stored.
     Suspend,
+    /// Freezes its disks at one instant, and stores the machine as it is then in a directory of its
+    /// folder, which is there; without one, only the disks. It goes on, and is answered when all that
+    /// can be read.
+    Snapshot {
+        /// The directory, relative to the folder.
+        into: Option<String>,
+    },
     /// Asks the guest to power off, through its agent, for which it has so long to answer.
     PowerOff {
         /// How long.
@@ -60,8 +69,21 @@ pub enum Answer {
     Done,
     /// How the machine is.
     Status(Status),
+    /// What was frozen.
+    Snapshot(Frozen),
     /// It was not done, and why.
     Refused(String),
+}
+
+/// A machine that was frozen and goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// How long its vCPUs stood still for it, in microseconds; 0 if they stood still before.
+    pub pause_us: u64,
+    /// What it is made of, which its `vm.toml` may not say any more.
+    pub config: MachineConfig,
+    /// For each of its disks the layer that holds what it held; nothing for those that are not written.
+    pub layers: Vec<Option<String>>,
 }
 
 /// How a machine is.

@@ -1,5 +1,7 @@
 //! The words of the command line. Help, completions and checks all come from here.
 
+pub mod snapshots;
+
 use std::path::PathBuf;
 
 use berth_disk::format::Format;
@@ -8,6 +10,10 @@ use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use berth_api::size::Size;
+
+use crate::args::snapshots::{
+    CheckStateArgs, CloneArgs, RestoreArgs, SnapshotArgs, SnapshotRmArgs, SnapshotsArgs,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -99,6 +105,9 @@ pub enum Command {
         /// The machine's folder
         folder: PathBuf,
     },
+    /// Whether a machine that was stored can go on here
+    #[command(hide = true)]
+    CheckState(CheckStateArgs),
     /// Print a completion script
     Completions {
         /// The shell it is for
@@ -131,6 +140,17 @@ pub enum VmCommand {
     Suspend(Names),
     /// Let machines go on that are suspended
     Resume(Names),
+    /// Keep what a machine is now, memory and disks; it goes on
+    Snapshot(SnapshotArgs),
+    /// Show the snapshots of a machine; `*` is the one it descends from
+    Snapshots(SnapshotsArgs),
+    /// Make a machine what a snapshot holds: it goes on from there, or is stopped if only disks are in it
+    Restore(RestoreArgs),
+    /// Remove snapshots of a machine
+    #[command(visible_alias = "snapshot-delete")]
+    SnapshotRm(SnapshotRmArgs),
+    /// Make machines that begin as another one is; what is not changed is there once
+    Clone(CloneArgs),
     /// Remove machines with all their files
     Rm(RmArgs),
     /// List the machines
@@ -674,6 +694,12 @@ mod tests {
             "berth vm stop -t 5 a b",
             "berth --host unix:///x vm ls --json",
             "berth vm logs -f -n 5 a",
+            "berth vm snapshot --tag t web",
+            "berth vm snapshot --disk-only web",
+            "berth vm snapshots --json web",
+            "berth vm restore --force web t",
+            "berth vm snapshot-rm web t u",
+            "berth vm clone --count 3 --running --tag t web new",
             "berth daemon",
             "berth completions bash",
             "berth --root /x image ls",
@@ -697,6 +723,11 @@ mod tests {
             "berth vm create web",
             "berth vm exec web",
             "berth vm rm",
+            "berth vm restore web",
+            "berth vm snapshot-rm web",
+            "berth vm clone web",
+            "berth vm clone --count 0 web new",
+            "berth vm clone --count 257 web new",
             "berth vm run --serial file debian",
             "berth vm run --serial file= debian",
             "berth vm run --virtio-console pty debian",

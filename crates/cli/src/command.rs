@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use berth_api::agent::client::{Client, ClientError, Event, Input, Session};
-use berth_api::agent::message::{Exec, Exit, Reason, Shutdown};
+use berth_api::agent::message::{Exec, Exit, Identify, Reason, Shutdown};
 use berth_vmm::console::EscapeFilter;
 use rustix::termios::Termios;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
@@ -103,13 +103,22 @@ pub fn run_first(dial: &mut dyn Dial, exec: &Exec) -> Result<ExitCode, CommandEr
     run_in(client, exec)
 }
 
-/// Sets the clock of a guest as soon as its agent answers, for which it has so long. Linux takes the
-/// time from the real-time clock, which counts seconds.
+/// Sets the clock of a guest as soon as its agent answers, for which it has so long, and tells it who
+/// it is if it is a clone. Linux takes the time from the real-time clock, which counts seconds.
 ///
 /// # Errors
 /// [`CommandError`].
-pub fn set_clock(dial: &mut dyn Dial, patience: Duration) -> Result<(), CommandError> {
-    Ok(set_time(&mut connect(dial, patience)?)?)
+pub fn begin(
+    dial: &mut dyn Dial,
+    patience: Duration,
+    identity: Option<&Identify>,
+) -> Result<(), CommandError> {
+    let mut client = connect(dial, patience)?;
+    set_time(&mut client)?;
+    match identity {
+        Some(identity) => Ok(client.identify(identity)?),
+        None => Ok(()),
+    }
 }
 
 fn set_time(client: &mut Client<UnixStream, UnixStream>) -> Result<(), ClientError> {

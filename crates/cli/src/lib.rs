@@ -86,6 +86,11 @@ fn kept(client: &Client, command: &VmCommand) -> Result<ExitCode, CliError> {
         VmCommand::Logs(logs) => vm::logs(client, logs),
         VmCommand::Console(console) => vm::console(client, console),
         VmCommand::Exec(exec) => vm::exec(client, exec),
+        VmCommand::Snapshot(snapshot) => vm::snapshots::take(client, snapshot),
+        VmCommand::Snapshots(list) => vm::snapshots::list(client, list),
+        VmCommand::Restore(restore) => vm::snapshots::restore(client, restore),
+        VmCommand::SnapshotRm(remove) => vm::snapshots::remove(client, remove),
+        VmCommand::Clone(clone) => vm::snapshots::clone(client, clone),
         VmCommand::Rename(rename) => vm::rename(client, rename),
     }
 }
@@ -111,6 +116,7 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
             vm::daemon(&root()?, socket, daemon.detached)
         }
         Command::Vmm { folder } => Ok(vmm::run(&root()?, &folder)),
+        Command::CheckState(check) => Ok(vmm::check(&check)),
         Command::Image(ImageCommand::Bootstrap(bootstrap)) => {
             images::bootstrap(&root()?, &bootstrap)
         }

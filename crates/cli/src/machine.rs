@@ -181,11 +181,7 @@ pub(crate) fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
     if let Some(bytes) = plan.code_cache_bytes {
         c.translator.code_cache_bytes = bytes;
     }
-    c.accel = match plan.accel {
-        Accel::Auto => AccelChoice::Auto,
-        Accel::Translate => AccelChoice::Translate,
-        Accel::Kvm => AccelChoice::Kvm,
-    };
+    c.accel = accel_choice(plan.accel);
     if let Some(initrd) = &plan.initrd {
         c.modules = Module::parse_list(&initrd.to_string_lossy());
     }
@@ -193,6 +189,14 @@ pub(crate) fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
     c.debug_exit = plan.debug_exit;
     c.serial = console(&plan.console);
     c
+}
+
+pub(crate) fn accel_choice(accel: Accel) -> AccelChoice {
+    match accel {
+        Accel::Auto => AccelChoice::Auto,
+        Accel::Translate => AccelChoice::Translate,
+        Accel::Kvm => AccelChoice::Kvm,
+    }
 }
 
 fn console(plan: &Console) -> SerialConfig {

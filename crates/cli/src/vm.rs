@@ -1,5 +1,7 @@
 //! `berth vm ...` of kept machines: asks the daemon and prints.
 
+pub mod snapshots;
+
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;

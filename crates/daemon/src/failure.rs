@@ -6,6 +6,7 @@ use berth_api::v1::error::{ApiError, ErrorCode};
 use berth_image::store::StoreError;
 
 use crate::folder::FolderError;
+use crate::snapshot::SnapshotError;
 
 /// What an operation gives.
 pub type Result<T> = std::result::Result<T, ApiError>;
@@ -52,6 +53,22 @@ impl From<FolderError> for ApiError {
             FolderError::File { .. } | FolderError::Config { .. } => ErrorCode::Failed,
         };
         Self { code, message: chain(&error) }
+    }
+}
+
+impl From<SnapshotError> for ApiError {
+    fn from(error: SnapshotError) -> Self {
+        let code = match &error {
+            SnapshotError::Folder(_) | SnapshotError::Disk(_) | SnapshotError::Altered { .. } => {
+                ErrorCode::Failed
+            }
+            SnapshotError::Absent { .. } => ErrorCode::NotFound,
+            SnapshotError::Unfit { .. } | SnapshotError::Many => ErrorCode::Conflict,
+        };
+        match error {
+            SnapshotError::Folder(error) => error.into(),
+            error => Self { code, message: chain(&error) },
+        }
     }
 }
 

@@ -14,8 +14,10 @@ use std::time::{Duration, Instant};
 
 use berth_api::v1::machine::{Exit, MachineConfig};
 use berth_api::vmm;
+use berth_image::disk::copy_sparse;
 use jiff::Timestamp;
 use rustix::fs::{FlockOperation, OFlags};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -131,24 +133,10 @@ impl Folder {
         if target.symlink_metadata().is_ok() {
             return Err(FolderError::Exists { path: target }.into());
         }
-        let made = Self::at(machines.join(format!("{}{}", UNFINISHED[0], Uuid::new_v4())));
-        let result = (|| {
-            fs::create_dir(&made.path).map_err(failed("creating", &made.path))?;
-            let state = made.file("state");
-            fs::create_dir(&state).map_err(failed("creating", &state))?;
-            fill(&made)?;
-            made.write_config(config)?;
-            sync(&made.path)?;
-            rename_new(&made.path, &target)?;
-            // It is there; only a crash could undo that.
-            warn(sync(machines));
-            Ok(Self::at(target))
-        })();
-        if result.is_err() {
-            // The next start of the daemon removes what cannot be removed now.
-            let _ = fs::remove_dir_all(&made.path);
-        }
-        result
+        let made = Unnamed::make(machines, config, fill)?.name(name)?;
+        // It is there; only a crash could undo that.
+        warn(sync(machines));
+        Ok(made)
     }
 
     /// Reads `vm.toml`.
@@ -158,20 +146,7 @@ impl Folder {
     pub fn config(&self) -> Result<VmToml, FolderError> {
         let path = self.file(CONFIG);
         let text = read_bounded(&path, CONFIG_MAX)?;
-        let refuse = |reason: String| FolderError::Config { path: path.clone(), reason };
-        // Of another version more may be different than what is not understood.
-        #[derive(Deserialize)]
-        struct Versioned {
-            version: u32,
-        }
-        let in_text = |error: toml::de::Error| refuse(located(&error, &text));
-        let version = toml::from_str::<Versioned>(&text).map_err(in_text)?.version;
-        if version != VERSION {
-            return Err(refuse(format!(
-                "its version is {version}, and this program knows {VERSION} only"
-            )));
-        }
-        toml::from_str(&text).map_err(in_text)
+        parse_versioned(&path, &text, VERSION)
     }
 
     /// Writes `vm.toml`.
@@ -286,6 +261,71 @@ impl Folder {
     }
 }
 
+/// A folder that is complete and has no name yet. Dropping it removes it.
+#[derive(Debug)]
+pub struct Unnamed {
+    made: Folder,
+    is_named: bool,
+}
+
+impl Unnamed {
+    /// Makes one, as [`Folder::create`] does.
+    ///
+    /// # Errors
+    /// [`FolderError`]; of `fill` too.
+    pub fn make<E: From<FolderError>>(
+        machines: &Path,
+        config: &VmToml,
+        fill: impl FnOnce(&Folder) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let path = machines.join(format!("{}{}", UNFINISHED[0], Uuid::new_v4()));
+        fs::create_dir(&path).map_err(failed("creating", &path))?;
+        let unnamed = Self { made: Folder::at(path), is_named: false };
+        let made = &unnamed.made;
+        let state = made.file("state");
+        fs::create_dir(&state).map_err(failed("creating", &state))?;
+        fill(made)?;
+        made.write_config(config)?;
+        sync(&state)?;
+        sync(&made.path)?;
+        Ok(unnamed)
+    }
+
+    /// Gives it its name. Whoever does so syncs the directory.
+    ///
+    /// # Errors
+    /// [`FolderError::Exists`], [`FolderError::File`].
+    pub fn name(mut self, name: &str) -> Result<Folder, FolderError> {
+        let target = self.made.path.with_file_name(name);
+        rename_new(&self.made.path, &target)?;
+        self.is_named = true;
+        Ok(Folder::at(target))
+    }
+}
+
+impl Drop for Unnamed {
+    fn drop(&mut self) {
+        if !self.is_named {
+            // The next start of the daemon removes what cannot be removed now.
+            let _ = fs::remove_dir_all(&self.made.path);
+        }
+    }
+}
+
+/// Gives a file that is never written another name: that takes no space. On another file system it is
+/// copied.
+///
+/// # Errors
+/// The system's.
+pub fn link_or_copy(from: &Path, to: &Path) -> io::Result<()> {
+    if fs::hard_link(from, to).is_ok() {
+        return Ok(());
+    }
+    let file = File::options().read(true).write(true).create_new(true).open(to)?;
+    copy_sparse(&File::open(from)?, &file)?;
+    file.sync_all()
+}
+
 /// How a file of a folder is opened, and made: for its user alone, not through a link, and without
 /// waiting for the reader of a pipe.
 #[must_use]
@@ -312,6 +352,31 @@ pub fn sweep(machines: &Path) -> Result<(), FolderError> {
         }
     }
     Ok(())
+}
+
+/// Reads TOML that says its version, of which only one is known.
+///
+/// # Errors
+/// [`FolderError::Config`].
+pub(crate) fn parse_versioned<T: DeserializeOwned>(
+    path: &Path,
+    text: &str,
+    known: u32,
+) -> Result<T, FolderError> {
+    let refuse = |reason: String| FolderError::Config { path: path.to_owned(), reason };
+    // Of another version more may be different than what is not understood.
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    let in_text = |error: toml::de::Error| refuse(located(&error, text));
+    let version = toml::from_str::<Versioned>(text).map_err(in_text)?.version;
+    if version != known {
+        return Err(refuse(format!(
+            "its version is {version}, and this program knows {known} only"
+        )));
+    }
+    toml::from_str(text).map_err(in_text)
 }
 
 /// An error of the reader in one line.

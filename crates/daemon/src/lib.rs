@@ -10,4 +10,5 @@ pub mod failure;
 pub mod folder;
 pub mod machines;
 pub mod server;
+pub mod snapshot;
 pub mod vmm;

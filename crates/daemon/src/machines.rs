@@ -12,11 +12,14 @@
 //!     └──────────► running, by start or resume
 //! ```
 //!
-//! Removing and adopting need a machine without a process; renaming does not. One operation at a time
+//! A snapshot can be taken in each state; restoring one gives a machine that is stopped, or runs on from
+//! it. Removing and adopting need a machine without a process; renaming does not. One operation at a time
 //! changes a machine; those that only look wait for none.
 
+mod clone;
 mod create;
 mod load;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;

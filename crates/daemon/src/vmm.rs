@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use berth_api::vmm::{Answer, Greeting, LINE_MAX, Request, SOCKET, Status};
+use berth_api::v1::machine::{Accel, MachineConfig};
+use berth_api::vmm::{Answer, Frozen, Greeting, LINE_MAX, Request, SOCKET, Status};
 use rustix::fs::{Mode, OFlags};
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
@@ -120,6 +121,46 @@ pub async fn ask_within(
     patience: Duration,
 ) -> Result<(), VmmError> {
     open_within(folder, request, patience).await.map(|_| ())
+}
+
+/// Freezes the disks of a machine and stores it in a directory of its folder, or only its disks.
+///
+/// # Errors
+/// [`VmmError`].
+pub async fn freeze(
+    folder: &Folder,
+    into: Option<String>,
+    patience: Duration,
+) -> Result<Frozen, VmmError> {
+    match open_within(folder, &Request::Snapshot { into }, patience).await? {
+        (_, Answer::Snapshot(frozen)) => Ok(frozen),
+        (_, other) => Err(VmmError::Strange(format!("{other:?}"))),
+    }
+}
+
+/// Whether a machine that was stored can go on here. Nothing is started but a process that looks.
+///
+/// # Errors
+/// [`VmmError::NotStarted`] with the reason why not.
+pub async fn check(program: &Path, config: &MachineConfig, state: &Path) -> Result<(), VmmError> {
+    let not = |error: &dyn std::fmt::Display| VmmError::NotStarted(error.to_string());
+    let accel = match config.accel {
+        Accel::Auto => "auto",
+        Accel::Translate => "translate",
+        Accel::Kvm => "kvm",
+    };
+    let (cpus, bytes) = (config.cpus, config.memory.bytes());
+    let mut command = Command::new(program);
+    command.args(["check-state", "--accel", accel, "--cpus", &cpus.to_string()]);
+    command.args(["--memory", &bytes.to_string()]).arg(state);
+    let ran = command.stdin(Stdio::null()).kill_on_drop(true).output();
+    let ran = timeout(START_TIME, ran).await.map_err(|_| VmmError::Late(START_TIME))?;
+    let ran = ran.map_err(|error| not(&error))?;
+    let said = String::from_utf8_lossy(&ran.stderr);
+    match ran.status.success() {
+        true => Ok(()),
+        false => Err(not(&said.trim().trim_start_matches("berth: "))),
+    }
 }
 
 /// Finds the process of a machine; the stream ends when it ends.

@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::{DiskError, failed};
 use crate::format::Format;
@@ -27,7 +28,7 @@ pub enum Layer {
         size: u64,
     },
     /// An image.
-    Qcow2(Box<Image>),
+    Qcow2(Arc<Image>),
 }
 
 impl Layer {
@@ -140,7 +141,7 @@ fn open_seen(
     seen: &mut Seen,
 ) -> Result<Layer, DiskError> {
     match format {
-        Format::Qcow2 => Ok(Layer::Qcow2(Box::new(open_image_seen(path, access, seen)?))),
+        Format::Qcow2 => Ok(Layer::Qcow2(Arc::new(open_image_seen(path, access, seen)?))),
         Format::Raw => {
             let file = open_file(path, access)?;
             note(path, &file, seen)?;

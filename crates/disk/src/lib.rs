@@ -1,7 +1,7 @@
 //! Disk formats: raw files and qcow2 images with their backing chains.
 //!
-//! `chain` opens and locks the files of a disk, `qcow2` reads and writes images, `tools` is what
-//! `berth disk` does. Nothing here knows a machine; the block device of `vmm` calls it from its
+//! `chain` opens and locks the files of a disk, `qcow2` reads and writes images, `layers` freezes what a
+//! disk holds below a new overlay, `tools` is what `berth disk` does. Nothing here knows a machine; the block device of `vmm` calls it from its
 //! worker threads, and nothing here starts one.
 //!
 //! A format is always given, never guessed from what a file holds: a guest could write the header
@@ -12,6 +12,7 @@
 pub mod chain;
 pub mod error;
 pub mod format;
+pub mod layers;
 pub mod limits;
 pub mod lock;
 pub mod qcow2;

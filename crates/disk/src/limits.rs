@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// Files of one disk: an overlay and what is below it.
-pub const CHAIN_LAYERS_MAX: usize = 16;
+/// Files of one disk: an overlay and what is below it. Each snapshot adds one.
+pub const CHAIN_LAYERS_MAX: usize = 64;
 /// Bytes of a backing file's name in a header.
 pub const BACKING_NAME_BYTES_MAX: u32 = 1023;
 /// Bytes of the table of tables of mappings.

@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
+use crate::lock::lock;
+
 /// Bytes with offsets.
 pub trait Storage: Debug + Send + Sync {
     /// Reads; less than asked for only at the end.
@@ -44,6 +46,14 @@ pub trait Storage: Debug + Send + Sync {
     /// How many bytes from here on are known to be zero without reading them.
     fn hole(&self, _offset: u64) -> u64 {
         0
+    }
+
+    /// Lets others read beside it: nothing is written to it any more.
+    ///
+    /// # Errors
+    /// The system's.
+    fn share(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -90,6 +100,10 @@ impl Storage for File {
             Err(Errno::NXIO) => u64::MAX - offset,
             Err(_) => 0,
         }
+    }
+
+    fn share(&self) -> io::Result<()> {
+        lock(self, true)
     }
 }
 

@@ -66,7 +66,7 @@ pub fn create(
     made.inspect_err(|_| drop(fs::remove_file(path)))
 }
 
-fn refused(path: &Path) -> impl FnOnce(HeaderError) -> DiskError {
+pub(crate) fn refused(path: &Path) -> impl FnOnce(HeaderError) -> DiskError {
     let path = path.to_owned();
     move |source| DiskError::Image { path, source }
 }
@@ -83,7 +83,7 @@ fn check_size(path: &Path, size: u64) -> Result<u64, DiskError> {
     }
 }
 
-fn new_file(path: &Path) -> Result<File, DiskError> {
+pub(crate) fn new_file(path: &Path) -> Result<File, DiskError> {
     let opened = OpenOptions::new().read(true).write(true).create_new(true).open(path);
     let file = opened.map_err(|source| match source.kind() {
         io::ErrorKind::AlreadyExists => DiskError::Exists { path: path.to_owned() },

@@ -11,6 +11,7 @@ use crate::machine::{AttachPci, DeviceContext};
 use crate::pci::root::PciRoot;
 use crate::virtio::block::device::Block;
 use crate::virtio::block::disk::{DiskConfig, DiskError};
+use crate::virtio::block::live::DiskSwitch;
 use crate::virtio::console::device::{Console as ConsoleDevice, ConsoleSize};
 use crate::virtio::net::device::{Mac, Net};
 use crate::virtio::net::passt::{Passt, PasstConfig, PasstError};
@@ -94,6 +95,8 @@ pub struct HostEnds {
     pub vsock: Arc<OnceLock<Vsock>>,
     /// For the size of the terminal that the virtio console is.
     pub console: Arc<OnceLock<ConsoleSize>>,
+    /// What freezes the disks, in their order; nothing for those that cannot be.
+    pub disks: Arc<OnceLock<Vec<Option<DiskSwitch>>>>,
 }
 
 impl Devices {
@@ -114,6 +117,7 @@ impl Devices {
     fn make(&self, context: &DeviceContext, ends: &HostEnds) -> Result<PciRoot, DevicesError> {
         let memory = Arc::new(context.memory.clone());
         let mut root = PciRoot::new(Arc::clone(&context.mmio), Arc::clone(&context.interrupts));
+        let mut switches = Vec::new();
         for (i, disk) in self.disks.iter().enumerate() {
             let config = DiskConfig {
                 path: disk.path.clone(),
@@ -122,8 +126,12 @@ impl Devices {
                 serial: format!("disk{i}"),
                 no_io_uring: false,
             };
-            attach(&mut root, Arc::clone(&memory), Box::new(Block::new(&config)?))?;
+            let device = Block::new(&config)?;
+            switches.push(device.switch());
+            attach(&mut root, Arc::clone(&memory), Box::new(device))?;
         }
+        // A machine is started once; a second attempt keeps the first handles.
+        let _ = ends.disks.set(switches);
         match &self.net {
             NetConfig::None => {}
             NetConfig::User => {
@@ -139,7 +147,7 @@ impl Devices {
         if let Some(guest_cid) = self.vsock_cid {
             let (device, host) = VsockDevice::new(&VsockConfig { guest_cid, path: None })?;
             attach(&mut root, Arc::clone(&memory), Box::new(device))?;
-            // A machine is started once; a second attempt keeps the first handle.
+            // As above.
             let _ = ends.vsock.set(host);
         }
         if let Some(target) = &self.console {

@@ -7,7 +7,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use super::frame::{Frame, FrameError};
 use super::limits::{DATA_CHUNK_BYTES, PROTOCOL_VERSION, STDIN_WINDOW_BYTES};
 use super::message::{
-    Clocks, Exec, Exit, Hello, MessageError, Refusal, Shutdown, TerminalSize, ToAgent, ToHost,
+    Clocks, Exec, Exit, Hello, Identify, MessageError, Refusal, Shutdown, TerminalSize, ToAgent,
+    ToHost,
 };
 
 /// Why talking with the agent failed.
@@ -101,6 +102,18 @@ impl<R: Read, W: Write> Client<R, W> {
         match self.receive("the time")? {
             ToHost::Clocks(clocks) => Ok(clocks),
             _ => Err(ClientError::Unexpected("the time")),
+        }
+    }
+
+    /// Tells a clone who it is.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when the guest cannot be that.
+    pub fn identify(&mut self, identity: &Identify) -> Result<(), ClientError> {
+        self.send(&ToAgent::Identify(identity.clone()))?;
+        match self.receive("the identity")? {
+            ToHost::Identified => Ok(()),
+            _ => Err(ClientError::Unexpected("the identity")),
         }
     }
 

@@ -63,6 +63,18 @@ pub enum Shutdown {
     Reboot,
 }
 
+/// Who a clone is: what it has from the machine it was made of is replaced by this.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identify {
+    /// Its host name.
+    pub hostname: String,
+    /// Its machine id: 32 lower-case hexadecimal digits.
+    pub machine_id: String,
+    /// The hardware address of its first network card, if it has one.
+    pub mac: [u8; 6],
+}
+
 /// Why the agent did not do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
@@ -119,6 +131,8 @@ pub enum ToAgent {
     Shutdown(Shutdown),
     /// Set the time of day to so many nanoseconds since 1970, and answer with the clocks.
     SetTime(u64),
+    /// Be another machine, and answer `Identified`.
+    Identify(Identify),
 }
 
 /// From the agent to the host.
@@ -142,6 +156,8 @@ pub enum ToHost {
     Clocks(Clocks),
     /// The shutdown has begun.
     ShuttingDown,
+    /// The answer to `Identify`. An address on the network may come later.
+    Identified,
     /// The request was not carried out.
     Refused(Refusal),
 }
@@ -176,6 +192,7 @@ mod kind {
     pub(super) const TIME: u8 = 0x08;
     pub(super) const SHUTDOWN: u8 = 0x09;
     pub(super) const SET_TIME: u8 = 0x0a;
+    pub(super) const IDENTIFY: u8 = 0x0b;
     pub(super) const AGENT_HELLO: u8 = 0x81;
     pub(super) const STARTED: u8 = 0x82;
     pub(super) const STDOUT: u8 = 0x83;
@@ -186,6 +203,7 @@ mod kind {
     pub(super) const CLOCKS: u8 = 0x88;
     pub(super) const SHUTTING_DOWN: u8 = 0x89;
     pub(super) const REFUSED: u8 = 0x8a;
+    pub(super) const IDENTIFIED: u8 = 0x8b;
 }
 
 impl ToAgent {
@@ -204,6 +222,7 @@ impl ToAgent {
             Self::Ping => raw(kind::PING, &[]),
             Self::Time => raw(kind::TIME, &[]),
             Self::SetTime(ns) => json(kind::SET_TIME, ns),
+            Self::Identify(identity) => json(kind::IDENTIFY, identity),
             Self::Shutdown(shutdown) => json(kind::SHUTDOWN, shutdown),
         }
     }
@@ -223,6 +242,7 @@ impl ToAgent {
             kind::PING => Self::Ping,
             kind::TIME => Self::Time,
             kind::SET_TIME => Self::SetTime(parse(&frame)?),
+            kind::IDENTIFY => Self::Identify(parse(&frame)?),
             kind::SHUTDOWN => Self::Shutdown(parse(&frame)?),
             other => return Err(MessageError::UnknownKind(other)),
         })
@@ -245,6 +265,7 @@ impl ToHost {
             Self::Pong => raw(kind::PONG, &[]),
             Self::Clocks(clocks) => json(kind::CLOCKS, clocks),
             Self::ShuttingDown => raw(kind::SHUTTING_DOWN, &[]),
+            Self::Identified => raw(kind::IDENTIFIED, &[]),
             Self::Refused(refusal) => json(kind::REFUSED, refusal),
         }
     }
@@ -264,6 +285,7 @@ impl ToHost {
             kind::PONG => Self::Pong,
             kind::CLOCKS => Self::Clocks(parse(&frame)?),
             kind::SHUTTING_DOWN => Self::ShuttingDown,
+            kind::IDENTIFIED => Self::Identified,
             kind::REFUSED => Self::Refused(parse(&frame)?),
             other => return Err(MessageError::UnknownKind(other)),
         })
@@ -313,6 +335,11 @@ mod tests {
             ToAgent::Time,
             ToAgent::Shutdown(Shutdown::PowerOff),
             ToAgent::SetTime(u64::MAX),
+            ToAgent::Identify(Identify {
+                hostname: "b".into(),
+                machine_id: "0".repeat(32),
+                mac: [2, 0, 0, 0, 0, 255],
+            }),
         ] {
             assert_eq!(ToAgent::from_frame(message.to_frame().unwrap()).unwrap(), message);
             assert!(ToHost::from_frame(message.to_frame().unwrap()).is_err());
@@ -328,6 +355,7 @@ mod tests {
             ToHost::Pong,
             ToHost::Clocks(Clocks { realtime_ns: u64::MAX, uptime_ns: 0 }),
             ToHost::ShuttingDown,
+            ToHost::Identified,
             ToHost::Refused(Refusal { reason: Reason::NotFound, message: "no".into() }),
         ] {
             assert_eq!(ToHost::from_frame(message.to_frame().unwrap()).unwrap(), message);

@@ -38,6 +38,14 @@ pub enum EventKind {
     Unpaused,
     /// It was stored and ended; it goes on when it is started.
     Suspended,
+    /// A snapshot of it was taken; the detail is its tag.
+    Snapshotted,
+    /// It is as in a snapshot again; the detail is its tag.
+    Restored,
+    /// A snapshot of it was removed; the detail is its tag.
+    SnapshotRemoved,
+    /// It was made as a clone; the detail is the name of the machine it was made of.
+    Cloned,
     /// It ended in order: powered off or stopped.
     Stopped,
     /// It ended otherwise; the detail says how.

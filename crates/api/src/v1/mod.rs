@@ -8,3 +8,4 @@ pub mod event;
 pub mod info;
 pub mod machine;
 pub mod routes;
+pub mod snapshot;

@@ -7,17 +7,25 @@ pub const UPGRADE_AGENT: &str = "berth-agent";
 /// A connection becomes a console: bytes in both directions.
 pub const UPGRADE_CONSOLE: &str = "berth-console";
 
+/// The path of a snapshot of a machine.
+#[must_use]
+pub fn snapshot(name: &str, tag: &str) -> String {
+    format!("{}/{}", machine(name, Some("snapshots")), part(tag))
+}
+
+fn part(name: &str) -> String {
+    let byte = |byte| match byte {
+        b'-' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => char::from(byte).to_string(),
+        byte => format!("%{byte:02X}"),
+    };
+    name.bytes().map(byte).collect()
+}
+
 /// The path of a machine, or of something it has or does: `start`, `logs`. What cannot be in a name is
 /// written with `%`, so that it stays one.
 #[must_use]
 pub fn machine(name: &str, what: Option<&str>) -> String {
-    let name: String = name
-        .bytes()
-        .map(|byte| match byte {
-            b'-' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => char::from(byte).to_string(),
-            byte => format!("%{byte:02X}"),
-        })
-        .collect();
+    let name = part(name);
     match what {
         Some(what) => format!("{PREFIX}/machines/{name}/{what}"),
         None => format!("{PREFIX}/machines/{name}"),

@@ -7,10 +7,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use berth_api::agent::message::Identify;
+use berth_api::v1::machine::MachineConfig;
 use berth_api::v1::machine::MachineState;
-use berth_api::vmm::{Answer, LINE_MAX, Request, SUSPENDED, Status};
+use berth_api::vmm::{Answer, Frozen, IDENTITY, LINE_MAX, Request, SUSPENDED, Status};
 use berth_daemon::folder::Folder;
 use berth_vmm::devices::HostEnds;
 use berth_vmm::machine::{Pauser, RunningMachine, Storer};
@@ -18,8 +20,9 @@ use berth_vmm::outcome::{Ending, Outcome};
 
 use crate::command::{self, AGENT_WAIT, Dial};
 use crate::machine::connect_agent;
+use crate::vmm::disks::Disks;
 use crate::vmm::hub::Hub;
-use crate::vmm::socket;
+use crate::vmm::{Kept, socket};
 
 /// How long somebody who connects may take for his request, or for taking the answer.
 const REQUEST_TIME: Duration = Duration::from_secs(5);
@@ -38,6 +41,9 @@ pub(super) struct Control {
     hub: Arc<Hub>,
     storer: Option<Arc<Storer>>,
     folder: Folder,
+    /// What the machine was started with.
+    config: MachineConfig,
+    identity: Identify,
     status: Mutex<Status>,
     /// The guest's clock was set.
     clock_set: Mutex<bool>,
@@ -50,12 +56,13 @@ impl Control {
     /// # Errors
     /// It cannot.
     pub(super) fn start(
-        folder: &Folder,
+        kept: Kept<'_>,
         machine: &RunningMachine,
         ends: HostEnds,
         hub: Arc<Hub>,
         status: Status,
     ) -> io::Result<()> {
+        let folder = kept.folder;
         let path = socket(folder);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -70,6 +77,12 @@ impl Control {
             hub,
             storer: machine.storer(),
             folder: folder.clone(),
+            config: kept.toml.machine.clone(),
+            identity: Identify {
+                hostname: kept.name.to_owned(),
+                machine_id: kept.toml.id.simple().to_string(),
+                mac: kept.mac.0,
+            },
             status: Mutex::new(status),
             clock_set: Mutex::new(false),
             connections: AtomicUsize::new(0),
@@ -147,6 +160,10 @@ impl Control {
                 }
                 Err(why) => refuse(why),
             },
+            Request::Snapshot { into } => match self.snapshot(into.as_deref()) {
+                Ok(frozen) => answer(stream, &Answer::Snapshot(frozen)),
+                Err(why) => refuse(why),
+            },
             Request::PowerOff { seconds } => match self.power_off(*seconds) {
                 Ok(()) => answer(stream, &Answer::Done),
                 Err(why) => refuse(why),
@@ -210,16 +227,75 @@ impl Control {
         stored.map_err(|error| berth_daemon::failure::chain(&*error))
     }
 
+    /// Freezes the disks and stores the machine in a directory, at one instant.
+    fn snapshot(&self, into: Option<&str>) -> Result<Frozen, String> {
+        let storer = match (into, &self.storer) {
+            (None, _) => None,
+            (Some(into), Some(storer)) => Some((storer, self.folder.file(into))),
+            (Some(_), None) => {
+                return Err(
+                    "the memory of a machine under KVM cannot be stored yet; try --disk-only, \
+                     or --accel translate"
+                        .into(),
+                );
+            }
+        };
+        // One at a time, and the machine is neither paused nor continued meanwhile.
+        let status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        let disks = Disks::prepare(&self.config, &self.ends)?;
+        let is_running = status.state == MachineState::Running;
+        let began = Instant::now();
+        self.pauser.pause();
+        let frozen = disks.freeze();
+        // What is stored goes with what was frozen, whatever happens to it later.
+        let stored = frozen.and_then(|disks| {
+            let stored = storer.map_or(Ok(()), |(storer, path)| storer.store(&path));
+            stored.map(|()| disks).map_err(|error| berth_daemon::failure::chain(&error))
+        });
+        if is_running {
+            self.pauser.unpause();
+        }
+        let pause_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let disks = stored?;
+        disks.settle()?;
+        eprintln!("berth: a snapshot was taken; the guest stood still for {pause_us} us");
+        Ok(Frozen {
+            pause_us: if is_running { pause_us } else { 0 },
+            config: self.config.clone(),
+            layers: disks.layers,
+        })
+    }
+
     fn agent(&self) -> io::Result<UnixStream> {
         connect_agent(&self.ends)
     }
 
-    /// Sets the guest's clock, once, before anybody else speaks with its agent. One that has no agent
-    /// keeps the time that it began with.
+    /// Sets the guest's clock, once, and tells a clone who it is, before anybody else speaks with its
+    /// agent. One that has no agent keeps the time that it began with.
     fn set_clock(self: &Arc<Self>, patience: Duration) {
         let mut set = self.clock_set.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*set {
-            *set = command::set_clock(&mut Agent(Arc::clone(self)), patience).is_ok();
+        if *set {
+            return;
+        }
+        let marker = self.folder.file(IDENTITY);
+        let is_clone = marker.exists();
+        let identity = is_clone.then_some(&self.identity);
+        *set = match command::begin(&mut Agent(Arc::clone(self)), patience, identity) {
+            Ok(()) => true,
+            Err(error) => {
+                if is_clone {
+                    let error = berth_daemon::failure::chain(&error);
+                    eprintln!("berth: the guest does not know yet that it is a clone: {error}");
+                }
+                false
+            }
+        };
+        // It knows now; being told twice does no harm.
+        if *set
+            && is_clone
+            && let Err(error) = std::fs::remove_file(&marker)
+        {
+            eprintln!("berth: {} cannot be removed: {error}", marker.display());
         }
     }
 

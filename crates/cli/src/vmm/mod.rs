@@ -9,8 +9,12 @@
 //!
 //! Everything in the folder is reached through a descriptor of it, so that it may be renamed.
 
+mod check;
 mod control;
+mod disks;
 mod hub;
+
+pub use check::check;
 
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -23,7 +27,7 @@ use std::time::Duration;
 
 use berth_api::v1::machine::{Exit, MachineState};
 use berth_api::vmm::{Greeting, SUSPENDED, Status, UNFINISHED};
-use berth_daemon::folder::{Folder, FolderLock};
+use berth_daemon::folder::{Folder, FolderLock, VmToml};
 use berth_vmm::console::SignalWatch;
 use berth_vmm::devices::HostEnds;
 use berth_vmm::machine::{Machine, RunningMachine};
@@ -78,6 +82,15 @@ struct Run {
     _lock: FolderLock,
 }
 
+/// What a machine is that is kept.
+struct Kept<'a> {
+    folder: &'a Folder,
+    toml: &'a VmToml,
+    name: &'a str,
+    /// Of its network card.
+    mac: Mac,
+}
+
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
@@ -89,6 +102,8 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
     std::mem::forget(directory);
     let lock =
         folder.lock_within(LOCK_TIME).map_err(|_| format!("{} is in use", path.display()))?;
+    // A restore that was begun is ended before anything is read.
+    berth_daemon::snapshot::settle(&folder, &lock)?;
     let toml = folder.config()?;
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     folder.set_last_exit(Some(&Exit {
@@ -120,7 +135,7 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
 fn begin(
     root: &Path,
     folder: &Folder,
-    toml: &berth_daemon::folder::VmToml,
+    toml: &VmToml,
     name: &str,
 ) -> Result<(RunningMachine, RunPlan, Told, Arc<Hub>), Failure> {
     // Before any thread exists, so that all of them leave the signals to the watcher.
@@ -163,7 +178,8 @@ fn begin(
         started: Timestamp::now(),
         accel: machine.accel().to_string(),
     };
-    Control::start(folder, &machine, ends, Arc::clone(&hub), status.clone())?;
+    let kept = Kept { folder, toml, name, mac: mac(toml.id) };
+    Control::start(kept, &machine, ends, Arc::clone(&hub), status.clone())?;
     greet(&Greeting::Started(status));
     Ok((machine, plan, told, hub))
 }

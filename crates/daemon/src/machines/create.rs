@@ -1,6 +1,5 @@
 //! New machines.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,13 +10,12 @@ use berth_api::v1::machine::{CreateMachine, Disk, DiskFormat, MachineConfig, New
 use berth_disk::chain::describe;
 use berth_disk::format::Format;
 use berth_disk::tools::{self, Backing};
-use berth_image::disk::copy_sparse;
 use berth_image::store::{Image, ImageName, Store};
 use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::failure::{Result, chain, conflict, failed, invalid, of_store};
-use crate::folder::{self, Folder, VERSION, VmToml};
+use crate::folder::{self, Folder, VERSION, VmToml, link_or_copy};
 use crate::machines::{Entry, Machines, check_name, load};
 
 /// Most vCPUs.
@@ -76,10 +74,11 @@ impl Machines {
                     )));
                 }
                 NewDisk::Size(size) => {
-                    let file = PathBuf::from(format!("disk{made}.raw"));
+                    let file = PathBuf::from(format!("disk{made}.qcow2"));
                     made += 1;
                     fills.push((file.clone(), Fill::Empty(size.bytes())));
-                    Disk { file, format: DiskFormat::Raw, read_only: false }
+                    // Which snapshots can be taken of.
+                    Disk { file, format: DiskFormat::Qcow2, read_only: false }
                 }
             });
         }
@@ -126,10 +125,8 @@ impl Fill {
                     .map_err(|error| failed(&error))?;
             }
             Self::Empty(bytes) => {
-                let opened = File::options().read(true).write(true).create_new(true).open(path);
-                let set =
-                    opened.and_then(|file| file.set_len(*bytes).and_then(|()| file.sync_all()));
-                set.map_err(making(path))?;
+                tools::create(path, Format::Qcow2, Some(*bytes), None)
+                    .map_err(|error| failed(&error))?;
             }
         }
         Ok(())
@@ -138,16 +135,6 @@ impl Fill {
 
 fn making(path: &Path) -> impl FnOnce(io::Error) -> folder::FolderError {
     folder::failed("making the disk", path)
-}
-
-/// A second name takes no space; on another file system it must be a copy.
-fn link_or_copy(from: &Path, to: &Path) -> io::Result<()> {
-    if std::fs::hard_link(from, to).is_ok() {
-        return Ok(());
-    }
-    let file = File::options().read(true).write(true).create_new(true).open(to)?;
-    copy_sparse(&File::open(from)?, &file)?;
-    file.sync_all()
 }
 
 /// What can be said before anything is made. The rest is said at the start.

@@ -17,7 +17,8 @@ use uuid::Uuid;
 use crate::events::Events;
 use crate::failure::{Result, conflict, error, invalid};
 use crate::folder::{self, Folder, FolderError};
-use crate::machines::{Entry, Machines, check_name};
+use crate::machines::{Entry, Machines, check_name, clone};
+use crate::snapshot;
 use crate::vmm::{self, VmmError};
 
 /// How long a process that has just ended may keep its lock, and one that starts needs until it
@@ -48,6 +49,19 @@ fn is_in_place(folder: &Folder) -> bool {
     noted.is_ok_and(|noted| place(folder.path()).is_ok_and(|now| now == noted))
 }
 
+/// Ends what was begun with a folder that nobody has, which may change its configuration.
+fn settled(name: &str, folder: &Folder) -> Option<folder::VmToml> {
+    let lock = folder.lock().ok()?;
+    match snapshot::settle(folder, &lock) {
+        Ok(()) => folder.config().ok(),
+        Err(error) => {
+            // A start says so too.
+            tracing::error!(machine = name, error = &error as &dyn std::error::Error, "unsettled");
+            None
+        }
+    }
+}
+
 impl Machines {
     /// Looks what machines there are, and finds the processes of those that run. `program` is
     /// started for each that is to run.
@@ -60,6 +74,7 @@ impl Machines {
         builder.recursive(true).mode(0o700);
         builder.create(&directory).map_err(folder::failed("creating", &directory))?;
         folder::sweep(&directory)?;
+        clone::sweep(&directory)?;
         let machines = Arc::new(Self {
             root: root.to_owned(),
             program,
@@ -105,6 +120,7 @@ impl Machines {
             _ if is_in_place(&folder) => Ok(()),
             _ => note_place(&folder),
         };
+        let config = settled(&name, &folder).unwrap_or(config);
         if let Err(error) = ready {
             // It can be looked at, and a start says what is wrong.
             tracing::error!("{name}: {error}");
@@ -219,8 +235,11 @@ impl Machines {
         let home = home.map_err(folder::failed("finding", &self.directory))?;
         let is_here = path.parent() == Some(&home);
         let folder = Folder::at(&path);
+        // Nothing is made in a folder that is no machine.
+        folder.config()?;
+        let lock = folder.lock()?;
+        snapshot::settle(&folder, &lock)?;
         let mut config = folder.config()?;
-        let _lock = folder.lock()?;
         let mut all = self.all();
         for entry in all.values() {
             let theirs = entry.folder();

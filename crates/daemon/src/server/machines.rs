@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use berth_api::v1::error::{ApiError, ErrorBody};
 use berth_api::v1::machine::{AdoptMachine, CreateMachine, Machine, RenameMachine};
+use berth_api::v1::snapshot::{CloneMachine, RestoreSnapshot, Snapshot, TakeSnapshot};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -39,6 +40,10 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
         .routes(routes!(suspend))
         .routes(routes!(resume))
         .routes(routes!(rename))
+        .routes(routes!(snapshots, take_snapshot))
+        .routes(routes!(remove_snapshot))
+        .routes(routes!(restore))
+        .routes(routes!(clone_machine))
         .routes(routes!(stream::logs))
         .routes(routes!(stream::console))
         .routes(routes!(stream::agent))
@@ -330,4 +335,120 @@ async fn suspend(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answ
 )]
 async fn resume(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<Json<Machine>> {
     changed(daemon, name, move |machines, entry| async move { machines.resume(&entry).await }).await
+}
+
+/// The snapshots of a machine, the oldest first.
+#[utoipa::path(
+    get,
+    path = "/machines/{name}/snapshots",
+    params(("name", description = "its name")),
+    responses(
+        (status = 200, body = Vec<Snapshot>),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn snapshots(
+    State(daemon): State<Daemon>,
+    Path(name): Path<String>,
+) -> Answer<Json<Vec<Snapshot>>> {
+    let entry = daemon.machines.find(&name).await?;
+    Ok(Json(daemon.machines.snapshots(&entry).await?))
+}
+
+/// Takes a snapshot of a machine in whatever state; one that runs goes on.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/snapshots",
+    params(("name", description = "its name")),
+    request_body = TakeSnapshot,
+    responses(
+        (status = 201, body = Snapshot),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn take_snapshot(
+    State(daemon): State<Daemon>,
+    Path(name): Path<String>,
+    Body(request): Body<TakeSnapshot>,
+) -> Answer<(StatusCode, Json<Snapshot>)> {
+    let taken = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.snapshot(&entry, request).await
+    });
+    Ok((StatusCode::CREATED, Json(taken.await?)))
+}
+
+/// Removes a snapshot.
+#[utoipa::path(
+    delete,
+    path = "/machines/{name}/snapshots/{tag}",
+    params(("name", description = "the machine's name"), ("tag", description = "the snapshot's")),
+    responses(
+        (status = 204),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn remove_snapshot(
+    State(daemon): State<Daemon>,
+    Path((name, tag)): Path<(String, String)>,
+) -> Answer<StatusCode> {
+    let removed = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.remove_snapshot(&entry, tag).await
+    });
+    removed.await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Makes a machine what a snapshot holds; it goes on from there, or is stopped if only disks are in it.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/restore",
+    params(("name", description = "its name")),
+    request_body = RestoreSnapshot,
+    responses(
+        (status = 200, body = Machine),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn restore(
+    State(daemon): State<Daemon>,
+    Path(name): Path<String>,
+    Body(request): Body<RestoreSnapshot>,
+) -> Answer<Json<Machine>> {
+    changed(
+        daemon,
+        name,
+        move |machines, entry| async move { machines.restore(&entry, request).await },
+    )
+    .await
+}
+
+/// Makes machines that begin as this one is, or as a snapshot of it.
+#[utoipa::path(
+    post,
+    path = "/machines/{name}/clone",
+    params(("name", description = "its name")),
+    request_body = CloneMachine,
+    responses(
+        (status = 201, body = Vec<Machine>),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn clone_machine(
+    State(daemon): State<Daemon>,
+    Path(name): Path<String>,
+    Body(request): Body<CloneMachine>,
+) -> Answer<(StatusCode, Json<Vec<Machine>>)> {
+    let made = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.clone_machine(&entry, request).await
+    });
+    let made = made.await?;
+    Ok((StatusCode::CREATED, Json(made.iter().map(|entry| entry.describe()).collect())))
 }

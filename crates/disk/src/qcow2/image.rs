@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::chain::Layer;
@@ -27,7 +27,7 @@ use crate::storage::{Storage, read_exact, read_padded};
 pub struct Image {
     pub(super) header: Header,
     pub(super) storage: Box<dyn Storage>,
-    writable: bool,
+    writable: AtomicBool,
     backing: Option<Box<Layer>>,
     pub(super) state: RwLock<State>,
     clock: AtomicU64,
@@ -90,6 +90,7 @@ impl Image {
             broken: false,
         };
         let state = RwLock::new(state);
+        let writable = AtomicBool::new(writable);
         Ok(Self { header, storage, writable, backing, state, clock: AtomicU64::new(0) })
     }
 
@@ -108,7 +109,7 @@ impl Image {
     /// Whether it may be written.
     #[must_use]
     pub fn is_writable(&self) -> bool {
-        self.writable
+        self.writable.load(Ordering::SeqCst)
     }
 
     /// What is below it.
@@ -304,7 +305,7 @@ impl Image {
     }
 
     fn check_writable(&self) -> io::Result<()> {
-        if self.writable { Ok(()) } else { Err(io::ErrorKind::ReadOnlyFilesystem.into()) }
+        if self.is_writable() { Ok(()) } else { Err(io::ErrorKind::ReadOnlyFilesystem.into()) }
     }
 
     /// The table for an offset, made if there is none. Nothing else may be half done.
@@ -512,12 +513,38 @@ impl Image {
     /// # Errors
     /// As [`Image::flush`].
     pub fn close(&self) -> io::Result<()> {
-        if !self.writable || !self.shared().is_dirty() {
+        if !self.is_writable() || !self.shared().is_dirty() {
             return Ok(());
         }
         self.flush()?;
         // What became free with it.
         self.flush()
+    }
+
+    /// Writes everything out, and never anything again; others may read it too then.
+    ///
+    /// # Errors
+    /// As [`Image::flush`]; then it may be tried again.
+    pub fn freeze(&self) -> io::Result<()> {
+        self.close()?;
+        self.flush()?;
+        self.writable.store(false, Ordering::SeqCst);
+        self.alone().counts = None;
+        self.storage.share()
+    }
+
+    /// How many files it is made of.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        let (mut count, mut below) = (1, self.backing());
+        while let Some(layer) = below {
+            count += 1;
+            below = match layer {
+                Layer::Qcow2(image) => image.backing(),
+                Layer::Raw { .. } => None,
+            };
+        }
+        count
     }
 
     /// Whether a range is known to be zero, and how many bytes this holds for.

@@ -9,6 +9,7 @@ use std::process::Command;
 use berth_disk::chain::{Access, describe, open, open_image};
 use berth_disk::error::DiskError;
 use berth_disk::format::Format;
+use berth_disk::limits::CHAIN_LAYERS_MAX;
 use berth_disk::qcow2::header::HeaderError;
 use berth_disk::tools::{Backing, backing_name, check_disk, convert, create, resize};
 
@@ -180,16 +181,17 @@ fn guesses_loops_and_strange_names_are_refused() {
     let error = open_image(&path("a.qcow2"), Access::Read).unwrap_err();
     assert!(matches!(error, DiskError::Loop { .. }), "{error}");
     assert!(matches!(describe(&path("a.qcow2"), Format::Qcow2), Err(DiskError::Loop { .. })));
-    // Seventeen layers.
+    // One layer too many.
+    let last = format!("{}.qcow2", CHAIN_LAYERS_MAX - 1);
     create(&path("0.qcow2"), Format::Qcow2, Some(MIB), None).unwrap();
-    for number in 1..16 {
+    for number in 1..CHAIN_LAYERS_MAX {
         let name = backing(&format!("{}.qcow2", number - 1));
         create(&path(&format!("{number}.qcow2")), Format::Qcow2, None, name.as_ref()).unwrap();
     }
-    assert!(open_image(&path("15.qcow2"), Access::Write).is_ok());
+    assert!(open_image(&path(&last), Access::Write).is_ok());
     fs::rename(path("0.qcow2"), path("zero.qcow2")).unwrap();
     create(&path("0.qcow2"), Format::Qcow2, Some(MIB), backing("zero.qcow2").as_ref()).unwrap();
-    let error = open_image(&path("15.qcow2"), Access::Write).unwrap_err();
+    let error = open_image(&path(&last), Access::Write).unwrap_err();
     assert!(matches!(error, DiskError::Deep { .. }), "{error}");
     for name in ["json:{}", "nbd://host/x", "file:a", "/no/such"] {
         assert!(create(&path("c"), Format::Qcow2, None, backing(name).as_ref()).is_err(), "{name}");

@@ -7,6 +7,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::virtio::block::disk::{Contents, Disk, DiskConfig, DiskError};
 use crate::virtio::block::engine::{Buffers, Done, Engine, Job};
+use crate::virtio::block::live::DiskSwitch;
 use crate::virtio::block::request::{
     self, HEADER_SIZE, ID_SIZE, Request, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED,
 };
@@ -99,6 +100,12 @@ impl Block {
     /// Size in sectors of 512 bytes.
     pub fn sectors(&self) -> u64 {
         self.disk.sectors
+    }
+
+    /// What freezes the disk, if it can be.
+    #[must_use]
+    pub fn switch(&self) -> Option<DiskSwitch> {
+        self.disk.switch()
     }
 
     fn begin(&mut self, queue: &mut Virtqueue, chain: Chain) -> Result<(), DeviceError> {

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use berth_disk::chain::{Access, open_file, open_image};
 use berth_disk::format::Format;
-use berth_disk::qcow2::image::Image;
 use berth_disk::storage::Storage;
 use thiserror::Error;
+
+use crate::virtio::block::live::{DiskSwitch, LiveImage};
 
 /// Unit of the protocol, whatever the block size is.
 pub const SECTOR_SIZE: u64 = 512;
@@ -56,7 +57,7 @@ pub enum Contents {
     /// In a file, one after the other.
     Raw(Arc<File>),
     /// In an image, with what is below it.
-    Qcow2(Arc<Image>),
+    Qcow2(Arc<LiveImage>),
 }
 
 /// An open disk. Its lock lasts as long as the file is open.
@@ -89,7 +90,7 @@ impl Disk {
             Format::Qcow2 => {
                 let image = open_image(path, access)?;
                 let size = image.size();
-                (Contents::Qcow2(Arc::new(image)), Ok(size))
+                (Contents::Qcow2(Arc::new(LiveImage::new(path, image))), Ok(size))
             }
         };
         let size = size.map_err(|source| DiskError::Size { path: path.clone(), source })?;
@@ -107,7 +108,18 @@ impl Disk {
         match &self.contents {
             // A page.
             Contents::Raw(_) => 8,
-            Contents::Qcow2(image) => (image.header().cluster_bytes() / SECTOR_SIZE) as u32,
+            Contents::Qcow2(image) => {
+                image.with(|image| (image.header().cluster_bytes() / SECTOR_SIZE) as u32)
+            }
+        }
+    }
+
+    /// What freezes it: only a qcow2 image that is written can be.
+    #[must_use]
+    pub fn switch(&self) -> Option<DiskSwitch> {
+        match &self.contents {
+            Contents::Qcow2(image) if !self.read_only => Some(DiskSwitch(Arc::clone(image))),
+            _ => None,
         }
     }
 }

@@ -7,16 +7,25 @@ use std::io;
 use berth_disk::qcow2::image::Image;
 
 use crate::virtio::block::engine::{Buffers, Job};
+use crate::virtio::block::live::LiveImage;
 use crate::virtio::limits::BLOCK_BOUNCE_BYTES;
 
 /// Does a job; the result is like that of a system call, or minus the error number.
-pub(super) fn execute(image: &Image, job: &Job) -> i64 {
+pub(super) fn execute(live: &LiveImage, job: &Job) -> i64 {
     let result = match job {
-        Job::Read { buffers, offset } => read(image, buffers, *offset),
-        Job::Write { buffers, offset, durable } => write(image, buffers, *offset, *durable),
-        Job::Flush => image.flush().map(|()| 0),
-        Job::Discard { offset, len } => image.discard(*offset, *len).map(|()| 0),
-        Job::Zero { offset, len, unmap } => image.write_zeroes(*offset, *len, *unmap).map(|()| 0),
+        Job::Read { buffers, offset } => live.with(|image| read(image, buffers, *offset)),
+        Job::Write { buffers, offset, durable } => {
+            let written = live.with(|image| write(image, buffers, *offset));
+            match written {
+                Ok(_) if *durable => live.flush().and(written),
+                other => other,
+            }
+        }
+        Job::Flush => live.flush().map(|()| 0),
+        Job::Discard { offset, len } => live.with(|image| image.discard(*offset, *len)).map(|()| 0),
+        Job::Zero { offset, len, unmap } => {
+            live.with(|image| image.write_zeroes(*offset, *len, *unmap)).map(|()| 0)
+        }
     };
     result.unwrap_or_else(|error| {
         tracing::debug!(%error, "a request to an image failed");
@@ -50,7 +59,7 @@ fn read(image: &Image, buffers: &Buffers, offset: u64) -> io::Result<i64> {
     Ok(given as i64)
 }
 
-fn write(image: &Image, buffers: &Buffers, offset: u64, durable: bool) -> io::Result<i64> {
+fn write(image: &Image, buffers: &Buffers, offset: u64) -> io::Result<i64> {
     // In one piece, as far as it goes: a cluster that is written whole need not be read.
     let mut bounce = Vec::with_capacity(buffers.len().min(BLOCK_BOUNCE_BYTES));
     let mut at = offset;
@@ -70,9 +79,6 @@ fn write(image: &Image, buffers: &Buffers, offset: u64, durable: bool) -> io::Re
     }
     image.write(at, &bounce)?;
     at += bounce.len() as u64;
-    if durable {
-        image.flush()?;
-    }
     Ok((at - offset) as i64)
 }
 

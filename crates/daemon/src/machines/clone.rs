@@ -1,0 +1,285 @@
+//! Clones: machines of their own that begin as another one is, or as a snapshot of it.
+//!
+//! A clone has its own overlays, and every file below them by another name for the same bytes, so that
+//! each folder is complete by itself. All clones that were asked for come to be, or none: those of a
+//! daemon that was killed in between are removed by the next one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use berth_api::v1::event::EventKind;
+use berth_api::v1::machine::{Disk, MachineConfig, Net};
+use berth_api::v1::snapshot::{CLONES_MAX, CloneMachine};
+use berth_api::vmm::{IDENTITY, SUSPENDED};
+use berth_disk::format::Format;
+use berth_disk::tools::{self, Backing};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::failure::{Result, conflict, failed, invalid};
+use crate::folder::{self, Folder, Unnamed, VERSION, VmToml, link_or_copy};
+use crate::machines::snapshots::{blocking, nothing_to_go_on};
+use crate::machines::{Entry, Machines, check_name, load};
+use crate::snapshot::restore::link_state;
+use crate::snapshot::{self, SnapshotToml, is_plain, layers};
+use crate::vmm;
+
+/// Clones that are being made: removed with the last of them.
+const JOURNAL: &str = ".clones-";
+/// The version of a journal.
+const JOURNAL_VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Journal {
+    version: u32,
+    clones: Vec<Named>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Named {
+    name: String,
+    id: Uuid,
+}
+
+/// What clones are made of.
+struct Source {
+    folder: Folder,
+    toml: SnapshotToml,
+    /// Memory and processors they go on with.
+    state: Option<PathBuf>,
+    /// The name of the machine.
+    name: String,
+}
+
+impl Machines {
+    /// Makes clones of a machine, and lets them go on if that was asked for.
+    ///
+    /// # Errors
+    /// Something of the machine cannot be shared, a name is taken, or one does not start; then there is
+    /// none of them.
+    pub async fn clone_machine(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        request: CloneMachine,
+    ) -> Result<Vec<Arc<Entry>>> {
+        let names = names(&request)?;
+        for name in &names {
+            check_name(name)?;
+            if self.all().contains_key(name) {
+                return Err(conflict(format!("there is a machine {name} already")));
+            }
+        }
+        let changing = entry.changing.lock().await;
+        let (name, folder) = (entry.name(), entry.folder());
+        let of_now;
+        let (toml, state) = match &request.tag {
+            Some(tag) => {
+                let toml = self.verified(&folder, tag, request.running).await?;
+                if request.running && toml.state.is_none() {
+                    return Err(nothing_to_go_on(&format!("the snapshot {tag} has no memory")));
+                }
+                (toml, snapshot::state_of(&folder, tag))
+            }
+            None => {
+                let (draft, toml) = self.take(entry, request.running).await?;
+                if request.running && toml.state.is_none() {
+                    let state = entry.state().as_str();
+                    return Err(nothing_to_go_on(&format!("{name} is {state}")));
+                }
+                let state = draft.state();
+                // Until the clones have what is in it.
+                of_now = draft;
+                if request.running {
+                    let fits = vmm::check(&self.program, &toml.machine, &of_now.state()).await;
+                    fits.map_err(|error| crate::machines::of_vmm(&name, &error))?;
+                }
+                (toml, state)
+            }
+        };
+        let state = request.running.then_some(state);
+        check_network(&toml.machine, request.running)?;
+        let (machines, source) = (Arc::clone(self), Source { folder, toml, state, name });
+        let made = blocking(move || machines.make_clones(&source, &names)).await?;
+        drop(changing);
+        for (clone, _) in &made {
+            self.tell(EventKind::Cloned, clone, Some(entry.name()));
+        }
+        let clones: Vec<_> = made.into_iter().map(|(clone, _)| clone).collect();
+        if request.running
+            && let Err(error) = self.start_all(&clones).await
+        {
+            for clone in &clones {
+                if let Err(error) = self.remove(clone, true).await {
+                    tracing::error!(error = error.message, "a clone is left");
+                }
+            }
+            return Err(error);
+        }
+        Ok(clones)
+    }
+
+    async fn start_all(self: &Arc<Self>, clones: &[Arc<Entry>]) -> Result<()> {
+        for clone in clones {
+            self.start(clone).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes all of the folders, then names them.
+    fn make_clones(&self, source: &Source, names: &[String]) -> Result<Vec<(Arc<Entry>, Uuid)>> {
+        let mut made = Vec::new();
+        for name in names {
+            let config = VmToml {
+                version: VERSION,
+                id: Uuid::new_v4(),
+                created: Timestamp::now(),
+                machine: source.toml.machine.clone(),
+            };
+            let unnamed = Unnamed::make(&self.directory, &config, |folder| source.fill(folder))?;
+            made.push((name, unnamed, config));
+        }
+        let journal = self.directory.join(format!("{JOURNAL}{}", Uuid::new_v4()));
+        let clones = made
+            .iter()
+            .map(|(name, _, config)| Named { name: name.to_string(), id: config.id })
+            .collect();
+        snapshot::write_toml(&journal, &Journal { version: JOURNAL_VERSION, clones })?;
+        let named = self.name_all(made);
+        match &named {
+            // With this they are there.
+            Ok(_) => {
+                folder::sync(&self.directory)?;
+                fs::remove_file(&journal).map_err(folder::failed("removing", &journal))?;
+                folder::sync(&self.directory)?;
+            }
+            Err(_) => undo(&self.directory, &journal),
+        }
+        let mut all = self.all();
+        let mut entries = Vec::new();
+        for (name, folder, config) in named? {
+            let id = config.id;
+            let entry = Entry::new(name.clone(), folder, config);
+            all.insert(name, Arc::clone(&entry));
+            entries.push((entry, id));
+        }
+        Ok(entries)
+    }
+
+    fn name_all(
+        &self,
+        made: Vec<(&String, Unnamed, VmToml)>,
+    ) -> Result<Vec<(String, Folder, VmToml)>> {
+        let mut named = Vec::new();
+        for (name, unnamed, config) in made {
+            named.push((name.clone(), unnamed.name(name)?, config));
+        }
+        Ok(named)
+    }
+}
+
+/// The names of the clones.
+fn names(request: &CloneMachine) -> Result<Vec<String>> {
+    match request.count {
+        None => Ok(vec![request.name.clone()]),
+        Some(count) if (1..=CLONES_MAX).contains(&count) => {
+            Ok((1..=count).map(|number| format!("{}-{number}", request.name)).collect())
+        }
+        Some(count) => {
+            Err(invalid(format!("{count} clones: 1 to {CLONES_MAX} can be made at once")))
+        }
+    }
+}
+
+fn check_network(config: &MachineConfig, running: bool) -> Result<()> {
+    match &config.net {
+        Net::Tap(name) if running => Err(conflict(format!(
+            "the network card is connected to the interface {name}, which one machine can have; try \
+             without --running, and give each clone its own in its vm.toml"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+impl Source {
+    /// Puts everything into a clone's folder but its `vm.toml`.
+    fn fill(&self, clone: &Folder) -> Result<()> {
+        for disk in self.toml.machine.disks.iter().filter(|disk| disk.read_only) {
+            self.share(clone, disk)?;
+        }
+        for (file, layer) in self.toml.disks() {
+            self.link(clone, Path::new(layer), Format::Qcow2)?;
+            let backing = Backing { name: layer.to_owned(), format: Format::Qcow2 };
+            tools::create(&clone.file(file), Format::Qcow2, None, Some(&backing))
+                .map_err(|error| failed(&error))?;
+        }
+        if let Some(state) = &self.state {
+            link_state(state, &clone.file(SUSPENDED))?;
+        }
+        folder::replace(&clone.file(IDENTITY), format!("{}\n", self.name).as_bytes())?;
+        load::note_place(clone)?;
+        Ok(())
+    }
+
+    /// A disk that is only read.
+    fn share(&self, clone: &Folder, disk: &Disk) -> Result<()> {
+        match is_plain(&disk.file) {
+            true => self.link(clone, &disk.file, layers::format(disk.format)),
+            false if disk.file.is_absolute() => Ok(()),
+            false => {
+                let file = disk.file.display();
+                Err(conflict(format!(
+                    "the disk {file} is in another directory, by a relative name"
+                )))
+            }
+        }
+    }
+
+    /// A disk's file and those below it.
+    fn link(&self, clone: &Folder, file: &Path, format: Format) -> Result<()> {
+        for name in layers::files(&self.folder, file, format)? {
+            let to = clone.file(&name);
+            // Several disks may be on one file.
+            if !to.exists() {
+                let linked = link_or_copy(&self.folder.file(&name), &to);
+                linked.map_err(folder::failed("linking", &to))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes the clones of a journal, and it.
+fn undo(machines: &Path, journal: &Path) {
+    let removed = (|| -> Result<()> {
+        let read: Journal = snapshot::read_toml(journal, JOURNAL_VERSION)?;
+        for Named { name, id } in read.clones {
+            let folder = Folder::at(machines.join(&name));
+            let is_it = check_name(&name).is_ok()
+                && folder.path().is_dir()
+                && folder.config().is_ok_and(|config| config.id == id);
+            if is_it {
+                folder.remove()?;
+            }
+        }
+        fs::remove_file(journal).map_err(folder::failed("removing", journal))?;
+        Ok(())
+    })();
+    if let Err(error) = removed {
+        tracing::error!(path = %journal.display(), error = error.message, "clones are left");
+    }
+}
+
+/// Removes the clones that a daemon began to make and did not come to end.
+pub(super) fn sweep(machines: &Path) -> std::result::Result<(), folder::FolderError> {
+    for entry in fs::read_dir(machines).map_err(folder::failed("reading", machines))? {
+        let entry = entry.map_err(folder::failed("reading", machines))?;
+        if entry.file_name().to_string_lossy().starts_with(JOURNAL) {
+            undo(machines, &entry.path());
+        }
+    }
+    Ok(())
+}

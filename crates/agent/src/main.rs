@@ -6,6 +6,7 @@
 //! statically, since it runs before any file system with libraries is mounted.
 
 mod boot;
+mod button;
 mod cmdline;
 mod dhcp;
 mod network;
@@ -88,6 +89,9 @@ fn bring_up() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
     let power = Arc::new(Power::new(Arc::clone(&reaper)));
     if line.init.is_none() {
         network::bring_up();
+    }
+    if line.init.is_none() {
+        button::watch(&power);
     }
     let serving = server::serve_vsock(line.port, &reaper, &power);
     if line.shell != Shell::None {

@@ -36,6 +36,9 @@ pub enum Request {
     Unpause,
     /// Stores the machine in [`SUSPENDED`] and ends it. Answered when it is stored.
     Suspend,
+    /// Presses the power button. Answered when the guest has taken notice, within a second;
+    /// whether anybody there cares is another matter.
+    PowerButton,
     /// Asks the guest to power off, through its agent, for which it has so long to answer.
     PowerOff {
         /// How long.

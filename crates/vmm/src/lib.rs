@@ -11,6 +11,7 @@ pub mod clock;
 pub mod console;
 pub mod devices;
 pub mod error;
+pub mod generation;
 pub mod irq;
 pub mod limits;
 pub mod machine;

@@ -14,7 +14,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::chips::{ioapic, lapic, pic, pit, rtc, serial};
+use crate::chips::{events, ioapic, lapic, pic, pit, rtc, serial};
 use crate::clock::{Clock, scale};
 use crate::limits::CPUS_MAX;
 use crate::memory::{GuestRam, MemoryError};
@@ -150,6 +150,9 @@ pub struct MachineState {
     pub rtc: rtc::Registers,
     /// The serial port.
     pub serial: serial::Registers,
+    /// Events that the guest has not been told of; none in states from before there were any.
+    #[serde(default)]
+    pub events: events::Registers,
 }
 
 /// A vCPU.

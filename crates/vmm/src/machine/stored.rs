@@ -155,6 +155,7 @@ impl Storer {
             pit: lock(&self.pit).save(),
             rtc: lock(&self.devices.rtc).save(),
             serial: lock(&self.devices.serial).save(),
+            events: lock(&self.devices.events).save(),
         };
         state.write(&self.ram, directory)
     }
@@ -174,6 +175,7 @@ impl Storer {
             mailbox.restore(cpu.init, cpu.startup);
         }
         lock(&self.devices.serial).restore(state.serial.clone());
+        lock(&self.devices.events).restore(&state.events);
         self.pvclock.stood_still();
         Ok(())
     }

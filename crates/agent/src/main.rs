@@ -94,7 +94,8 @@ fn bring_up() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
         button::watch(&power);
     }
     let serving = server::serve_vsock(line.port, &reaper, &power);
-    if line.shell != Shell::None {
+    // The console of an image with an init of its own is that one's.
+    if line.shell != Shell::None && line.init.is_none() {
         if let Err(error) = serving {
             boot::say(&format!("no agent on vsock port {}: {error}", line.port));
         }

@@ -17,7 +17,7 @@ pub struct CommandLine {
     /// `berth.shell=1`: a login shell on the console, and power off when it ends; `always`: another
     /// one then.
     pub shell: Shell,
-    /// `berth.init=/sbin/init`: the image's own init becomes process 1.
+    /// `berth.init=/sbin/init`: the image's own init becomes process 1, and has the console.
     pub init: Option<String>,
     /// `berth.agent=vsock:PORT`.
     pub port: u32,

@@ -6,6 +6,7 @@
 //! statically, since it runs before any file system with libraries is mounted.
 
 mod boot;
+mod button;
 mod cmdline;
 mod dhcp;
 mod identity;
@@ -90,8 +91,12 @@ fn bring_up() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
     if line.init.is_none() {
         network::bring_up();
     }
+    if line.init.is_none() {
+        button::watch(&power);
+    }
     let serving = server::serve_vsock(line.port, &reaper, &power);
-    if line.shell != Shell::None {
+    // The console of an image with an init of its own is that one's.
+    if line.shell != Shell::None && line.init.is_none() {
         if let Err(error) = serving {
             boot::say(&format!("no agent on vsock port {}: {error}", line.port));
         }

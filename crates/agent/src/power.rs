@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount_remount, unmount};
@@ -23,12 +23,14 @@ const POLL: Duration = Duration::from_millis(5);
 pub struct Power {
     reaper: Arc<Reaper>,
     is_init: bool,
+    /// Locked by the first who ends the machine, and never given back.
+    ending: Mutex<()>,
 }
 
 impl Power {
     /// For the process that may end the machine.
     pub fn new(reaper: Arc<Reaper>) -> Self {
-        Self { reaper, is_init: std::process::id() == 1 }
+        Self { reaper, is_init: std::process::id() == 1, ending: Mutex::default() }
     }
 
     /// Ends all processes, writes everything out, switches off.
@@ -43,6 +45,8 @@ impl Power {
     }
 
     fn end(&self, command: RebootCommand, init_signal: i32) -> ! {
+        // The button and the host may both want it.
+        let _first = self.ending.lock();
         if self.is_init {
             self.end_processes();
         } else {

@@ -45,6 +45,9 @@ pub enum Request {
         /// The directory, relative to the folder.
         into: Option<String>,
     },
+    /// Presses the power button. Answered when the guest has taken notice, within a second;
+    /// whether anybody there cares is another matter.
+    PowerButton,
     /// Asks the guest to power off, through its agent, for which it has so long to answer.
     PowerOff {
         /// How long.

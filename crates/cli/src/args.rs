@@ -126,7 +126,11 @@ pub enum VmCommand {
     Adopt(AdoptArgs),
     /// Start machines
     Start(Names),
-    /// Ask guests to power off; those that do not are ended
+    /// Power guests off, or end them if they do not
+    ///
+    /// Presses the power button of each machine (ACPI). A guest that does not power off soon, in a
+    /// quarter of the time and at most five seconds, is asked through Berth's agent, if it has one. When
+    /// the time is over, the machine is ended.
     Stop(StopArgs),
     /// End machines at once
     Kill(Names),

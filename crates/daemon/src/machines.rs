@@ -44,6 +44,8 @@ use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{Folder, VmToml};
 use crate::vmm::{self, VmmError};
 
+/// How long a guest may take to power off by its button before its agent is asked too.
+const BUTTON_TIME: Duration = Duration::from_secs(5);
 /// How long storing a machine may take.
 const SUSPEND_TIME: Duration = Duration::from_secs(600);
 /// How long a killed machine may take to be gone.
@@ -287,7 +289,8 @@ impl Machines {
         self.tell(kind, entry, Some(reason));
     }
 
-    /// Asks the guest to power off, and ends the machine after that time.
+    /// Presses the machine's power button, asks the guest's agent if that does nothing, and ends the
+    /// machine after that time.
     ///
     /// # Errors
     /// It does not run, or cannot be ended.
@@ -307,21 +310,35 @@ impl Machines {
             tracing::warn!(machine = name, %error, "it does not go on, and is ended");
             return self.kill_now(entry).await;
         }
+        let over = ended.clone();
         let stopping = async {
+            let noticed = vmm::ask(&folder, &Request::PowerButton).await;
+            match &noticed {
+                Ok(()) => {
+                    let time = BUTTON_TIME.min(patience / 4);
+                    if matches!(timeout(time, ended.wait_for(|over| *over)).await, Ok(Ok(_))) {
+                        return true;
+                    }
+                    tracing::info!(machine = name, "the power button does not end it soon");
+                }
+                // It has no driver for that, or not yet.
+                Err(error) => {
+                    tracing::info!(machine = name, error = chain(error), "no power button");
+                }
+            }
             // As long as it starts, its agent does not answer.
             let seconds = patience.as_secs_f64();
             let asked = vmm::ask_within(&folder, &Request::PowerOff { seconds }, patience).await;
-            match asked {
-                Ok(()) => ended.wait_for(|over| *over).await.is_ok(),
-                // Whoever cannot be asked is ended.
-                Err(error) => {
-                    let error = chain(&error);
-                    tracing::warn!(machine = name, error, "not asked to power off");
-                    false
-                }
+            if let Err(error) = &asked {
+                tracing::warn!(machine = name, error = chain(error), "not asked to power off");
             }
+            // Whoever knows of neither is ended now.
+            (noticed.is_ok() || asked.is_ok()) && ended.wait_for(|over| *over).await.is_ok()
         };
         if !patience.is_zero() && timeout(patience, stopping).await.unwrap_or(false) {
+            return Ok(());
+        }
+        if *over.borrow() {
             return Ok(());
         }
         self.kill_now(entry).await

@@ -12,8 +12,16 @@ use object::{Object, ObjectSection};
 /// What Berth's machine cannot do without.
 pub const REQUIRED: [&str; 4] = ["virtio_pci", "virtio_blk", "ext4", "vmw_vsock_virtio_transport"];
 /// What it also has when the kernel has it.
-pub const OPTIONAL: [&str; 5] =
-    ["crc32c_generic", "crc32c_intel", "virtio_net", "virtio_rng", "virtio_console"];
+pub const OPTIONAL: [&str; 7] = [
+    "crc32c_generic",
+    "crc32c_intel",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_console",
+    // The power button, and what makes a file of its key.
+    "button",
+    "evdev",
+];
 
 /// Chains of dependencies are short; a longer one is a circle or an attack.
 const DEPTH_MAX: usize = 32;

@@ -1,13 +1,16 @@
 //! ACPI tables: RSDP, XSDT, FADT (hardware-reduced), MADT, DSDT, and MCFG when there is one.
 //!
 //! Hardware-reduced ACPI has no SCI, no power-management timer and no PM1 registers; power-off goes
-//! through the sleep control register and reset through the reset register of `chips::power`.
+//! through the sleep control register and reset through the reset register of `chips::power`. The power
+//! button and the generation id are devices of the DSDT, notified by its generic event device
+//! (`chips::events`).
 
 use std::ops::Range;
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, ONE, Package, Path,
-    ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Method, Name, Notify, ONE, OpRegion,
+    OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -18,7 +21,8 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::boot::{ACPI_TABLES, BIOS_ENTRY};
+use crate::boot::{ACPI_TABLES, BIOS_ENTRY, GENERATION_ID};
+use crate::chips::events::{self, Event};
 use crate::chips::{power, rtc, serial};
 use crate::memory::{GuestRam, IOAPIC_BASE, LAPIC_BASE, PCI_WINDOW_32};
 
@@ -151,6 +155,7 @@ fn dsdt(machine: &Machine) -> Vec<u8> {
     dsdt.append_slice(&bytes(&s5));
     dsdt.append_slice(&bytes(&PciRoot(machine)));
     dsdt.append_slice(&bytes(&RtcDevice));
+    dsdt.append_slice(&bytes(&EventDevices));
     if machine.serial {
         dsdt.append_slice(&bytes(&SerialDevice));
     }
@@ -208,6 +213,60 @@ impl Aml for SerialDevice {
     }
 }
 
+/// The power button, the generation id, and the event device that notifies them.
+struct EventDevices;
+
+/// The names of the notified devices, under `\_SB`.
+const POWER_BUTTON: &str = "PWRB";
+const GENERATION: &str = "VGEN";
+/// Values that devices are notified with: a button was pressed; the generation has changed.
+const NOTIFIED: u8 = 0x80;
+
+impl Aml for EventDevices {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let hid = Name::new("_HID".into(), &EISAName::new("PNP0C0C"));
+        let uid = Name::new("_UID".into(), &ZERO);
+        let button = Device::new(Path::new(POWER_BUTTON), vec![&hid, &uid]);
+
+        // Drivers go by the _CID, which is from Microsoft's specification, as ADDR is.
+        let hid = Name::new("_HID".into(), &"BRTH0001");
+        let cid = Name::new("_CID".into(), &"VM_Gen_Counter");
+        let ddn = Name::new("_DDN".into(), &"VM_Gen_Counter");
+        let (low, high) = (GENERATION_ID as u32, (GENERATION_ID >> 32) as u32);
+        let place = Name::new("ADDR".into(), &Package::new(vec![&low, &high]));
+        let generation = Device::new(Path::new(GENERATION), vec![&hid, &uid, &cid, &ddn, &place]);
+        Scope::new(Path::new("\\_SB_"), vec![&button, &generation]).to_aml_bytes(sink);
+
+        let hid = Name::new("_HID".into(), &"ACPI0013");
+        let line = Interrupt::new(true, false, false, false, events::GSI);
+        let crs = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&line]));
+        let (at, len) = (events::PORT as u16, events::LEN as u8);
+        let ports = OpRegion::new("EVRG".into(), OpRegionSpace::SystemIO, &at, &len);
+        let field = Field::new(
+            "EVRG".into(),
+            FieldAccessType::Byte,
+            FieldLockRule::NoLock,
+            FieldUpdateRule::Preserve,
+            vec![FieldEntry::Named(*b"EVNT", 8)],
+        );
+        // One read for all of them, since it clears the register.
+        let (read, register) = (Local(0), Path::new("EVNT"));
+        let take = Store::new(&read, &register);
+        let (pressed, renewed) = (Event::PowerButton as u8, Event::Generation as u8);
+        let (pressed, renewed) =
+            (And::new(&ZERO, &read, &pressed), And::new(&ZERO, &read, &renewed));
+        let (button, generation) = (Path::new(POWER_BUTTON), Path::new(GENERATION));
+        let tell_button = Notify::new(&button, &NOTIFIED);
+        let tell_generation = Notify::new(&generation, &NOTIFIED);
+        let if_pressed = If::new(&pressed, vec![&tell_button]);
+        let if_renewed = If::new(&renewed, vec![&tell_generation]);
+        let method = Method::new("_EVT".into(), 1, true, vec![&take, &if_pressed, &if_renewed]);
+        let device =
+            Device::new(Path::new("GED_"), vec![&hid, &uid, &crs, &ports, &field, &method]);
+        Scope::new(Path::new("\\_SB_"), vec![&device]).to_aml_bytes(sink);
+    }
+}
+
 /// A device under `\_SB` with its id, number and resources.
 fn scope(sink: &mut dyn AmlSink, name: &str, hid: &str, uid: &dyn Aml, crs: &ResourceTemplate<'_>) {
     let hid = Name::new("_HID".into(), &EISAName::new(hid));
@@ -220,7 +279,7 @@ fn scope(sink: &mut dyn AmlSink, name: &str, hid: &str, uid: &dyn Aml, crs: &Res
 #[cfg(test)]
 mod tests {
     use super::{Machine, build};
-    use crate::boot::ACPI_TABLES;
+    use crate::boot::{ACPI_TABLES, GENERATION_ID};
 
     fn u32_at(data: &[u8], at: usize) -> usize {
         u32::from_le_bytes(data[at..at + 4].try_into().unwrap()) as usize
@@ -261,6 +320,79 @@ mod tests {
         }
         assert_eq!(names, [b"FACP", b"APIC", b"MCFG"]);
         assert!(blob.len() < 0x2_0000);
+    }
+
+    /// The DSDT's bytes of code.
+    fn dsdt(blob: &[u8]) -> &[u8] {
+        let xsdt = table(blob, u64_at(blob, 24));
+        let fadt = table(blob, u64_at(xsdt, 36));
+        &table(blob, u64_at(fadt, 140))[36..]
+    }
+
+    /// The content of the package whose length is encoded at `at` (ACPI 6.5, 20.2.4).
+    fn package(code: &[u8], at: usize) -> &[u8] {
+        let more = usize::from(code[at] >> 6);
+        let first = usize::from(code[at] & if more == 0 { 0x3f } else { 0xf });
+        let rest = code[at + 1..at + 1 + more].iter().rev();
+        let high = rest.fold(0, |high, &byte| high << 8 | usize::from(byte));
+        &code[at + 1 + more..at + (high << 4 | first)]
+    }
+
+    /// The device of this name under `\\_SB`, without its name.
+    fn device<'a>(code: &'a [u8], name: &str) -> &'a [u8] {
+        let mut rest = code;
+        while let Some(&op) = rest.first() {
+            // Names with a package or a buffer (`_S5_`), scopes, which hold devices.
+            let at = if op == 0x08 { 6 } else { 1 };
+            let content = package(rest, at);
+            let mut inside = content.strip_prefix(b"\\_SB_".as_slice()).unwrap_or_default();
+            while inside.starts_with(&[0x5b, 0x82]) {
+                let device = package(inside, 2);
+                if let Some(found) = device.strip_prefix(name.as_bytes()) {
+                    return found;
+                }
+                inside = &inside[2 + len_of(inside, 2)..];
+            }
+            rest = &rest[at + len_of(rest, at)..];
+        }
+        panic!("no device {name}")
+    }
+
+    /// Bytes of the package whose length is encoded at `at`, with the length itself.
+    fn len_of(code: &[u8], at: usize) -> usize {
+        package(code, at).len() + 1 + usize::from(code[at] >> 6)
+    }
+
+    fn holds(code: &[u8], bytes: &[u8]) -> bool {
+        code.windows(bytes.len()).any(|window| window == bytes)
+    }
+
+    #[test]
+    fn the_event_device_notifies_button_and_generation() {
+        let blob = build(&machine(2));
+        let code = dsdt(&blob);
+        // PNP0C0C, compressed.
+        assert!(holds(device(code, "PWRB"), b"\x08_HID\x0c\x41\xd0\x0c\x0c"));
+        let generation = device(code, "VGEN");
+        for id in [b"_CID\x0dVM_Gen_Counter\0", b"_DDN\x0dVM_Gen_Counter\0"] {
+            assert!(holds(generation, id));
+        }
+        let place = GENERATION_ID.to_le_bytes();
+        let place = [b"ADDR\x12\x08\x02\x0c", &place[..4], b"\0"].concat();
+        assert!(holds(generation, &place), "{generation:x?}");
+        let events = device(code, "GED_");
+        assert!(holds(events, b"_HID\x0dACPI0013\0"));
+        // A consumer of line 20, level-triggered, active high, its own.
+        assert!(holds(events, &[0x89, 6, 0, 0x01, 1, 20, 0, 0, 0]), "{events:x?}");
+        // System I/O, one byte at 0x604.
+        assert!(holds(events, b"\x5b\x80EVRG\x01\x0b\x04\x06\x0a\x01"), "{events:x?}");
+        let method = [
+            b"_EVT\x09".as_slice(),
+            b"\x70EVNT\x60",
+            b"\xa0\x0c\x7b\x60\x01\0\x86PWRB\x0a\x80",
+            b"\xa0\x0d\x7b\x60\x0a\x02\0\x86VGEN\x0a\x80",
+        ];
+        assert!(events.ends_with(&method.concat()), "{events:x?}");
     }
 
     #[test]

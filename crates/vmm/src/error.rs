@@ -4,6 +4,7 @@ use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::console::ConsoleError;
+use crate::generation::GenerationError;
 use crate::limits::CPUS_MAX;
 use crate::memory::MemoryError;
 use crate::state::StateError;
@@ -26,6 +27,9 @@ pub enum MachineError {
     /// ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    /// The generation id.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
     /// Two devices at one address.
     #[error(transparent)]
     Bus(#[from] BusError),

@@ -12,6 +12,7 @@ pub mod console;
 pub mod devices;
 pub mod error;
 pub mod fit;
+pub mod generation;
 pub mod irq;
 pub mod limits;
 pub mod machine;

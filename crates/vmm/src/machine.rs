@@ -25,11 +25,13 @@ use crate::acpi;
 use crate::boot::{self, BootFiles, Module};
 use crate::bus::{Bus, SharedDevice};
 use crate::chips::chipset::Chipset;
+use crate::chips::events::{Events, PowerButton};
 use crate::chips::lapic::message::ApicBus;
 use crate::chips::lapic::{CpuSignals, Lapic};
 use crate::clock::{Clock, HostClock};
 use crate::console::{Console, Consoles, SerialConfig};
 use crate::error::MachineError;
+use crate::generation::{self, Generation};
 use crate::irq::InterruptSink;
 use crate::limits::CPUS_MAX;
 use crate::machine::stored::Resumed;
@@ -70,6 +72,9 @@ pub struct MachineConfig {
     pub translator: berth_translator::Config,
     /// The directory of a machine that was stored: it goes on instead of booting.
     pub resume: Option<PathBuf>,
+    /// With [`Self::resume`]: it is a copy, or goes back to an earlier time, and is told so by a new
+    /// generation id before it runs.
+    pub renew_generation: bool,
 }
 
 impl MachineConfig {
@@ -87,6 +92,7 @@ impl MachineConfig {
             debug_exit: false,
             translator: berth_translator::Config::default(),
             resume: None,
+            renew_generation: false,
         }
     }
 }
@@ -110,6 +116,8 @@ pub struct DeviceContext {
     pub ending: Arc<Ending>,
     /// Consoles of devices, which end with the machine.
     pub consoles: Consoles,
+    /// Where the guest is told of what happens to the machine.
+    pub events: Events,
 }
 
 /// Makes the devices of the PCI bus; gives what answers at ports 0xcf8 to 0xcff.
@@ -217,6 +225,7 @@ impl Machine {
         };
         let loaded = boot::load(&ram, &files)?;
         boot::put_firmware(&ram)?;
+        generation::install(ram.memory())?;
         acpi::install(
             &ram,
             &acpi::Machine {
@@ -352,6 +361,9 @@ fn start_translated(
     };
     if let Begin::Stored(resumed) = begin {
         storer.restore(resumed)?;
+        if config.renew_generation {
+            Generation::new(context.memory.clone(), Arc::clone(&context.events)).renew()?;
+        }
     }
     let mut vcpus: Vec<Processor> = Vec::new();
     for ((index, apic), msrs) in (0..).zip(&apics).zip(&storer.msrs) {
@@ -443,6 +455,18 @@ impl RunningMachine {
     #[must_use]
     pub fn pauser(&self) -> Pauser {
         self.pauser.clone()
+    }
+
+    /// Its power button, for servers.
+    #[must_use]
+    pub fn power_button(&self) -> PowerButton {
+        PowerButton::new(Arc::clone(&self.context.events))
+    }
+
+    /// Its generation id, for whoever has restored or copied it.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        Generation::new(self.context.memory.clone(), Arc::clone(&self.context.events))
     }
 
     /// What stores it; none under KVM.

@@ -17,7 +17,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::chips::{ioapic, lapic, pic, pit, rtc, serial};
+use crate::chips::{events, ioapic, lapic, pic, pit, rtc, serial};
 use crate::clock::{Clock, scale};
 use crate::limits::CPUS_MAX;
 use crate::memory::{GuestRam, MemoryError};
@@ -156,6 +156,9 @@ pub struct MachineState {
     pub serial: serial::Registers,
     /// The PCI bus, if there is one, with its devices.
     pub pci: Option<StoredPci>,
+    /// Events that the guest has not been told of; none in states from before there were any.
+    #[serde(default)]
+    pub events: events::Registers,
 }
 
 /// A vCPU.

@@ -14,6 +14,7 @@ use berth_api::v1::machine::MachineConfig;
 use berth_api::v1::machine::MachineState;
 use berth_api::vmm::{Answer, Frozen, IDENTITY, LINE_MAX, Request, SUSPENDED, Status};
 use berth_daemon::folder::Folder;
+use berth_vmm::chips::events::PowerButton;
 use berth_vmm::devices::HostEnds;
 use berth_vmm::machine::{Pauser, RunningMachine, Storer};
 use berth_vmm::outcome::{Ending, Outcome};
@@ -28,6 +29,9 @@ use crate::vmm::{Kept, socket};
 const REQUEST_TIME: Duration = Duration::from_secs(5);
 /// How long an agent may take for an answer.
 const AGENT_TIME: Duration = Duration::from_secs(5);
+/// How long a guest may take to notice that its power button was pressed. One with a driver takes
+/// milliseconds.
+const BUTTON_TIME: Duration = Duration::from_secs(1);
 /// Where a machine is stored while that is not complete.
 const UNFINISHED: &str = "state/.suspending";
 /// Connections at once to the console and to the agent. Others are never refused.
@@ -38,6 +42,7 @@ pub(super) struct Control {
     ends: HostEnds,
     ending: Arc<Ending>,
     pauser: Pauser,
+    button: PowerButton,
     hub: Arc<Hub>,
     storer: Option<Arc<Storer>>,
     folder: Folder,
@@ -74,6 +79,7 @@ impl Control {
             ends,
             ending: machine.ending(),
             pauser: machine.pauser(),
+            button: machine.power_button(),
             hub,
             storer: machine.storer(),
             folder: folder.clone(),
@@ -164,6 +170,13 @@ impl Control {
                 Ok(frozen) => answer(stream, &Answer::Snapshot(frozen)),
                 Err(why) => refuse(why),
             },
+            Request::PowerButton => {
+                self.button.press();
+                match self.button.is_noticed_within(BUTTON_TIME) {
+                    true => answer(stream, &Answer::Done),
+                    false => refuse("the guest takes no notice of its power button".into()),
+                }
+            }
             Request::PowerOff { seconds } => match self.power_off(*seconds) {
                 Ok(()) => answer(stream, &Answer::Done),
                 Err(why) => refuse(why),

@@ -692,6 +692,9 @@ fn debian_is_kept() {
     cloud.ok("vm stop box");
     let ended = cloud.inspect("box");
     assert_eq!(ended["last_exit"]["reason"], "the guest powered off", "{ended}");
+    // By the button: the agent was not asked.
+    let printed = cloud.ok("vm logs box");
+    assert!(printed.contains("berth: the power button was pressed"), "{printed}");
     cloud.ok("vm start box");
     assert_eq!(cloud.ok("vm exec box cat /etc/kept"), "kept\n");
     assert_eq!(cloud.ok("vm exec box cat /sys/class/net/eth0/address"), address);

@@ -186,7 +186,8 @@ async fn start(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer
     changed(daemon, name, move |machines, entry| async move { machines.start(&entry).await }).await
 }
 
-/// Asks the guest to power off, and ends it if it does not in time.
+/// Presses the power button, asks the guest's agent if that does nothing, and ends the machine if it
+/// does not power off in time.
 #[utoipa::path(
     post,
     path = "/machines/{name}/stop",

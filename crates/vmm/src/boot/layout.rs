@@ -8,6 +8,7 @@
 //! 0x20000  command line
 //! 0x90000  Multiboot information, memory map, module list, strings
 //! 0x9fc00  reserved: extended BIOS data area
+//! 0xdf010  reserved: the generation id, 16 bytes, where no search for option ROMs looks
 //! 0xe0000  reserved: ACPI tables, the RSDP first
 //! 0xffff0  reserved: the entry of a BIOS, which resets the machine
 //! ```
@@ -22,6 +23,8 @@ pub(super) const CMDLINE: u64 = 0x2_0000;
 pub(super) const MULTIBOOT_INFO: u64 = 0x9_0000;
 /// End of the RAM below the BIOS area.
 pub(super) const LOW_END: u64 = 0x9_fc00;
+/// The generation id (`crate::generation`).
+pub const GENERATION_ID: u64 = 0xd_f010;
 /// The ACPI tables; the RSDP is the first.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// RAM goes on here.

@@ -25,7 +25,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 pub use crate::boot::bzimage::{HEAD_BYTES, is_bzimage};
 pub use crate::boot::error::BootError;
-pub use crate::boot::layout::{ACPI_TABLES, HIGH_START, MapRange, RangeKind, memory_map};
+pub use crate::boot::layout::{
+    ACPI_TABLES, GENERATION_ID, HIGH_START, MapRange, RangeKind, memory_map,
+};
 use crate::chips::power;
 use crate::limits::{CMDLINE_BYTES_MAX, KERNEL_BYTES_MAX};
 use crate::memory::GuestRam;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::bus::BusDevice;
 use crate::chips::chipset::{Chipset, IoApicRegisters, PicRegisters};
+use crate::chips::events::{self, Event, EventRegister};
 use crate::chips::lapic::message::ApicBus;
 use crate::chips::lapic::{CpuSignals, Lapic, MSR_X2APIC};
 use crate::chips::pic::PicPair;
@@ -90,6 +91,9 @@ impl Board {
         for (base, len) in PicPair::RANGES {
             ports.push((base, len, Box::new(PicRegisters(Arc::clone(&chipset)))));
         }
+        let mut events = EventRegister::new(interrupts());
+        events.raise(Event::PowerButton);
+        ports.push((events::PORT, events::LEN, Box::new(events)));
         ports.push((0x70, 2, Box::new(Rtc::new(shared(), 64 << 20, 0))));
         ports.push((0, 0x100, Box::new(IoApicRegisters(Arc::clone(&chipset)))));
         Self { clock, apics, chipset, pit, serial, ending, ports }

@@ -2,6 +2,7 @@
 
 pub mod chipset;
 pub mod debug_exit;
+pub mod events;
 pub mod fuzz;
 pub mod ioapic;
 pub mod lapic;

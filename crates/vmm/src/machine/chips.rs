@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::bus::{BusDevice, SharedDevice};
 use crate::chips::chipset::{Chipset, IoApicRegisters, PicRegisters};
 use crate::chips::debug_exit::{self, DebugExit};
+use crate::chips::events::{self, EventRegister, Events};
 use crate::chips::pic::PicPair;
 use crate::chips::pit::Pit;
 use crate::chips::power::{Power, RESET_CONTROL};
@@ -46,9 +47,10 @@ pub(super) struct StoredDevices {
     pub(super) rtc: Arc<Mutex<Rtc>>,
     pub(super) serial: Arc<Mutex<Serial>>,
     pub(super) pci: Option<Arc<Mutex<PciRoot>>>,
+    pub(super) events: Events,
 }
 
-/// Serial port, clock, power, debug exit and the PCI bus.
+/// Serial port, clock, power, events, debug exit and the PCI bus.
 pub(super) fn add_devices(
     config: &MachineConfig,
     board: &Board,
@@ -58,6 +60,8 @@ pub(super) fn add_devices(
     let (ram, ports) = (&board.ram, &board.ports);
     let power = Arc::new(Mutex::new(Power::new(Arc::clone(&board.ending))));
     insert(ports, &Power::RANGES, &power)?;
+    let events = Arc::new(Mutex::new(EventRegister::new(Arc::clone(interrupts))));
+    insert(ports, &[(events::PORT, events::LEN)], &events)?;
     let clock = Rtc::new(Arc::clone(&board.clock), ram.low_bytes(), ram.high_bytes());
     let clock = Arc::new(Mutex::new(clock));
     insert(ports, &[(rtc::PORT, rtc::LEN)], &clock)?;
@@ -74,6 +78,7 @@ pub(super) fn add_devices(
         window_64: ram.pci_window_64(),
         ending: Arc::clone(&board.ending),
         consoles: Consoles::default(),
+        events: Arc::clone(&events),
     };
     // The PCI root bus: whatever `attach` gives answers at the configuration ports.
     let pci = attach.map(|attach| attach(&context)).transpose().map_err(MachineError::Device)?;
@@ -86,7 +91,8 @@ pub(super) fn add_devices(
     let port = Arc::new(Mutex::new(port));
     insert(ports, &[(serial::COM1, serial::LEN)], &port)?;
     console.start_input(&port, &board.ending)?;
-    Ok((context, console, StoredDevices { rtc: clock, serial: port, pci: stored }))
+    let stored = StoredDevices { rtc: clock, serial: port, events, pci: stored };
+    Ok((context, console, stored))
 }
 
 /// Ports 0xcf8 to 0xcff: PCI configuration, and the reset control register in a byte of it.

@@ -235,6 +235,7 @@ impl Storer {
             pit: lock(&self.pit).save(),
             rtc: lock(&self.devices.rtc).save(),
             serial: lock(&self.devices.serial).save(),
+            events: lock(&self.devices.events).save(),
             pci: parked.0.as_mut().map(|pci| pci.save()),
         })
     }
@@ -254,6 +255,7 @@ impl Storer {
             mailbox.restore(cpu.init, cpu.startup);
         }
         lock(&self.devices.serial).restore(state.serial.clone());
+        lock(&self.devices.events).restore(&state.events);
         self.pvclock.stood_still();
         match (&self.devices.pci, &state.pci) {
             // Last: devices that go on may have interrupts for the guest.

@@ -11,7 +11,7 @@ use berth_vmm::outcome::Outcome;
 use crate::run::{Folder, Format, assemble, check, processors};
 
 /// A Multiboot header, a stack, `print` (zero-ended text at ESI) and `putc` (AL) over COM1.
-const MULTIBOOT: &str = r"
+pub const MULTIBOOT: &str = r"
 .section .text
 .align 4
 .long 0x1badb002, 3, -(0x1badb002 + 3)
@@ -42,7 +42,7 @@ start:
 ";
 
 /// Puts an interrupt gate for vector CL to EAX into the table at 0x8000.
-const GATES: &str = r"
+pub const GATES: &str = r"
 .macro gate vector, handler
     lea eax, \handler
     mov word ptr [0x8000 + \vector * 8], ax

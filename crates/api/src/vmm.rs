@@ -5,6 +5,8 @@
 //! answers to [`Request::Agent`] and [`Request::Console`] it carries bytes in both directions; after
 //! that to [`Request::Watch`] nothing, until it is closed by the end of the process.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::v1::machine::{MachineConfig, MachineState};
@@ -19,6 +21,11 @@ pub const UNFINISHED: &str = "its process ended without saying why; it may have 
 pub const LOCK: &str = "lock";
 /// It is there when a machine is a clone whose guest has not been told so yet.
 pub const IDENTITY: &str = "state/identity";
+/// It is there when a machine is a clone that has not begun: an [`Origin`] as JSON.
+pub const ORIGIN: &str = "state/origin.json";
+/// In a state that is not only of the machine that goes on with it: the guest is told by a new generation
+/// id.
+pub const RENEW: &str = "renew";
 /// A machine that was suspended: what it is to go on with.
 pub const SUSPENDED: &str = "state/suspended";
 /// Bytes a line may have.
@@ -44,6 +51,20 @@ pub enum Request {
     Snapshot {
         /// The directory, relative to the folder.
         into: Option<String>,
+        /// Instead of being stored the machine as it is then is kept in its process, for
+        /// [`Request::Take`]; what was kept before is dropped.
+        keep: bool,
+    },
+    /// Hands over what is kept under that number. What follows the answer is not text
+    /// (`berth_vmm::machine::Handed`).
+    Take {
+        /// [`Frozen::kept`].
+        kept: u64,
+    },
+    /// Nobody comes for what is kept any more.
+    Release {
+        /// [`Frozen::kept`].
+        kept: u64,
     },
     /// Presses the power button. Answered when the guest has taken notice, within a second;
     /// whether anybody there cares is another matter.
@@ -87,6 +108,18 @@ pub struct Frozen {
     pub config: MachineConfig,
     /// For each of its disks the layer that holds what it held; nothing for those that are not written.
     pub layers: Vec<Option<String>>,
+    /// What is kept of it.
+    pub kept: Option<u64>,
+}
+
+/// What [`ORIGIN`] says: the machine goes on with what the process of another one keeps for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// The folder of the other one.
+    pub folder: PathBuf,
+    /// [`Frozen::kept`].
+    pub kept: u64,
 }
 
 /// How a machine is.

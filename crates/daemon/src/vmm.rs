@@ -123,16 +123,18 @@ pub async fn ask_within(
     open_within(folder, request, patience).await.map(|_| ())
 }
 
-/// Freezes the disks of a machine and stores it in a directory of its folder, or only its disks.
+/// Freezes the disks of a machine, and stores it in a directory of its folder or keeps it in its
+/// process, unless only the disks are wanted.
 ///
 /// # Errors
 /// [`VmmError`].
 pub async fn freeze(
     folder: &Folder,
     into: Option<String>,
+    keep: bool,
     patience: Duration,
 ) -> Result<Frozen, VmmError> {
-    match open_within(folder, &Request::Snapshot { into }, patience).await? {
+    match open_within(folder, &Request::Snapshot { into, keep }, patience).await? {
         (_, Answer::Snapshot(frozen)) => Ok(frozen),
         (_, other) => Err(VmmError::Strange(format!("{other:?}"))),
     }

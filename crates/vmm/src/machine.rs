@@ -10,6 +10,7 @@
 //! A reset ends the machine too: whoever started it decides whether to start it again.
 
 mod chips;
+mod handed;
 mod stored;
 mod threads;
 
@@ -34,6 +35,7 @@ use crate::error::MachineError;
 use crate::generation::{self, Generation};
 use crate::irq::InterruptSink;
 use crate::limits::CPUS_MAX;
+pub use crate::machine::handed::Handed;
 use crate::machine::stored::Resumed;
 pub use crate::machine::stored::{FrozenMachine, Parked, Storer};
 use crate::machine::threads::Runner;
@@ -70,11 +72,29 @@ pub struct MachineConfig {
     pub debug_exit: bool,
     /// Limits of the translator.
     pub translator: berth_translator::Config,
-    /// The directory of a machine that was stored: it goes on instead of booting.
-    pub resume: Option<PathBuf>,
+    /// A machine that goes on, instead of booting.
+    pub resume: Option<Resume>,
     /// With [`Self::resume`]: it is a copy, or goes back to an earlier time, and is told so by a new
     /// generation id before it runs.
     pub renew_generation: bool,
+}
+
+/// Where a machine is that goes on.
+#[derive(Clone)]
+pub enum Resume {
+    /// In this directory, in which it was stored.
+    Stored(PathBuf),
+    /// Handed over by another process.
+    Handed(Arc<Handed>),
+}
+
+impl std::fmt::Debug for Resume {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Stored(path) => f.debug_tuple("Stored").field(path).finish(),
+            Self::Handed(_) => f.debug_tuple("Handed").finish(),
+        }
+    }
 }
 
 impl MachineConfig {
@@ -208,8 +228,8 @@ impl Machine {
             AccelChoice::Kvm => Accel::Kvm,
         };
         let ram = GuestRam::new(config.memory_bytes)?;
-        if let Some(directory) = &config.resume {
-            let state = stored::read(config, accel, directory)?;
+        if let Some(resume) = &config.resume {
+            let state = stored::read(config, accel, resume)?;
             tracing::info!(cpus = config.cpus, "a stored machine goes on");
             return start_translated(
                 config,

@@ -16,12 +16,12 @@ use berth_api::vmm::{Answer, Frozen, IDENTITY, LINE_MAX, Request, SUSPENDED, Sta
 use berth_daemon::folder::Folder;
 use berth_vmm::chips::events::PowerButton;
 use berth_vmm::devices::HostEnds;
-use berth_vmm::machine::{Pauser, RunningMachine, Storer};
+use berth_vmm::machine::{FrozenMachine, Pauser, RunningMachine, Storer};
 use berth_vmm::outcome::{Ending, Outcome};
 
 use crate::command::{self, AGENT_WAIT, Dial};
 use crate::machine::connect_agent;
-use crate::vmm::disks::Disks;
+use crate::vmm::disks::{Disks, FrozenDisks};
 use crate::vmm::hub::Hub;
 use crate::vmm::{Kept, socket};
 
@@ -50,6 +50,7 @@ pub(super) struct Control {
     config: MachineConfig,
     identity: Identify,
     status: Mutex<Status>,
+    kept: Mutex<KeptMachine>,
     /// The guest's clock was set.
     clock_set: Mutex<bool>,
     connections: AtomicUsize,
@@ -90,6 +91,7 @@ impl Control {
                 mac: kept.mac.0,
             },
             status: Mutex::new(status),
+            kept: Mutex::default(),
             clock_set: Mutex::new(false),
             connections: AtomicUsize::new(0),
         });
@@ -166,10 +168,15 @@ impl Control {
                 }
                 Err(why) => refuse(why),
             },
-            Request::Snapshot { into } => match self.snapshot(into.as_deref()) {
+            Request::Snapshot { into, keep } => match self.snapshot(into.as_deref(), *keep) {
                 Ok(frozen) => answer(stream, &Answer::Snapshot(frozen)),
                 Err(why) => refuse(why),
             },
+            Request::Take { kept } => self.hand(*kept, stream),
+            Request::Release { kept } => {
+                self.release(*kept);
+                answer(stream, &Answer::Done)
+            }
             Request::PowerButton => {
                 self.button.press();
                 match self.button.is_noticed_within(BUTTON_TIME) {
@@ -240,12 +247,12 @@ impl Control {
         stored.map_err(|error| berth_daemon::failure::chain(&*error))
     }
 
-    /// Freezes the disks and stores the machine in a directory, at one instant.
-    fn snapshot(&self, into: Option<&str>) -> Result<Frozen, String> {
-        let storer = match (into, &self.storer) {
-            (None, _) => None,
-            (Some(into), Some(storer)) => Some((storer, self.folder.file(into))),
-            (Some(_), None) => {
+    /// Freezes the disks and the machine, at one instant, and stores or keeps it.
+    fn snapshot(&self, into: Option<&str>, keep: bool) -> Result<Frozen, String> {
+        let storer = match (into.is_some() || keep, &self.storer) {
+            (false, _) => None,
+            (true, Some(storer)) => Some(storer),
+            (true, None) => {
                 return Err(
                     "the memory of a machine under KVM cannot be stored yet; try --disk-only, \
                      or --accel translate"
@@ -259,24 +266,76 @@ impl Control {
         let is_running = status.state == MachineState::Running;
         let began = Instant::now();
         self.pauser.pause();
-        let frozen = disks.freeze();
-        // What is stored goes with what was frozen, whatever happens to it later.
-        let stored = frozen.and_then(|disks| {
-            let stored = storer.map_or(Ok(()), |(storer, path)| storer.store(&path));
-            stored.map(|()| disks).map_err(|error| berth_daemon::failure::chain(&error))
-        });
+        let frozen = self.freeze(storer, disks);
         if is_running {
             self.pauser.unpause();
         }
         let pause_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let disks = stored?;
+        let (disks, machine) = frozen?;
+        let stored = match (&machine, into) {
+            (Some(machine), Some(into)) => machine.write(&self.folder.file(into)),
+            _ => Ok(()),
+        };
+        let kept = self.keep(machine, keep);
+        stored.map_err(|error| berth_daemon::failure::chain(&error))?;
         disks.settle()?;
         eprintln!("berth: a snapshot was taken; the guest stood still for {pause_us} us");
         Ok(Frozen {
             pause_us: if is_running { pause_us } else { 0 },
             config: self.config.clone(),
             layers: disks.layers,
+            kept,
         })
+    }
+
+    /// While the vCPUs stand still: what devices have begun is done, then disks and memory are frozen.
+    fn freeze(
+        &self,
+        storer: Option<&Arc<Storer>>,
+        disks: Disks,
+    ) -> Result<(FrozenDisks, Option<FrozenMachine>), String> {
+        let mut parked = storer.map(|storer| (storer, storer.park()));
+        let disks = disks.freeze()?;
+        let machine = parked.as_mut().map(|(storer, parked)| storer.freeze(parked)).transpose();
+        let machine = machine.map_err(|error| berth_daemon::failure::chain(&error))?;
+        Ok((disks, machine))
+    }
+
+    /// Keeps a machine for others, instead of the one before, or lets go of it.
+    fn keep(&self, machine: Option<FrozenMachine>, keep: bool) -> Option<u64> {
+        let machine = machine?;
+        if !keep {
+            machine.release();
+            return None;
+        }
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = kept.number + 1;
+        let before = std::mem::replace(
+            &mut *kept,
+            KeptMachine { number, machine: Some(machine), taken: false },
+        );
+        before.drop();
+        Some(number)
+    }
+
+    fn hand(&self, number: u64, stream: &UnixStream) -> io::Result<()> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_it = kept.number == number;
+        let KeptMachine { machine, taken, .. } = &mut *kept;
+        let Some(machine) = machine.as_ref().filter(|_| is_it) else {
+            return answer(stream, &Answer::Refused("it is not kept any more".into()));
+        };
+        answer(stream, &Answer::Done)?;
+        // From here on it may be shared.
+        *taken = true;
+        machine.hand(stream)
+    }
+
+    fn release(&self, number: u64) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.number == number {
+            std::mem::replace(&mut *kept, KeptMachine { number, ..KeptMachine::default() }).drop();
+        }
     }
 
     fn agent(&self) -> io::Result<UnixStream> {
@@ -321,6 +380,23 @@ impl Control {
     }
 }
 
+/// A machine as it was, for clones.
+#[derive(Default)]
+struct KeptMachine {
+    number: u64,
+    machine: Option<FrozenMachine>,
+    /// A clone has it.
+    taken: bool,
+}
+
+impl KeptMachine {
+    fn drop(self) {
+        if let Some(machine) = self.machine.filter(|_| !self.taken) {
+            machine.release();
+        }
+    }
+}
+
 /// Stores a machine that stands still, as a whole or not at all.
 fn store(storer: &Storer, folder: &Folder) -> Result<(), Box<dyn std::error::Error>> {
     let (made, target) = (folder.file(UNFINISHED), folder.file(SUSPENDED));
@@ -358,7 +434,7 @@ impl Dial for Agent {
     }
 }
 
-fn read_line(mut stream: &UnixStream) -> io::Result<Vec<u8>> {
+pub(super) fn read_line(mut stream: &UnixStream) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     let mut byte = [0];
     while line.len() as u64 <= LINE_MAX {

@@ -26,11 +26,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use berth_api::v1::machine::{Exit, MachineState};
-use berth_api::vmm::{Greeting, SUSPENDED, Status, UNFINISHED};
+use berth_api::vmm::{
+    Answer, Greeting, ORIGIN, Origin, RENEW, Request, SUSPENDED, Status, UNFINISHED,
+};
 use berth_daemon::folder::{Folder, FolderLock, VmToml};
 use berth_vmm::console::SignalWatch;
 use berth_vmm::devices::HostEnds;
-use berth_vmm::machine::{Machine, RunningMachine};
+use berth_vmm::machine::{Handed, Machine, Resume, RunningMachine};
 use berth_vmm::outcome::{Ending, Outcome};
 use berth_vmm::virtio::net::device::Mac;
 use jiff::Timestamp;
@@ -71,6 +73,11 @@ fn greet(greeting: &Greeting) {
     // A daemon that is gone finds out otherwise.
     let _ = io::stdout().write_all(&line).and_then(|()| io::stdout().flush());
 }
+
+/// Bytes that say where a clone begins.
+const ORIGIN_MAX: u64 = 16 << 10;
+/// How long the process of another machine may take to hand it over.
+const TAKE_TIME: Duration = Duration::from_secs(10);
 
 /// A machine that runs, with what has to live as long.
 struct Run {
@@ -158,14 +165,20 @@ fn begin(
     let told = Told::new(&plan)?;
     let hub = Hub::start(near, folder)?;
     let mut config = config(&plan, &told);
-    let suspended = folder.file(SUSPENDED);
-    if suspended.is_dir() {
-        config.resume = Some(suspended.clone());
+    let (suspended, origin) = (folder.file(SUSPENDED), folder.file(ORIGIN));
+    if origin.exists() {
+        config.resume = Some(Resume::Handed(Arc::new(take(folder)?)));
+        config.renew_generation = true;
+    } else if suspended.is_dir() {
+        config.renew_generation = suspended.join(RENEW).exists();
+        config.resume = Some(Resume::Stored(suspended.clone()));
     }
     let machine = Machine::start_with(&config, Some(parts.into_attach(&ends)))?;
-    if config.resume.is_some() {
-        // From here on it is not what would go on.
-        std::fs::remove_dir_all(&suspended)?;
+    // From here on it is not what would go on.
+    match config.resume {
+        Some(Resume::Stored(_)) => std::fs::remove_dir_all(&suspended)?,
+        Some(Resume::Handed(_)) => std::fs::remove_file(&origin)?,
+        None => {}
     }
     // Set once.
     let _ = over.set(machine.ending());
@@ -182,6 +195,36 @@ fn begin(
     Control::start(kept, &machine, ends, Arc::clone(&hub), status.clone())?;
     greet(&Greeting::Started(status));
     Ok((machine, plan, told, hub))
+}
+
+/// Takes what the process of another machine keeps for this one, which is a clone of it.
+fn take(folder: &Folder) -> Result<Handed, Failure> {
+    let text = berth_daemon::folder::read_bounded(&folder.file(ORIGIN), ORIGIN_MAX)?;
+    let origin: Origin = serde_json::from_str(&text)?;
+    let taken = (|| -> Result<Handed, Failure> {
+        let stream = connect(&Folder::at(origin.folder))?;
+        stream.set_read_timeout(Some(TAKE_TIME))?;
+        let mut line = serde_json::to_vec(&Request::Take { kept: origin.kept })?;
+        line.push(b'\n');
+        (&stream).write_all(&line)?;
+        match serde_json::from_slice(&control::read_line(&stream)?)? {
+            Answer::Done => Ok(Handed::receive(&stream)?),
+            Answer::Refused(why) => Err(why.into()),
+            other => Err(format!("a strange answer: {other:?}").into()),
+        }
+    })();
+    taken.map_err(|error| {
+        let why = "it is a clone that was never begun, and the machine that it is a clone of does not \
+                   keep its memory any more";
+        format!("{why} ({error}); `berth vm rm` removes it").into()
+    })
+}
+
+/// Connects to the process of a machine. Its path may be longer than that of a socket can be.
+fn connect(folder: &Folder) -> io::Result<UnixStream> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let held = rustix::fs::open(folder.path(), flags, Mode::empty())?;
+    UnixStream::connect(socket(&Folder::at(format!("/proc/self/fd/{}", held.as_raw_fd()))))
 }
 
 /// A machine's hardware address: of its identity, so that it stays and no other machine has it.

@@ -11,18 +11,18 @@ use std::sync::Arc;
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{Disk, MachineConfig, Net};
 use berth_api::v1::snapshot::{CLONES_MAX, CloneMachine};
-use berth_api::vmm::{IDENTITY, SUSPENDED};
+use berth_api::vmm::{IDENTITY, ORIGIN, Origin, Request, SUSPENDED};
 use berth_disk::format::Format;
 use berth_disk::tools::{self, Backing};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::failure::{Result, conflict, failed, invalid};
+use crate::failure::{Result, chain, conflict, failed, invalid};
 use crate::folder::{self, Folder, Unnamed, VERSION, VmToml, link_or_copy};
-use crate::machines::snapshots::{blocking, nothing_to_go_on};
+use crate::machines::snapshots::{Memory, Taken, blocking, nothing_to_go_on};
 use crate::machines::{Entry, Machines, check_name, load};
-use crate::snapshot::restore::link_state;
+use crate::snapshot::restore::{link_state, note_copy};
 use crate::snapshot::{self, SnapshotToml, is_plain, layers};
 use crate::vmm;
 
@@ -45,12 +45,20 @@ struct Named {
     id: Uuid,
 }
 
+/// Where the memory is that clones go on with.
+enum Memories {
+    /// Stored in this directory.
+    Stored(PathBuf),
+    /// Kept by the process of the machine.
+    Kept(Origin),
+}
+
 /// What clones are made of.
 struct Source {
     folder: Folder,
     toml: SnapshotToml,
     /// Memory and processors they go on with.
-    state: Option<PathBuf>,
+    memory: Option<Memories>,
     /// The name of the machine.
     name: String,
 }
@@ -76,35 +84,68 @@ impl Machines {
         let changing = entry.changing.lock().await;
         let (name, folder) = (entry.name(), entry.folder());
         let of_now;
-        let (toml, state) = match &request.tag {
+        let (toml, memory) = match &request.tag {
             Some(tag) => {
                 let toml = self.verified(&folder, tag, request.running).await?;
                 if request.running && toml.state.is_none() {
                     return Err(nothing_to_go_on(&format!("the snapshot {tag} has no memory")));
                 }
-                (toml, snapshot::state_of(&folder, tag))
+                (toml, Memories::Stored(snapshot::state_of(&folder, tag)))
             }
             None => {
-                let (draft, toml) = self.take(entry, request.running).await?;
-                if request.running && toml.state.is_none() {
+                let wanted = if request.running { Memory::Kept } else { Memory::Without };
+                let Taken { draft, toml, kept } = self.take(entry, wanted).await?;
+                if request.running && toml.state.is_none() && kept.is_none() {
                     let state = entry.state().as_str();
                     return Err(nothing_to_go_on(&format!("{name} is {state}")));
                 }
                 let state = draft.state();
                 // Until the clones have what is in it.
                 of_now = draft;
-                if request.running {
-                    let fits = vmm::check(&self.program, &toml.machine, &of_now.state()).await;
-                    fits.map_err(|error| crate::machines::of_vmm(&name, &error))?;
+                match kept {
+                    Some(kept) => {
+                        (toml, Memories::Kept(Origin { folder: folder.path().into(), kept }))
+                    }
+                    None => {
+                        if request.running {
+                            let state = &of_now.state();
+                            let fits = vmm::check(&self.program, &toml.machine, state).await;
+                            fits.map_err(|error| crate::machines::of_vmm(&name, &error))?;
+                        }
+                        (toml, Memories::Stored(state))
+                    }
                 }
-                (toml, state)
             }
         };
-        let state = request.running.then_some(state);
-        check_network(&toml.machine, request.running)?;
-        let (machines, source) = (Arc::clone(self), Source { folder, toml, state, name });
-        let made = blocking(move || machines.make_clones(&source, &names)).await?;
+        let memory = request.running.then_some(memory);
+        let kept = match &memory {
+            Some(Memories::Kept(origin)) => Some(origin.kept),
+            _ => None,
+        };
+        let made = self.make_and_start(entry, &request, toml, memory, names).await;
+        if let Some(kept) = kept {
+            // Those that share it have it.
+            let released = vmm::ask(&folder, &Request::Release { kept }).await;
+            if let Err(error) = released {
+                tracing::warn!(machine = name, error = chain(&error), "its memory is kept");
+            }
+        }
         drop(changing);
+        made
+    }
+
+    async fn make_and_start(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        request: &CloneMachine,
+        toml: SnapshotToml,
+        memory: Option<Memories>,
+        names: Vec<String>,
+    ) -> Result<Vec<Arc<Entry>>> {
+        let (name, folder) = (entry.name(), entry.folder());
+        check_network(&toml.machine, request.running)?;
+        let (machines, source) = (Arc::clone(self), Source { folder, toml, memory, name });
+        let made = blocking(move || machines.make_clones(&source, &names)).await?;
         for (clone, _) in &made {
             self.tell(EventKind::Cloned, clone, Some(entry.name()));
         }
@@ -216,8 +257,16 @@ impl Source {
             tools::create(&clone.file(file), Format::Qcow2, None, Some(&backing))
                 .map_err(|error| failed(&error))?;
         }
-        if let Some(state) = &self.state {
-            link_state(state, &clone.file(SUSPENDED))?;
+        match &self.memory {
+            Some(Memories::Stored(state)) => {
+                link_state(state, &clone.file(SUSPENDED))?;
+                note_copy(&clone.file(SUSPENDED))?;
+            }
+            Some(Memories::Kept(origin)) => {
+                let origin = serde_json::to_vec(origin).map_err(|error| failed(&error))?;
+                folder::replace(&clone.file(ORIGIN), &origin)?;
+            }
+            None => {}
         }
         folder::replace(&clone.file(IDENTITY), format!("{}\n", self.name).as_bytes())?;
         load::note_place(clone)?;

@@ -29,6 +29,27 @@ pub(super) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))?
 }
 
+/// What is to be done with a machine's memory when it is frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Memory {
+    /// Nothing: only the disks are wanted.
+    Without,
+    /// It is stored.
+    Stored,
+    /// It stays in its process, unless there is none.
+    Kept,
+}
+
+/// A machine that was frozen.
+pub(super) struct Taken {
+    /// Where it is.
+    pub(super) draft: Draft,
+    /// What it is.
+    pub(super) toml: SnapshotToml,
+    /// The number under which its process keeps it.
+    pub(super) kept: Option<u64>,
+}
+
 impl Machines {
     /// Takes a snapshot of a machine in whatever state.
     ///
@@ -49,7 +70,8 @@ impl Machines {
         if folder.file(snapshot::DIRECTORY).join(&tag).symlink_metadata().is_ok() {
             return Err(conflict(format!("{name} has a snapshot {tag} already")));
         }
-        let (draft, mut toml) = self.take(entry, !request.disk_only).await?;
+        let memory = if request.disk_only { Memory::Without } else { Memory::Stored };
+        let Taken { draft, mut toml, .. } = self.take(entry, memory).await?;
         toml.tag.clone_from(&tag);
         let taken = blocking(move || {
             if snapshot::all(&folder)?.len() >= SNAPSHOTS_MAX {
@@ -64,20 +86,20 @@ impl Machines {
     }
 
     /// Freezes a machine as it is now. Nothing of it is named yet.
-    pub(super) async fn take(
-        &self,
-        entry: &Entry,
-        with_memory: bool,
-    ) -> Result<(Draft, SnapshotToml)> {
+    pub(super) async fn take(&self, entry: &Entry, memory: Memory) -> Result<Taken> {
         let (name, folder) = (entry.name(), entry.folder());
         let is_up = entry.state().is_up();
+        let keep = is_up && memory == Memory::Kept;
+        let with_memory = memory != Memory::Without && !keep;
         let with_state = with_memory && (is_up || entry.state() == MachineState::Suspended);
+        let mut kept = None;
         let (draft, frozen) = if is_up {
             let begun = folder.clone();
             let draft = blocking(move || Ok(Draft::begin(&begun, with_state)?)).await?;
             let into = with_state.then(|| draft.state_name());
-            let frozen = vmm::freeze(&folder, into, SUSPEND_TIME).await;
+            let frozen = vmm::freeze(&folder, into, keep, SUSPEND_TIME).await;
             let frozen = frozen.map_err(|error| of_vmm(&name, &error))?;
+            kept = frozen.kept;
             let pause_us = frozen.pause_us;
             tracing::info!(machine = name, pause_us, "frozen");
             (draft, (frozen.config, frozen.layers, Some(pause_us)))
@@ -108,7 +130,7 @@ impl Machines {
                 layers: layers.collect(),
                 state,
             };
-            Ok((draft, toml))
+            Ok(Taken { draft, toml, kept })
         })
         .await
     }

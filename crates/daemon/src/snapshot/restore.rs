@@ -16,7 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use berth_api::v1::machine::MachineConfig;
-use berth_api::vmm::SUSPENDED;
+use berth_api::vmm::{RENEW, SUSPENDED};
 use berth_disk::format::Format;
 use berth_disk::tools::{self, Backing};
 use serde::{Deserialize, Serialize};
@@ -84,6 +84,7 @@ fn prepare(folder: &Folder, toml: &SnapshotToml) -> Result<Journal, SnapshotErro
     }
     if toml.state.is_some() {
         link_state(&state_of(folder, &toml.tag), &folder.file(RESTORING))?;
+        note_copy(&folder.file(RESTORING))?;
     }
     folder::sync(folder.path())?;
     folder::sync(&folder.file("state"))?;
@@ -111,6 +112,15 @@ pub fn link_state(from: &Path, to: &Path) -> Result<(), FolderError> {
         folder::link_or_copy(&entry.path(), &name).map_err(failed("making", &name))?;
     }
     folder::sync(to)
+}
+
+/// Notes that a state is not only of the machine that goes on with it.
+///
+/// # Errors
+/// [`FolderError::File`].
+pub fn note_copy(state: &Path) -> Result<(), FolderError> {
+    let path = state.join(RENEW);
+    fs::write(&path, "").map_err(failed("writing", &path))
 }
 
 /// Ends a restore that was begun.

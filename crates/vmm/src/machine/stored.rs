@@ -1,5 +1,7 @@
 //! Stores a translated machine whose vCPUs stand still, and puts one back that was stored.
 
+use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,8 +15,9 @@ use crate::chips::chipset::Chipset;
 use crate::chips::lapic::Lapic;
 use crate::chips::pit::Pit;
 use crate::clock::{Clock, HostClock};
-use crate::machine::MachineConfig;
 use crate::machine::chips::StoredDevices;
+use crate::machine::handed::hand;
+use crate::machine::{MachineConfig, Resume};
 use crate::memory::{GuestRam, Memory, ram_file};
 use crate::pci::root::PciRoot;
 use crate::pvclock::PvClock;
@@ -62,6 +65,14 @@ impl FrozenMachine {
         self.state.write(self.memory(), directory)
     }
 
+    /// Hands it to the process of a clone, to be received as [`Handed`](crate::machine::Handed).
+    ///
+    /// # Errors
+    /// It is gone, or the system's.
+    pub fn hand(&self, to: &UnixStream) -> io::Result<()> {
+        hand(to, &self.state, self.memory())
+    }
+
     /// Nobody needs it any more: the machine may write to its memory where it is.
     pub fn release(self) {
         if let Err(error) = self.shared.unfreeze(&self.frozen) {
@@ -100,14 +111,17 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) fn read(
     config: &MachineConfig,
     accel: Accel,
-    directory: &Path,
+    resume: &Resume,
 ) -> Result<Box<Resumed>, StateError> {
     if accel != Accel::Translate {
         return Err(StateError::Unfit(
             "only the translator can go on with it; try --accel translate".into(),
         ));
     }
-    let state = MachineState::read(directory)?;
+    let (state, memory) = match resume {
+        Resume::Stored(directory) => (MachineState::read(directory)?, stored_memory(directory)?),
+        Resume::Handed(handed) => (handed.state.clone(), handed.memory.clone()),
+    };
     let (cpus, bytes) = (state.cpus.len(), state.memory_bytes);
     if cpus != config.cpus as usize || bytes != config.memory_bytes {
         return Err(StateError::Unfit(format!(
@@ -120,7 +134,6 @@ pub(super) fn read(
         check_extended(&cpu.state)?;
     }
     let shift = state.saved.shift_to(&Moment::now(&HostClock::new()));
-    let memory = stored_memory(directory)?;
     Ok(Box::new(Resumed { state, memory, shift }))
 }
 

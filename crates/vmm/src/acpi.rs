@@ -385,7 +385,7 @@ mod tests {
         // A consumer of line 20, level-triggered, active high, its own.
         assert!(holds(events, &[0x89, 6, 0, 0x01, 1, 20, 0, 0, 0]), "{events:x?}");
         // System I/O, one byte at 0x604.
-        assert!(holds(events, b"\x5b\x80EVRG\x01\x0b\x04\x06\x0a\x01"), "{events:x?}");
+        assert!(holds(events, b"\x5b\x80EVRG\x01\x0b\x04\x06\x01"), "{events:x?}");
         let method = [
             b"_EVT\x09".as_slice(),
             b"\x70EVNT\x60",

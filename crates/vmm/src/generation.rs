@@ -6,7 +6,8 @@
 //! The bytes are at [`GENERATION_ID`], in what the memory map reserves, and the DSDT says where
 //! (`acpi`). A machine that boots gets fresh ones. One that goes on after it was suspended keeps
 //! them, as it is the same one; whoever restores a snapshot or makes a clone renews them, best before
-//! the guest runs: [`crate::machine::MachineConfig::renew_generation`].
+//! the guest runs: [`crate::machine::MachineConfig::renew_generation`], else with
+//! [`crate::machine::RunningMachine::generation`].
 
 use vm_memory::{Bytes, GuestAddress};
 

@@ -4,6 +4,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use berth_vmm::console::SerialConfig;
@@ -17,13 +18,12 @@ use crate::run::{Folder, Format, assemble, processors};
 /// A guest that takes longer hangs.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 
-fn start(config: &mut MachineConfig, folder: &Folder) -> (RunningMachine, UnixStream) {
-    let socket = folder.0.join("socket");
-    config.serial = SerialConfig::Socket(socket.clone());
+fn start(config: &mut MachineConfig) -> (RunningMachine, UnixStream) {
+    let (near, far) = UnixStream::pair().unwrap();
+    config.serial = SerialConfig::Stream(Arc::new(far));
     let machine = Machine::start(config).unwrap();
-    let stream = UnixStream::connect(&socket).unwrap();
-    stream.set_read_timeout(Some(TIME_LIMIT)).unwrap();
-    (machine, stream)
+    near.set_read_timeout(Some(TIME_LIMIT)).unwrap();
+    (machine, near)
 }
 
 /// Reads what a guest prints until there is this in it.
@@ -81,7 +81,7 @@ fn a_guest_hears_of_its_button_and_its_generation() {
         let mut config = MachineConfig::new(assemble(&folder, &listener(), Format::Elf32));
         config.accel = accel;
         config.memory_bytes = 32 << 20;
-        let (machine, mut stream) = start(&mut config, &folder);
+        let (machine, mut stream) = start(&mut config);
         let (button, generation) = (machine.power_button(), machine.generation());
         expect(&mut stream, "r");
         button.press();
@@ -96,6 +96,31 @@ fn a_guest_hears_of_its_button_and_its_generation() {
         expect(&mut stream, "1");
         machine.stop();
         assert_eq!(machine.wait(), Outcome::Stopped);
+    }
+}
+
+#[test]
+fn a_stored_machine_goes_on_as_the_same_or_as_another() {
+    let folder = Folder::new();
+    let mut config = MachineConfig::new(assemble(&folder, &listener(), Format::Elf32));
+    config.accel = AccelChoice::Translate;
+    config.memory_bytes = 32 << 20;
+    let (machine, mut stream) = start(&mut config);
+    expect(&mut stream, "r");
+    let id = machine.generation().id().unwrap();
+    machine.pauser().pause();
+    // What the guest was not told of yet is stored with it.
+    machine.power_button().press();
+    let stored = folder.0.join("stored");
+    std::fs::create_dir(&stored).unwrap();
+    machine.storer().unwrap().store(&stored).unwrap();
+    drop((machine, stream));
+    config.resume = Some(stored);
+    for (renew, told) in [(false, "1"), (true, "3")] {
+        config.renew_generation = renew;
+        let (machine, mut stream) = start(&mut config);
+        expect(&mut stream, told);
+        assert_eq!(machine.generation().id().unwrap() != id, renew);
     }
 }
 
@@ -139,12 +164,11 @@ fn linux_mixes_a_new_generation_into_its_random_numbers() {
             return println!("skipped: no kernel with a driver for generation ids: {why}");
         }
     };
-    let folder = Folder::new();
     let mut config = MachineConfig::new(kernel);
     config.accel = AccelChoice::Translate;
     config.memory_bytes = 256 << 20;
     config.cmdline = "console=ttyS0 root=/dev/vda rootwait panic=-1".into();
-    let (machine, mut stream) = start(&mut config, &folder);
+    let (machine, mut stream) = start(&mut config);
     expect(&mut stream, "Waiting for root device");
     let generation = machine.generation();
     let mut ids = vec![generation.id().unwrap()];

@@ -5,13 +5,14 @@ use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
 use berth_disk::chain::{Access, open_image};
 use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 
-use crate::guest::SUM;
+use crate::guest::{Debian, LIMIT, Running, SUM, run};
 use crate::kept::{Cloud, get, pid};
 
 impl Cloud {
@@ -424,4 +425,70 @@ fn the_interface_describes_snapshots() {
     // A tag is made of the time.
     let tag = cloud.ok("vm snapshot a");
     assert_eq!(cloud.tags("a"), [tag.trim()]);
+}
+
+/// A guest that writes its disk is frozen with its power on, and its clone is somebody else.
+#[test]
+fn debian_is_frozen_and_cloned() {
+    let Some(debian) = Debian::take() else { return };
+    let cloud = Cloud::new();
+    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
+    cloud.ok("vm create --disk 64M box debian:bookworm");
+    cloud.ok("vm start box");
+    let shell = |name: &str, script: &str| {
+        let ran = run(cloud.command("vm").args(["exec", name, "sh", "-c", script]), b"");
+        ran.check(0);
+        ran.text()
+    };
+    shell(
+        "box",
+        "echo one > /etc/kept; tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id; sync",
+    );
+    let id = shell("box", "cat /etc/machine-id");
+    let address = shell("box", "cat /sys/class/net/eth0/address");
+    // While it writes and waits for the disk, all the time.
+    let script = "i=0; while [ $i -lt 400 ]; do i=$((i+1)); echo $i > /n; sync /n; \
+                  dd if=/dev/zero of=/dev/vdb bs=64k count=8 conv=fsync 2>/dev/null; done; echo $i";
+    let mut writing = cloud.command("vm");
+    let writing = writing.args(["exec", "box", "sh", "-c", script]);
+    let mut writing = Running::start(writing.stdout(Stdio::piped()));
+    for number in 0..6 {
+        std::thread::sleep(Duration::from_millis(300));
+        cloud.ok(&format!("vm snapshot --disk-only --tag t{number} box"));
+    }
+    for one in cloud.snapshots("box") {
+        println!("the guest stood still for {} ms", one["pause_ms"]);
+    }
+    assert_eq!(writing.wait(LIMIT), Some(0), "it did not notice");
+    assert_eq!(shell("box", "cat /n; dmesg | grep -ci 'i/o error'; true"), "400\n0\n");
+    shell("box", "echo two > /etc/kept; sync");
+
+    // Of what it is, a clone has everything but who it is.
+    cloud.ok("vm clone box twin");
+    cloud.ok("vm start twin");
+    assert_eq!(shell("twin", "hostname; cat /etc/hostname /etc/kept"), "twin\ntwin\ntwo\n");
+    let twin = cloud.inspect("twin")["id"].as_str().unwrap().replace('-', "");
+    assert_eq!(shell("twin", "cat /etc/machine-id"), format!("{twin}\n"));
+    assert_ne!(shell("twin", "cat /sys/class/net/eth0/address"), address);
+    assert!(!cloud.folder("twin").join("state/identity").exists(), "it is told once");
+    assert_eq!(shell("box", "hostname; cat /etc/machine-id"), format!("box\n{id}"));
+    cloud.ok("vm kill twin");
+
+    // Each snapshot is a disk that its file system can use, with a number that is not less than before.
+    let mut before = 0;
+    for number in 0..6 {
+        cloud.ok(&format!("vm restore --force box t{number}"));
+        assert_eq!(cloud.state("box"), "stopped");
+        cloud.ok("vm start box");
+        let found = shell("box", "cat /etc/kept /n");
+        let (kept, n) = found.split_once('\n').unwrap();
+        let n: u32 = n.trim().parse().unwrap();
+        assert_eq!(kept, "one");
+        assert!(n >= before && n <= 400, "{n} after {before}");
+        before = n;
+        println!("t{number} has {n}");
+    }
+    cloud.ok("vm kill box");
+    let disk = cloud.folder("box").join("disk0.qcow2");
+    cloud.ok(&format!("disk check {}", disk.display()));
 }

@@ -154,6 +154,18 @@ fn disks_alone_are_a_snapshot_too() {
     assert_eq!((cloud.state("a").as_str(), cloud.read_disk("a")), ("stopped", 7));
     cloud.ok("vm restore a two");
     assert_eq!((cloud.state("a").as_str(), cloud.read_disk("a")), ("stopped", 8));
+    // Of another size, too.
+    let disk = cloud.folder("a").join("disk0.qcow2").display().to_string();
+    cloud.ok(&format!("disk resize {disk} 2M"));
+    cloud.ok("vm snapshot --tag large a");
+    let size = || {
+        let info = cloud.ok(&format!("disk info --json {disk}"));
+        serde_json::from_str::<Value>(&info).unwrap()["virtual_bytes"].as_u64().unwrap()
+    };
+    cloud.ok("vm restore a one");
+    assert_eq!((size(), cloud.read_disk("a")), (1 << 20, 7));
+    cloud.ok("vm restore a large");
+    assert_eq!((size(), cloud.read_disk("a")), (2 << 20, 8));
     // A disk that is not the machine's cannot be in it, unless nobody writes it.
     let file = cloud.root().join("given.raw");
     fs::write(&file, vec![0; 512]).unwrap();

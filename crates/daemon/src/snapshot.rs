@@ -349,6 +349,10 @@ impl Draft {
         }
         self.is_published = true;
         folder::sync(&directory(&self.folder))?;
+        // Of a machine that runs nobody else takes one at the same time: others were left behind.
+        if let Err(error) = sweep_drafts(&self.folder) {
+            tracing::warn!(%error, "what was left behind cannot be removed");
+        }
         Ok(())
     }
 }
@@ -401,6 +405,13 @@ pub fn settle(folder: &Folder, _lock: &FolderLock) -> Result<(), SnapshotError> 
 }
 
 fn sweep(folder: &Folder) -> Result<(), SnapshotError> {
+    sweep_drafts(folder)?;
+    restore::sweep(folder)?;
+    layers::remove_unneeded(folder, |_| true)
+}
+
+/// Removes snapshots that are neither complete nor there any more.
+fn sweep_drafts(folder: &Folder) -> Result<(), FolderError> {
     let directory = directory(folder);
     if let Ok(entries) = fs::read_dir(&directory) {
         for entry in entries {
@@ -412,8 +423,7 @@ fn sweep(folder: &Folder) -> Result<(), SnapshotError> {
             }
         }
     }
-    restore::sweep(folder)?;
-    layers::remove_unneeded(folder, |_| true)
+    Ok(())
 }
 
 #[cfg(test)]

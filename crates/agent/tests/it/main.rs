@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use berth_api::agent::client::{Client, ClientError, Event, Session};
 use berth_api::agent::frame::Frame;
 use berth_api::agent::limits::{FRAME_PAYLOAD_BYTES_MAX, STDIN_WINDOW_BYTES};
-use berth_api::agent::message::{Exec, Exit, Reason, Shutdown, TerminalSize, ToAgent, ToHost};
+use berth_api::agent::message::{
+    Exec, Exit, Identify, Reason, Shutdown, TerminalSize, ToAgent, ToHost,
+};
 
 struct Agent {
     process: Child,
@@ -98,6 +100,14 @@ fn requests_are_answered() {
     let after = client.clocks().unwrap();
     assert!(after.uptime_ns > before.uptime_ns && after.realtime_ns >= before.realtime_ns);
     let refused = client.shutdown(Shutdown::PowerOff).unwrap_err();
+    assert!(matches!(refused, ClientError::Refused(_)), "{refused}");
+    // Nor does it make this host another machine.
+    let identity = Identify {
+        hostname: "another".into(),
+        machine_id: "0".repeat(32),
+        mac: [2, 0, 0, 0, 0, 1],
+    };
+    let refused = client.identify(&identity).unwrap_err();
     assert!(matches!(refused, ClientError::Refused(_)), "{refused}");
     client.ping().unwrap();
 }

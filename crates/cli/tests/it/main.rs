@@ -8,6 +8,7 @@ mod guest;
 mod kept;
 mod kernels;
 mod rubbish;
+mod snapshots;
 mod terminal;
 
 use std::fs;

@@ -185,10 +185,15 @@ impl Machines {
         let config: VmToml = blocking(move || {
             let lock = folder.lock_within(load::SETTLE)?;
             restore(&folder, &toml, &lock)?;
+            // How it ended does not matter any more.
+            folder.set_last_exit(None)?;
             Ok(folder.config()?)
         })
         .await?;
-        entry.live().config = config;
+        {
+            let mut live = entry.live();
+            (live.config, live.last_exit) = (config, None);
+        }
         self.tell(EventKind::Restored, entry, Some(tag));
         if has_state { self.start_now(entry).await } else { Ok(()) }
     }

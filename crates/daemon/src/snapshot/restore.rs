@@ -33,22 +33,22 @@ const PREFIX: &str = "next-";
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Journal {
+pub(super) struct Journal {
     version: u32,
     /// From which snapshots the machine descends then.
-    ancestors: Vec<Uuid>,
+    pub(super) ancestors: Vec<Uuid>,
     /// Whether there is a state to go on with.
     has_state: bool,
-    machine: MachineConfig,
+    pub(super) machine: MachineConfig,
     #[serde(default, rename = "disk")]
-    disks: Vec<NewDisk>,
+    pub(super) disks: Vec<NewDisk>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct NewDisk {
-    file: PathBuf,
-    from: String,
+pub(super) struct NewDisk {
+    pub(super) file: PathBuf,
+    pub(super) from: String,
 }
 
 fn is_next(name: &str) -> bool {
@@ -74,7 +74,7 @@ pub fn restore(
     finish(folder)
 }
 
-fn prepare(folder: &Folder, toml: &SnapshotToml) -> Result<Journal, SnapshotError> {
+pub(super) fn prepare(folder: &Folder, toml: &SnapshotToml) -> Result<Journal, SnapshotError> {
     let mut disks = Vec::new();
     for (file, layer) in toml.disks() {
         let from = format!("{PREFIX}{}.qcow2", Uuid::new_v4());

@@ -523,3 +523,114 @@ fn threads_do_not_get_into_each_others_way() {
     let report = check(&Recorder::of(data)).unwrap();
     assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.findings);
 }
+
+/// One of two files, whose changes are in one order.
+#[derive(Clone, Debug)]
+struct Ordered {
+    file: Recorder,
+    is_overlay: bool,
+    order: Arc<Mutex<Vec<bool>>>,
+}
+
+impl Storage for Ordered {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.order.lock().unwrap().push(self.is_overlay);
+        self.file.write_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.order.lock().unwrap().push(self.is_overlay);
+        self.file.sync()
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.order.lock().unwrap().push(self.is_overlay);
+        self.file.punch(offset, len)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+}
+
+/// An image is frozen below an overlay while it holds what is not flushed; the power fails at any point
+/// after that, with what was not waited for lost in either file, and with the names as before or after
+/// unless they were waited for. What was flushed is there.
+#[test]
+fn a_disk_that_was_frozen_survives_crashes() {
+    let case = &CASES[1];
+    for seed in 1..=4u64 {
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let (below, above) = (case.create(), case.create());
+        let file = |data: &[u8], is_overlay| Ordered {
+            file: Recorder::of(data.to_vec()),
+            is_overlay,
+            order: Arc::clone(&order),
+        };
+        let (lower, upper) = (file(&below, false), file(&above, true));
+        let old = Image::open(Box::new(lower.clone()), true, case.backing()).unwrap();
+        let old = Arc::new(old);
+        let mut new: Option<Image> = None;
+        let base = case.below.unwrap();
+        let values = (0..case.sectors).map(|s| if s < base { s | 1 << 40 } else { 0 });
+        let values: Vec<u64> = values.collect();
+        let mut model =
+            Model { values: values.clone(), flushed: vec![(0, values)], changes: vec![] };
+        let (mut frozen_at, mut named_at) = (usize::MAX, usize::MAX);
+        let mut random = Random(seed);
+        let position = || order.lock().unwrap().len();
+        for number in 1..=160u64 {
+            if number == 80 {
+                let layer = Some(Box::new(Layer::Qcow2(Arc::clone(&old))));
+                new = Some(Image::open(Box::new(upper.clone()), true, layer).unwrap());
+                frozen_at = position();
+            }
+            let image = new.as_ref().unwrap_or(&old);
+            let at = position();
+            let first = random.below(case.sectors);
+            let count = 1 + random.below(4.min(case.sectors - first));
+            if random.below(12) > 0 {
+                let data = (first..first + count).flat_map(|s| sector_of(number << 20 | s));
+                image.write(first * SECTOR as u64, &data.collect::<Vec<_>>()).unwrap();
+                for sector in first..first + count {
+                    model.set(at, sector as usize, number << 20 | sector);
+                }
+                continue;
+            }
+            if new.is_some() && named_at == usize::MAX {
+                old.freeze().unwrap();
+                // Here the directory is synced.
+                named_at = position();
+            }
+            image.flush().unwrap();
+            model.flushed.push((position(), model.values.clone()));
+        }
+        assert!(named_at < usize::MAX, "seed {seed}: nothing was flushed");
+        let order = order.lock().unwrap().clone();
+        let logs = [&lower, &upper].map(|ordered| ordered.file.log.lock().unwrap().clone());
+        for position in frozen_at..=order.len() {
+            let overs = order[..position].iter().filter(|is_overlay| **is_overlay).count();
+            let lower = after_loss(&below, &logs[0][..position - overs], &mut random);
+            let upper = after_loss(&above, &logs[1][..overs], &mut random);
+            let shown = format!("seed {seed}, {position} of {}", order.len());
+            for data in [&lower, &upper] {
+                let report = check(&Recorder::of(data.clone())).unwrap();
+                assert!(report.is_sound(), "{shown}: {:?}", report.findings);
+            }
+            let is_renamed = position >= named_at || random.below(2) == 0;
+            let image =
+                Image::open(Box::new(Recorder::of(lower)), !is_renamed, case.backing()).unwrap();
+            if is_renamed {
+                let layer = Some(Box::new(Layer::Qcow2(Arc::new(image))));
+                let image = Image::open(Box::new(Recorder::of(upper)), true, layer).unwrap();
+                model.compare(&image, position, &shown);
+            } else {
+                model.compare(&image, position, &shown);
+            }
+        }
+    }
+}

@@ -162,6 +162,8 @@ fn begin(
         pid: std::process::id(),
         started: Timestamp::now(),
         accel: machine.accel().to_string(),
+        cpus: plan.cpus,
+        memory_bytes: plan.memory_bytes,
     };
     Control::start(folder, &machine, ends, Arc::clone(&hub), status.clone())?;
     greet(&Greeting::Started(status));

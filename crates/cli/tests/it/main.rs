@@ -3,12 +3,15 @@
 
 mod attached;
 mod consoles;
+mod copy;
 mod debian;
 mod guest;
 mod kept;
 mod kernels;
+mod remote;
 mod rubbish;
 mod terminal;
+mod usage;
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -5,6 +5,8 @@ use std::{fs, io};
 use berth_api::agent::limits::AGENT_PORT;
 use berth_api::agent::message::TerminalSize;
 
+use crate::environment;
+
 /// The parsed words; all others belong to the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommandLine {
@@ -25,6 +27,8 @@ pub struct CommandLine {
     pub term: Option<String>,
     /// `berth.size=ROWSxCOLS`: its size.
     pub size: Option<TerminalSize>,
+    /// `berth.env=NAME=VALUE`, any number of them: variables of everything that is started.
+    pub env: Vec<(String, String)>,
 }
 
 /// What is on the console.
@@ -55,6 +59,7 @@ impl CommandLine {
             port: AGENT_PORT,
             term: None,
             size: None,
+            env: Vec::new(),
         };
         for word in text.split_ascii_whitespace() {
             let Some((key, value)) = word.strip_prefix("berth.").and_then(|w| w.split_once('='))
@@ -86,6 +91,7 @@ impl CommandLine {
                     });
                     line.size = Some(size.ok_or_else(wrong)?);
                 }
+                "env" => line.env.push(environment::parse(value).ok_or_else(wrong)?),
                 _ => return Err(wrong()),
             }
         }
@@ -120,7 +126,7 @@ mod tests {
     fn words_are_found_among_the_kernels_own() {
         let line = CommandLine::parse(
             "console=ttyS0 quiet berth.root=/dev/vda berth.rw=1 berth.shell=1 root=/dev/sda \
-             berth.hostname=box berth.size=50x120 berth.agent=vsock:7\n",
+             berth.hostname=box berth.size=50x120 berth.agent=vsock:7 berth.env=A=b%20c\n",
         )
         .unwrap();
         assert_eq!(line.root.as_deref(), Some("/dev/vda"));
@@ -129,6 +135,7 @@ mod tests {
         assert_eq!(line.hostname.as_deref(), Some("box"));
         assert_eq!(line.size, Some(TerminalSize { rows: 50, cols: 120 }));
         assert_eq!(line.port, 7);
+        assert_eq!(line.env, [("A".to_owned(), "b c".to_owned())]);
         assert_eq!(line.init, None);
     }
 
@@ -140,6 +147,7 @@ mod tests {
             "berth.shell=yes",
             "berth.agent=tcp:1",
             "berth.size=80",
+            "berth.env=A",
         ] {
             let error = CommandLine::parse(&format!("quiet {word} x")).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");

@@ -8,7 +8,9 @@
 mod boot;
 mod button;
 mod cmdline;
+mod copy;
 mod dhcp;
+mod environment;
 mod identity;
 mod network;
 mod power;
@@ -25,6 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cmdline::{CommandLine, Shell};
+use crate::copy::Task;
 use crate::power::Power;
 use crate::reaper::Reaper;
 
@@ -32,7 +35,14 @@ use crate::reaper::Reaper;
 const SHELL_PAUSE: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os().skip(1);
+    let words: Vec<_> = std::env::args_os().skip(1).collect();
+    // Never as process 1, whose words are the kernel's.
+    if std::process::id() != 1
+        && let Some(task) = Task::parse(&words)
+    {
+        return task.run();
+    }
+    let mut arguments = words.into_iter();
     match (arguments.next(), arguments.next()) {
         // For tests on the host: the same protocol on a unix socket, and no power to switch off.
         (Some(mode), Some(path)) if mode == "--serve-unix" => {
@@ -75,6 +85,7 @@ fn bring_up() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
     boot::mount_kernel_interfaces()?;
     boot::say("init");
     let line = CommandLine::read()?;
+    environment::set(line.env.clone());
     boot::load_modules()?;
     if let Some(device) = &line.root {
         boot::enter_root(device, line.writable)?;

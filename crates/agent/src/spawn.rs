@@ -6,10 +6,12 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use berth_api::agent::copy;
 use berth_api::agent::message::{Exec, Reason, Refusal, TerminalSize};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
+use crate::environment;
 use crate::reaper::{Child, Reaper};
 use crate::sys;
 use crate::users::{self, User};
@@ -51,7 +53,9 @@ pub fn start(exec: &Exec, reaper: &Reaper) -> Result<Started, Refusal> {
 
 /// The program with the user's environment; not started yet. `argv[0]` counts as the program.
 fn command_for(exec: &Exec, program: &str, user: &User) -> Result<Command, Refusal> {
-    let mut command = Command::new(program);
+    // The magic link leads to the program also when its file has no name any more.
+    let file = if program == copy::PROGRAM { "/proc/self/exe" } else { program };
+    let mut command = Command::new(file);
     command.args(exec.argv.iter().skip(1)).env_clear();
     set_user_environment(&mut command, user);
     if exec.tty.is_some() {
@@ -82,14 +86,15 @@ fn command_for(exec: &Exec, program: &str, user: &User) -> Result<Command, Refus
     Ok(command)
 }
 
-/// Sets the variables every login has.
+/// Sets the variables every login has, and those that the host set for all.
 pub fn set_user_environment(command: &mut Command, user: &User) {
     command
         .env("PATH", PATH)
         .env("HOME", &user.home)
         .env("USER", &user.name)
         .env("LOGNAME", &user.name)
-        .env("SHELL", &user.shell);
+        .env("SHELL", &user.shell)
+        .envs(environment::variables().iter().map(|(name, value)| (name, value)));
 }
 
 /// Makes the started program the leader of a session whose terminal is its standard input.

@@ -29,6 +29,7 @@
 //! that a process that does not read its input delays neither a resize nor a signal.
 
 pub mod client;
+pub mod copy;
 pub mod frame;
 pub mod limits;
 pub mod message;

@@ -133,6 +133,12 @@ pub struct Status {
     pub started: jiff::Timestamp,
     /// What runs the guest's instructions.
     pub accel: String,
+    /// Its virtual processors; 0 from a process that is older than this.
+    #[serde(default)]
+    pub cpus: u8,
+    /// Bytes of the guest's memory.
+    #[serde(default)]
+    pub memory_bytes: u64,
 }
 
 /// The first line of a machine's process on its standard output.

@@ -1,5 +1,6 @@
 //! The words of the command line. Help, completions and checks all come from here.
 
+pub mod machine;
 pub mod snapshots;
 
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use clap_complete::Shell;
 
 use berth_api::size::Size;
 
+use crate::args::machine::{MachineArgs, SetArgs, Variable};
 use crate::args::snapshots::{
     CheckStateArgs, CloneArgs, RestoreArgs, SnapshotArgs, SnapshotRmArgs, SnapshotsArgs,
 };
@@ -47,6 +49,24 @@ Examples:
   berth vm create --cpus 2 --memory 2G --disk 10G db debian
   berth vm start web && berth vm exec web uname -a";
 
+const DAEMON_EXAMPLES: &str = "\
+Examples:
+  berth daemon
+  berth daemon --listen tcp://0.0.0.0:4343 --tls-ca ca.pem --tls-cert host.pem --tls-key host.key
+  berth --host tcp://HOST:4343 --tls-ca ca.pem --tls-cert me.pem --tls-key me.key vm ls";
+
+const COPY_EXAMPLES: &str = "\
+As `cp -r` and `docker cp`: a directory goes into one that is there and becomes one that is not; with /.
+behind it, what is in it goes there. Modes, times and links are kept. A path of this host that looks like
+NAME:PATH is written ./NAME:PATH.
+
+Examples:
+  berth vm cp notes.txt web:/root/
+  berth vm cp web:/var/log/. logs
+  berth vm cp -a src web:/srv
+  tar -c data | berth vm cp - web:/srv
+  berth vm cp web:/etc - | tar -t";
+
 const DISK_EXAMPLES: &str = "\
 Examples:
   berth disk create data.raw 10G
@@ -65,16 +85,26 @@ pub struct Args {
     /// $XDG_DATA_HOME/berth]
     #[arg(long, global = true, env = "BERTH_ROOT", value_name = "DIR", hide_env_values = true)]
     pub root: Option<PathBuf>,
-    /// Where the daemon listens [default: with --root `berth.sock` in it; else /run/berth/berth.sock for
-    /// root, $XDG_RUNTIME_DIR/berth/berth.sock for others]. If there is no daemon, one is started there
+    /// Where the daemon listens: `unix://PATH` or `tcp://HOST:PORT` [default: with --root `berth.sock` in
+    /// it; else /run/berth/berth.sock for root, $XDG_RUNTIME_DIR/berth/berth.sock for others]. If there
+    /// is no daemon at the default place, one is started there
+    #[arg(long, global = true, env = "BERTH_HOST", value_name = "ADDRESS", hide_env_values = true)]
+    pub host: Option<String>,
+    /// With tcp://: the authorities that the other side's certificate must come from, as PEM
+    #[arg(long, global = true, env = "BERTH_TLS_CA", value_name = "FILE", hide_env_values = true)]
+    pub tls_ca: Option<PathBuf>,
+    /// With tcp://: this side's certificate, as PEM
     #[arg(
         long,
         global = true,
-        env = "BERTH_HOST",
-        value_name = "unix://PATH",
+        env = "BERTH_TLS_CERT",
+        value_name = "FILE",
         hide_env_values = true
     )]
-    pub host: Option<String>,
+    pub tls_cert: Option<PathBuf>,
+    /// With tcp://: its private key, as PEM
+    #[arg(long, global = true, env = "BERTH_TLS_KEY", value_name = "FILE", hide_env_values = true)]
+    pub tls_key: Option<PathBuf>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -168,6 +198,12 @@ pub enum VmCommand {
     Console(ConsoleArgs),
     /// Run a command in a guest
     Exec(ExecArgs),
+    /// Copy files and folders between this host and a guest
+    Cp(CopyArgs),
+    /// Print what machines use of this host, again and again
+    Top(TopArgs),
+    /// Change what a machine is made of, from its next start on
+    Set(Box<SetArgs>),
     /// Give a machine another name
     Rename(RenameArgs),
 }
@@ -182,48 +218,52 @@ pub struct Names {
 
 /// `berth daemon`.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_help = DAEMON_EXAMPLES)]
 pub struct DaemonArgs {
     /// Where to listen [default: as --host]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
+    /// Listen on TCP too, for clients whose certificate comes from --tls-ca; needs --tls-cert and
+    /// --tls-key too. Whoever has such a certificate can do all that the daemon's user can
+    #[arg(long, value_name = "tcp://ADDRESS:PORT")]
+    pub listen: Option<String>,
+    /// How it says what it does, on standard error
+    #[arg(
+        long,
+        value_enum,
+        env = "BERTH_LOG_FORMAT",
+        value_name = "FORMAT",
+        default_value_t = LogFormat::Text,
+        hide_env_values = true
+    )]
+    pub log_format: LogFormat,
     /// In a session of its own
     #[arg(long, hide = true)]
     pub detached: bool,
+}
+
+/// How a program says what it does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people
+    #[default]
+    Text,
+    /// Lines of JSON
+    Json,
 }
 
 /// `berth vm create`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = CREATE_EXAMPLES)]
 pub struct CreateArgs {
-    /// Virtual processors, 1 to 16
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
-    pub cpus: u8,
-    /// Memory: bytes, or with K, M, G or T
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    pub memory: Size,
-    /// What runs the guest's instructions
-    #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]
-    pub accel: Accel,
-    /// A kernel: bzImage, PVH ELF or Multiboot, told apart by looking [default: the image's]
-    #[arg(long, value_name = "FILE")]
-    pub kernel: Option<PathBuf>,
-    /// An initial RAM disk; or Multiboot modules, as `FILE ARGS,FILE ARGS`
-    #[arg(long, value_name = "FILE", requires = "kernel")]
-    pub initrd: Option<PathBuf>,
-    /// Words added to the kernel command line
-    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
-    pub append: String,
+    /// What it is made of.
+    #[command(flatten)]
+    pub machine: MachineArgs,
     /// Another disk: an empty one of this size in the machine's folder, or a file that stays where it
     /// is; with `,ro` it is not written. It is raw unless its name ends in `.qcow2` or
     /// `,format=qcow2` says so. May be repeated
     #[arg(long = "disk", value_name = "SIZE|FILE[,ro][,format=F]")]
     pub disks: Vec<KeptDisk>,
-    /// `user` (through passt), `tap=INTERFACE` or `none` [default: user with an image, else none]
-    #[arg(long, value_name = "NET")]
-    pub net: Option<NetArg>,
-    /// Gives the guest port 0xf4: writing V ends the machine with status V*2+1
-    #[arg(long)]
-    pub debug_exit: bool,
     /// The machine's name, also its host name
     #[arg(value_name = "NAME")]
     pub name: String,
@@ -293,7 +333,7 @@ pub struct ConsoleArgs {
 pub struct ExecArgs {
     /// A variable of the command's environment. May be repeated
     #[arg(long, short, value_name = "NAME=VALUE")]
-    pub env: Vec<String>,
+    pub env: Vec<Variable>,
     /// The directory to run it in [default: the user's home]
     #[arg(long, short, value_name = "DIR")]
     pub workdir: Option<String>,
@@ -313,6 +353,39 @@ pub struct ExecArgs {
         value_name = "CMD"
     )]
     pub command: Vec<String>,
+}
+
+/// `berth vm cp`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = COPY_EXAMPLES)]
+pub struct CopyArgs {
+    /// Keep owners and groups, and programs that run as their owner; else what is copied to a guest is
+    /// root's, and what is copied from one is yours. Only root can give files away here
+    #[arg(long, short)]
+    pub archive: bool,
+    /// What to copy: `NAME:PATH` in a guest, `PATH` on this host, or `-` for a tar stream
+    #[arg(value_name = "FROM")]
+    pub from: String,
+    /// Where to: the same; a tar stream goes into a directory that is there
+    #[arg(value_name = "TO")]
+    pub to: String,
+}
+
+/// `berth vm top`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct TopArgs {
+    /// Once, and not again and again
+    #[arg(long)]
+    pub no_stream: bool,
+    /// Print lines of JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Seconds between two looks, 0.1 at least
+    #[arg(long, short, value_name = "SECONDS", default_value_t = 2.0)]
+    pub interval: f64,
+    /// The machines' names [default: all that run]
+    #[arg(value_name = "NAME")]
+    pub names: Vec<String>,
 }
 
 /// `berth vm rename`.
@@ -427,15 +500,9 @@ pub struct RunArgs {
     /// The machine's name, also its host name [default: the image's]
     #[arg(long, value_name = "N")]
     pub name: Option<String>,
-    /// Virtual processors, 1 to 16
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
-    pub cpus: u8,
-    /// Memory: bytes, or with K, M, G or T
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    pub memory: Size,
-    /// What runs the guest's instructions
-    #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]
-    pub accel: Accel,
+    /// What it is made of.
+    #[command(flatten)]
+    pub machine: MachineArgs,
     /// Translated code kept for each processor, 4M to 512M; what is noted of it takes as much again.
     /// More is faster for guests that run much different code, as compilers do [default: 16M]
     #[arg(long, value_name = "SIZE")]
@@ -454,22 +521,10 @@ pub struct RunArgs {
     /// megabytes for a Linux guest)
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-")]
     pub dump_blocks: Option<PathBuf>,
-    /// A kernel: bzImage, PVH ELF or Multiboot, told apart by looking [default: the image's]
-    #[arg(long, value_name = "FILE")]
-    pub kernel: Option<PathBuf>,
-    /// An initial RAM disk; or Multiboot modules, as `FILE ARGS,FILE ARGS`
-    #[arg(long, value_name = "FILE", requires = "kernel")]
-    pub initrd: Option<PathBuf>,
-    /// Words added to the kernel command line; a bzImage gets panic=-1 too, unless they say panic=N
-    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
-    pub append: String,
     /// A disk; with `,ro` it is not written. It is raw unless its name ends in `.qcow2` or
     /// `,format=qcow2` says so. May be repeated
     #[arg(long = "disk", value_name = "FILE[,ro][,format=F]")]
     pub disks: Vec<DiskArg>,
-    /// `user` (through passt), `tap=INTERFACE` or `none` [default: user with an image, else none]
-    #[arg(long, value_name = "NET")]
-    pub net: Option<NetArg>,
     /// Where the serial port leads: `stdio`, `file=PATH` (output only, appended), `socket=PATH` (a
     /// Unix socket, one client after the other) or `none` [default: stdio; none with
     /// --virtio-console stdio; with -- CMD it is kept and shown if the guest fails]
@@ -479,9 +534,6 @@ pub struct RunArgs {
     /// driver is a module, as in Debian, earlier messages are on the serial port only [default: none]
     #[arg(long, value_name = "CONSOLE")]
     pub virtio_console: Option<ConsoleArg>,
-    /// Gives the guest port 0xf4: writing V ends the machine with status V*2+1
-    #[arg(long)]
-    pub debug_exit: bool,
     /// The image to start, for example `debian` or `debian:bookworm`
     #[arg(required_unless_present = "kernel")]
     pub image: Option<String>,
@@ -526,18 +578,6 @@ pub struct Listing {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-}
-
-/// What runs the guest's instructions.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Accel {
-    /// The fastest that really works here
-    #[default]
-    Auto,
-    /// Berth's own translator; works everywhere
-    Translate,
-    /// The kernel's KVM
-    Kvm,
 }
 
 /// `FILE[,ro][,format=F]`.
@@ -595,34 +635,6 @@ impl std::str::FromStr for KeptDisk {
     }
 }
 
-/// The machine's network.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NetArg {
-    /// Through passt, without privileges.
-    User,
-    /// On this tap interface.
-    Tap(String),
-    /// No network card.
-    None,
-}
-
-impl std::str::FromStr for NetArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        // IFNAMSIZ less its zero byte.
-        const INTERFACE_BYTES_MAX: usize = 15;
-        match text.split_once('=') {
-            None if text == "user" => Ok(Self::User),
-            None if text == "none" => Ok(Self::None),
-            Some(("tap", name)) if !name.is_empty() && name.len() <= INTERFACE_BYTES_MAX => {
-                Ok(Self::Tap(name.to_owned()))
-            }
-            _ => Err("expected `user`, `tap=INTERFACE` or `none`".into()),
-        }
-    }
-}
-
 /// Where a console leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConsoleArg {
@@ -655,6 +667,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::args::machine::{Accel, NetArg};
 
     #[test]
     fn the_description_is_consistent() {
@@ -668,7 +681,9 @@ mod tests {
                     img -- uname -a";
         let args = Args::try_parse_from(line.split_whitespace()).unwrap();
         let Command::Vm(VmCommand::Run(run)) = args.command else { panic!() };
-        assert_eq!((run.cpus, run.memory.bytes(), run.accel), (4, 1 << 30, Accel::Translate));
+        let machine = &run.machine;
+        let shape = (machine.cpus, machine.memory.bytes(), machine.accel);
+        assert_eq!(shape, (4, 1 << 30, Accel::Translate));
         let disk = |path: &str, format, read_only| DiskArg { path: path.into(), format, read_only };
         assert_eq!(run.disks[0], disk("a", Format::Raw, true));
         assert_eq!(run.disks[1], disk("b", Format::Raw, false));
@@ -677,7 +692,7 @@ mod tests {
         assert_eq!(of("a.qcow2,format=raw,ro"), disk("a.qcow2", Format::Raw, true));
         assert_eq!(of("a,ro,format=qcow2"), disk("a", Format::Qcow2, true));
         assert!("a,format=vmdk".parse::<DiskArg>().is_err());
-        assert_eq!(run.net, Some(NetArg::Tap("t0".into())));
+        assert_eq!(run.machine.net, Some(NetArg::Tap("t0".into())));
         assert_eq!((run.image.as_deref(), run.command.len()), (Some("img"), 2));
         for good in [
             "berth vm run --kernel k",
@@ -696,6 +711,14 @@ mod tests {
             "berth vm exec web ls -l /",
             "berth vm exec -u nobody -e A=B web -- sh -c true",
             "berth vm stop -t 5 a b",
+            "berth vm create -e A=b --env C= web debian",
+            "berth vm run -e A=b debian -- env",
+            "berth vm set --cpus 2 --memory 1G --net none --debug-exit false -e A=b --unset-env C web",
+            "berth vm cp -a a web:/b",
+            "berth vm cp web:/b -",
+            "berth vm top",
+            "berth vm top --no-stream --json -i 0.5 a b",
+            "berth daemon --log-format json",
             "berth --host unix:///x vm ls --json",
             "berth vm logs -f -n 5 a",
             "berth vm snapshot --tag t web",
@@ -705,6 +728,8 @@ mod tests {
             "berth vm snapshot-rm web t u",
             "berth vm clone --count 3 --running --tag t web new",
             "berth daemon",
+            "berth daemon --listen tcp://[::]:0 --tls-ca a --tls-cert b --tls-key c",
+            "berth vm ls --host tcp://a:1 --tls-ca a --tls-cert b --tls-key c",
             "berth completions bash",
             "berth --root /x image ls",
             "berth vm run --serial none --virtio-console stdio debian",
@@ -725,6 +750,11 @@ mod tests {
             "berth disk create a",
             "berth disk create --format vdi a 1G",
             "berth vm create web",
+            "berth vm create -e A web debian",
+            "berth vm create --kernel k -e A=b web",
+            "berth vm set --cpus 17 web",
+            "berth vm cp a",
+            "berth daemon --log-format xml",
             "berth vm exec web",
             "berth vm rm",
             "berth vm restore web",

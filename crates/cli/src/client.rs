@@ -1,27 +1,41 @@
-//! The daemon's HTTP interface, seen from a command. A daemon that is not there is started.
+//! The daemon's HTTP interface, seen from a command: on a unix socket, or on TCP with TLS and
+//! certificates on both sides. A daemon of this host that is not there is started.
 
-use std::fs::File;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use berth_api::v1::error::{ApiError, ErrorBody};
+use berth_daemon::tls::{TlsError, TlsFiles};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::http::uri::Authority;
+use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{self, ClientConfig};
 
+/// What the daemon says, in the state directory.
+pub const DAEMON_LOG: &str = "daemon.log";
 /// How long a daemon may take until it answers.
 const START_TIME: Duration = Duration::from_secs(15);
 const START_POLL: Duration = Duration::from_millis(5);
 /// Variables of the environment that a daemon gets.
 const KEPT: [&str; 7] = ["PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "RUST_BACKTRACE"];
+/// How long a daemon elsewhere may take until the connection is there.
+const CONNECT_TIME: Duration = Duration::from_secs(20);
 /// Bytes an answer may have that is read as a whole.
 const ANSWER_MAX: usize = 64 << 20;
 
@@ -32,12 +46,45 @@ pub enum ClientError {
     #[error(transparent)]
     Api(#[from] ApiError),
     /// It cannot be reached.
-    #[error("no daemon answers at {}", socket.display())]
+    #[error("no daemon answers at {address}")]
     Absent {
         /// Where.
-        socket: PathBuf,
+        address: String,
         /// The system's reason.
         source: io::Error,
+    },
+    /// The certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Who answers is not the daemon that is meant, or speaks no TLS.
+    #[error("there is no secure connection to the daemon at {address}")]
+    Insecure {
+        /// Where.
+        address: String,
+        /// What is wrong.
+        source: io::Error,
+    },
+    /// It does not take our certificate.
+    #[error(
+        "the daemon at {address} does not accept this certificate; try a --tls-cert that was signed \
+         by its --tls-ca"
+    )]
+    NotAccepted {
+        /// Where.
+        address: String,
+        /// What it said.
+        source: rustls::Error,
+    },
+    /// Not all of what TCP needs was given.
+    #[error(
+        "a daemon at {address} needs --tls-ca, --tls-cert and --tls-key, or BERTH_TLS_CA, \
+         BERTH_TLS_CERT and BERTH_TLS_KEY; {missing} is missing"
+    )]
+    NoCertificate {
+        /// Where.
+        address: String,
+        /// What.
+        missing: &'static str,
     },
     /// It cannot be started.
     #[error("the daemon could not be started; see {}", log.display())]
@@ -48,7 +95,7 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The address is of a kind that is not known.
-    #[error("`{0}` is no address of a daemon; `unix://PATH` is one")]
+    #[error("`{0}` is no address of a daemon; `unix:///PATH` and `tcp://HOST:PORT` are some")]
     Address(String),
     /// The connection broke.
     #[error("the connection to the daemon broke")]
@@ -64,13 +111,31 @@ pub enum ClientError {
     System(&'static str, #[source] io::Error),
 }
 
-/// Where the daemon of a state directory listens, and whether it may be started there.
+/// Where a daemon listens, and whether it may be started there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address {
-    /// The socket.
-    pub socket: PathBuf,
+    /// Where.
+    pub place: Place,
     /// It is the one of the state directory.
     pub is_own: bool,
+}
+
+/// Where a daemon listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On this socket.
+    Unix(PathBuf),
+    /// On TCP, at a name or an address and a port.
+    Tcp(Authority),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "{}", path.display()),
+            Self::Tcp(authority) => write!(f, "tcp://{authority}"),
+        }
+    }
 }
 
 impl Address {
@@ -84,9 +149,8 @@ impl Address {
         root: &Path,
     ) -> Result<Self, ClientError> {
         if let Some(host) = host {
-            let path = host.strip_prefix("unix://").filter(|path| path.starts_with('/'));
-            let path = path.ok_or_else(|| ClientError::Address(host.to_owned()))?;
-            return Ok(Self { socket: path.into(), is_own: false });
+            let place = parse_host(host).ok_or_else(|| ClientError::Address(host.to_owned()))?;
+            return Ok(Self { place, is_own: false });
         }
         let socket = match given_root {
             Some(root) => root.join("berth.sock"),
@@ -98,34 +162,92 @@ impl Address {
         };
         // Relative ones are somewhere else for a daemon.
         let socket = std::path::absolute(&socket).unwrap_or(socket);
-        Ok(Self { socket, is_own: true })
+        Ok(Self { place: Place::Unix(socket), is_own: true })
+    }
+}
+
+fn parse_host(host: &str) -> Option<Place> {
+    if let Some(path) = host.strip_prefix("unix://") {
+        return path.starts_with('/').then(|| Place::Unix(path.into()));
+    }
+    let authority: Authority = host.strip_prefix("tcp://")?.parse().ok()?;
+    let is_plain = !authority.as_str().contains('@') && !authority.host().is_empty();
+    (is_plain && authority.port_u16().is_some()).then_some(Place::Tcp(authority))
+}
+
+/// The files of `--tls-ca`, `--tls-cert` and `--tls-key`, as far as they were given.
+#[derive(Clone, Debug, Default)]
+pub struct TlsGiven {
+    /// The certificates of authorities.
+    pub ca: Option<PathBuf>,
+    /// Our certificate.
+    pub cert: Option<PathBuf>,
+    /// Its key.
+    pub key: Option<PathBuf>,
+}
+
+impl TlsGiven {
+    /// All of them.
+    ///
+    /// # Errors
+    /// The flag of the first that is missing.
+    pub fn all(&self) -> Result<TlsFiles, &'static str> {
+        Ok(TlsFiles {
+            ca: self.ca.clone().ok_or("--tls-ca")?,
+            cert: self.cert.clone().ok_or("--tls-cert")?,
+            key: self.key.clone().ok_or("--tls-key")?,
+        })
     }
 }
 
 /// A way to the daemon. Each request has a connection of its own.
 pub struct Client {
-    socket: PathBuf,
-    runtime: tokio::runtime::Runtime,
+    place: Place,
+    /// With TCP.
+    tls: Option<Arc<ClientConfig>>,
+    runtime: Arc<tokio::runtime::Runtime>,
 }
 
 impl Client {
-    /// Makes sure that a daemon answers.
+    /// Makes sure that a daemon of this host answers.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub fn new(address: &Address, root: &Path) -> Result<Self, ClientError> {
-        if let Err(error) = UnixStream::connect(&address.socket) {
-            let is_absent =
-                matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
-            if !is_absent || !address.is_own {
-                return Err(ClientError::Absent { socket: address.socket.clone(), source: error });
+    pub fn new(address: &Address, root: &Path, tls: &TlsGiven) -> Result<Self, ClientError> {
+        let place = &address.place;
+        let tls = match place {
+            Place::Unix(socket) => {
+                if let Err(error) = UnixStream::connect(socket) {
+                    let is_absent = matches!(
+                        error.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                    );
+                    if !is_absent || !address.is_own {
+                        let address = place.to_string();
+                        return Err(ClientError::Absent { address, source: error });
+                    }
+                    start_daemon(socket, root)?;
+                }
+                None
             }
-            start_daemon(&address.socket, root)?;
-        }
+            Place::Tcp(_) => {
+                let files = tls.all().map_err(|missing| ClientError::NoCertificate {
+                    address: place.to_string(),
+                    missing,
+                })?;
+                Some(files.client()?)
+            }
+        };
         let mut builder = tokio::runtime::Builder::new_current_thread();
         let runtime = builder.enable_io().enable_time().build();
         let runtime = runtime.map_err(|error| ClientError::System("starting to wait", error))?;
-        Ok(Self { socket: address.socket.clone(), runtime })
+        Ok(Self { place: place.clone(), tls, runtime: Arc::new(runtime) })
+    }
+
+    /// Whether the daemon may be on another host.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        matches!(self.place, Place::Tcp(_))
     }
 
     /// Asks; the answer is JSON, `()` for none.
@@ -183,13 +305,79 @@ impl Client {
                 return Err(ClientError::Status(response.status()));
             }
             let upgraded = hyper::upgrade::on(response).await?;
-            let parts = upgraded.downcast::<TokioIo<tokio::net::UnixStream>>();
             let system = |error| ClientError::System("taking over the connection", error);
-            let parts = parts.map_err(|_| system(io::ErrorKind::Unsupported.into()))?;
-            let stream = parts.io.into_inner().into_std().map_err(system)?;
-            stream.set_nonblocking(false).map_err(system)?;
-            Ok((stream, parts.read_buf.to_vec()))
+            match upgraded.downcast::<TokioIo<tokio::net::UnixStream>>() {
+                Ok(parts) => {
+                    let stream = parts.io.into_inner().into_std().map_err(system)?;
+                    stream.set_nonblocking(false).map_err(system)?;
+                    Ok((stream, parts.read_buf.to_vec()))
+                }
+                Err(secured) => Ok((self.relay(secured).map_err(system)?, Vec::new())),
+            }
         })
+    }
+
+    /// A stream that a thread connects to another one that only this runtime can read.
+    fn relay(&self, upgraded: Upgraded) -> io::Result<UnixStream> {
+        let (near, far) = UnixStream::pair()?;
+        far.set_nonblocking(true)?;
+        let runtime = Arc::clone(&self.runtime);
+        let relay = move || {
+            runtime.block_on(async {
+                let mut far = tokio::net::UnixStream::from_std(far)?;
+                tokio::io::copy_bidirectional(&mut TokioIo::new(upgraded), &mut far).await
+            })
+        };
+        // How it ends is for the two ends to notice.
+        thread::Builder::new().name("relay".into()).spawn(relay)?;
+        Ok(near)
+    }
+
+    /// A connection, and what is to be in `Host`.
+    async fn dial(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
+        let absent = |source| ClientError::Absent { address: self.place.to_string(), source };
+        // Errors of a connection are those of its request.
+        match (&self.place, &self.tls) {
+            (Place::Tcp(authority), Some(tls)) => {
+                let stream = tokio::time::timeout(CONNECT_TIME, self.secured(authority, tls)).await;
+                let stream = stream.map_err(|_| absent(io::ErrorKind::TimedOut.into()))??;
+                let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+                self.runtime.spawn(connection.with_upgrades());
+                Ok(sender)
+            }
+            (Place::Unix(socket), _) => {
+                let stream = tokio::net::UnixStream::connect(socket).await.map_err(absent)?;
+                let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+                self.runtime.spawn(connection.with_upgrades());
+                Ok(sender)
+            }
+            (Place::Tcp(_), None) => Err(absent(io::ErrorKind::Unsupported.into())),
+        }
+    }
+
+    async fn secured(
+        &self,
+        authority: &Authority,
+        tls: &Arc<ClientConfig>,
+    ) -> Result<TlsStream<tokio::net::TcpStream>, ClientError> {
+        let absent = |source| ClientError::Absent { address: self.place.to_string(), source };
+        let host = authority.host();
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let name = ServerName::try_from(host.to_owned())
+            .map_err(|_| ClientError::Address(self.place.to_string()))?;
+        let port = authority.port_u16().unwrap_or_default();
+        let stream = tokio::net::TcpStream::connect((host, port)).await.map_err(absent)?;
+        stream.set_nodelay(true).map_err(absent)?;
+        let secured = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await;
+        secured.map_err(|source| self.of_tls(source))
+    }
+
+    fn of_tls(&self, source: io::Error) -> ClientError {
+        let address = self.place.to_string();
+        match alert(&source) {
+            Some(source) => ClientError::NotAccepted { address, source },
+            None => ClientError::Insecure { address, source },
+        }
     }
 
     async fn send(
@@ -199,13 +387,12 @@ impl Client {
         body: Option<Vec<u8>>,
         protocol: Option<&str>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let absent = |source| ClientError::Absent { socket: self.socket.clone(), source };
-        let stream = tokio::net::UnixStream::connect(&self.socket).await.map_err(absent)?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        // Its errors are those of the request.
-        self.runtime.spawn(connection.with_upgrades());
-        let mut request = Request::builder().method(method).uri(path).header(HOST, "berth");
+        let mut sender = self.dial().await?;
+        let host = match &self.place {
+            Place::Unix(_) => "berth",
+            Place::Tcp(authority) => authority.as_str(),
+        };
+        let mut request = Request::builder().method(method).uri(path).header(HOST, host);
         if body.is_some() {
             request = request.header(CONTENT_TYPE, "application/json");
         }
@@ -216,7 +403,11 @@ impl Client {
         let request = request.body(body);
         let request = request
             .map_err(|error| ClientError::System("making the request", io::Error::other(error)))?;
-        let response = sender.send_request(request).await?;
+        // A daemon says what it thinks of our certificate when the handshake is over for us.
+        let response = sender.send_request(request).await.map_err(|error| match alert(&error) {
+            Some(source) => ClientError::NotAccepted { address: self.place.to_string(), source },
+            None => error.into(),
+        })?;
         if response.status().is_client_error() || response.status().is_server_error() {
             let status = response.status();
             let body: Result<ErrorBody, _> = serde_json::from_slice(&read(response).await?);
@@ -224,6 +415,20 @@ impl Client {
         }
         Ok(response)
     }
+}
+
+/// What the other side of TLS complained of, if that is why something failed.
+fn alert(error: &(dyn std::error::Error + 'static)) -> Option<rustls::Error> {
+    let mut error = Some(error);
+    while let Some(this) = error {
+        let inner = this.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        let tls = inner.and_then(|inner| inner.downcast_ref()).or_else(|| this.downcast_ref());
+        if let Some(alert @ rustls::Error::AlertReceived(_)) = tls {
+            return Some(alert.clone());
+        }
+        error = this.source();
+    }
+    None
 }
 
 async fn read(response: Response<Incoming>) -> Result<Bytes, ClientError> {
@@ -237,11 +442,11 @@ async fn read(response: Response<Incoming>) -> Result<Bytes, ClientError> {
 /// Starts a daemon that goes on after this program, and waits until it answers.
 fn start_daemon(socket: &Path, root: &Path) -> Result<(), ClientError> {
     let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
-    let log = root.join("daemon.log");
+    let log = root.join(DAEMON_LOG);
     let failed = |source| ClientError::NotStarted { log: log.clone(), source };
     let mut builder = std::fs::DirBuilder::new();
     builder.recursive(true).mode(0o700).create(&root).map_err(failed)?;
-    let stderr = File::options().create(true).append(true).open(&log).map_err(failed)?;
+    let stderr = berth_daemon::log::for_process(&log).map_err(failed)?;
     // It goes on after whoever started it, and so do his secrets otherwise.
     let kept = std::env::vars_os().filter(|(name, _)| {
         let name = name.to_string_lossy();
@@ -276,7 +481,7 @@ fn start_daemon(socket: &Path, root: &Path) -> Result<(), ClientError> {
             (None, Some(_)) => ended = Some(Instant::now() + Duration::from_secs(2)),
             _ => {}
         }
-        std::thread::sleep(START_POLL);
+        thread::sleep(START_POLL);
     }
 }
 
@@ -287,10 +492,16 @@ mod tests {
     #[test]
     fn the_socket_is_where_it_was_said_to_be() {
         let root = Path::new("/r");
-        let chosen = |host, given| Address::choose(host, given, root).map(|a| a.socket);
-        assert_eq!(chosen(Some("unix:///a/b"), Some(root)).unwrap(), Path::new("/a/b"));
-        assert_eq!(chosen(None, Some(root)).unwrap(), Path::new("/r/berth.sock"));
-        assert!(chosen(Some("tcp://a:1"), None).is_err());
-        assert!(chosen(Some("unix://a"), None).is_err());
+        let chosen = |host, given| Address::choose(host, given, root).map(|a| a.place.to_string());
+        assert_eq!(chosen(Some("unix:///a/b"), Some(root)).unwrap(), "/a/b");
+        assert_eq!(chosen(None, Some(root)).unwrap(), "/r/berth.sock");
+        for good in ["tcp://a:1", "tcp://[::1]:65535", "tcp://10.0.0.1:4343"] {
+            assert_eq!(chosen(Some(good), None).unwrap(), good);
+        }
+        for bad in
+            ["unix://a", "tcp://a", "tcp://:1", "tcp://a:x", "tcp://u@a:1", "a:1", "tcp://a:1/"]
+        {
+            assert!(chosen(Some(bad), None).is_err(), "{bad}");
+        }
     }
 }

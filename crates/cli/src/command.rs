@@ -154,8 +154,11 @@ pub fn shut_down(dial: &mut dyn Dial, patience: Duration) -> Result<(), CommandE
     Ok(connect(dial, patience)?.shutdown(Shutdown::PowerOff)?)
 }
 
-/// Connects as soon as the agent listens.
-fn connect(
+/// Connects as soon as the agent listens, for which it has so long.
+///
+/// # Errors
+/// [`CommandError`].
+pub fn connect(
     dial: &mut dyn Dial,
     patience: Duration,
 ) -> Result<Client<UnixStream, UnixStream>, CommandError> {

@@ -1,6 +1,7 @@
 //! How the program ends: the error of each part, and the status scripts see.
 
 use std::io;
+use std::path::PathBuf;
 
 use berth_daemon::server::DaemonError;
 use berth_disk::error::DiskError;
@@ -11,6 +12,7 @@ use berth_image::store::StoreError;
 
 use crate::client::ClientError;
 use crate::command::CommandError;
+use crate::copy::CopyError;
 use crate::machine::MachineError;
 use crate::plan::PlanError;
 
@@ -72,6 +74,17 @@ pub enum CliError {
         name: String,
         /// What it is.
         state: &'static str,
+    },
+    /// A copy.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    /// A file of this host.
+    #[error("cannot read {}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The store.
     #[error(transparent)]

@@ -6,31 +6,36 @@
 pub mod args;
 pub mod client;
 pub mod command;
+pub mod copy;
 pub mod disk;
 pub mod doctor;
 pub mod exit;
 pub mod images;
+pub mod keeper;
 pub mod machine;
 pub mod plan;
 pub mod state;
 pub mod table;
 pub mod terminal;
+pub mod top;
 pub mod vm;
 pub mod vmm;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
+use std::sync::Mutex;
 
+use berth_daemon::log::Stderr;
 use clap::{CommandFactory, Parser};
 
-use crate::args::{Args, Command, ImageCommand, VmCommand};
-use crate::client::{Address, Client};
+use crate::args::{Args, Command, ImageCommand, LogFormat, VmCommand};
+use crate::client::{Address, Client, Place, TlsGiven};
 use crate::exit::{CliError, ExitCode};
 
 /// Runs the program on its real arguments.
 #[must_use]
 pub fn main() -> std::process::ExitCode {
     let args = Args::parse();
-    log_to_stderr(matches!(args.command, Command::Daemon(_)));
+    log_to_stderr(&args);
     meet_limits();
     match run(args) {
         Ok(code) => code.into(),
@@ -57,12 +62,29 @@ fn meet_limits() {
 }
 
 /// Errors of the machine go to standard error, of the daemon all it does; `BERTH_LOG` chooses others
-/// (`BERTH_LOG=debug`).
-fn log_to_stderr(is_daemon: bool) {
-    let usual = if is_daemon { "info" } else { "error" };
+/// (`BERTH_LOG=debug`). The logs of daemons and of machines' processes are limited.
+fn log_to_stderr(args: &Args) {
+    let (usual, format, log) = match &args.command {
+        Command::Daemon(daemon) => {
+            let root = state::directory(args.root.as_deref()).ok();
+            ("info", daemon.log_format, root.map(|root| root.join(client::DAEMON_LOG)))
+        }
+        Command::Vmm { folder } => {
+            ("error", LogFormat::Text, Some(folder.join(berth_daemon::vmm::LOG)))
+        }
+        _ => ("error", LogFormat::Text, None),
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("BERTH_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let stderr = log.map_or_else(Stderr::plain, |log| Stderr::new(&log));
+    let logging = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(Mutex::new(stderr));
+    match format {
+        LogFormat::Text => logging.init(),
+        LogFormat::Json => logging.json().init(),
+    }
 }
 
 /// Commands about kept machines.
@@ -91,6 +113,9 @@ fn kept(client: &Client, command: &VmCommand) -> Result<ExitCode, CliError> {
         VmCommand::Restore(restore) => vm::snapshots::restore(client, restore),
         VmCommand::SnapshotRm(remove) => vm::snapshots::remove(client, remove),
         VmCommand::Clone(clone) => vm::snapshots::clone(client, clone),
+        VmCommand::Cp(paths) => copy::run(client, paths),
+        VmCommand::Top(top) => top::run(client, top),
+        VmCommand::Set(set) => vm::set(client, set),
         VmCommand::Rename(rename) => vm::rename(client, rename),
     }
 }
@@ -100,7 +125,8 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
     let address = || -> Result<Address, CliError> {
         Ok(Address::choose(args.host.as_deref(), args.root.as_deref(), &root()?)?)
     };
-    let client = || -> Result<Client, CliError> { Ok(Client::new(&address()?, &root()?)?) };
+    let tls = TlsGiven { ca: args.tls_ca, cert: args.tls_cert, key: args.tls_key };
+    let client = || -> Result<Client, CliError> { Ok(Client::new(&address()?, &root()?, &tls)?) };
     match args.command {
         Command::Vm(VmCommand::Run(run)) => {
             let plan = plan::RunPlan::new(&run, &root()?)?;
@@ -109,11 +135,9 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
         Command::Vm(command) => kept(&client()?, &command),
         Command::Events => vm::events(&client()?),
         Command::Daemon(daemon) => {
-            let socket = match daemon.socket {
-                Some(socket) => socket,
-                None => address()?.socket,
-            };
-            vm::daemon(&root()?, socket, daemon.detached)
+            let place = daemon.socket.map_or_else(|| Ok(address()?.place), |s| Ok(Place::Unix(s)));
+            let place: Result<Place, CliError> = place;
+            keeper::run(&root()?, place?, daemon.listen.as_deref(), &tls, daemon.detached)
         }
         Command::Vmm { folder } => Ok(vmm::run(&root()?, &folder)),
         Command::CheckState(check) => Ok(vmm::check(&check)),

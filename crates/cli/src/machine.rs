@@ -22,7 +22,7 @@ use berth_vmm::virtio::console::device::ConsoleSize;
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 
-use crate::args::Accel;
+use crate::args::machine::Accel;
 use crate::command::{self, AGENT_WAIT, CommandError, Dial};
 use crate::exit::ExitCode;
 use crate::plan::{Console, NetPlan, RunPlan};

@@ -22,7 +22,8 @@ use berth_vmm::boot::{self, Module};
 use berth_vmm::limits::MEMORY_BYTES_MIN;
 use berth_vmm::vcpu::translated::Optimizations;
 
-use crate::args::{Accel, ConsoleArg, DiskArg, NetArg, RunArgs};
+use crate::args::machine::{Accel, MachineArgs, NetArg, Variable};
+use crate::args::{ConsoleArg, DiskArg, RunArgs};
 use crate::terminal;
 
 const PAGE_BYTES: u64 = 4096;
@@ -223,9 +224,9 @@ impl RunPlan {
     /// What kept machines and others have in common: no root disk of an image, no console yet.
     fn base(args: &RunArgs, state: &Path, shell: Shell) -> Result<(Self, FromImage), PlanError> {
         let name = machine_name(args)?;
-        check_memory(args.memory, host_memory_bytes())?;
+        check_memory(args.machine.memory, host_memory_bytes())?;
         let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        check_open_files(u64::from(args.cpus) + args.disks.len() as u64, open_files)?;
+        check_open_files(u64::from(args.machine.cpus) + args.disks.len() as u64, open_files)?;
         check_combination(args)?;
         let disks = user_disks(args)?;
         let net = network(args)?;
@@ -236,19 +237,19 @@ impl RunPlan {
         let plan = Self {
             command_line: command_line(args, &name, shell)?,
             name,
-            cpus: args.cpus,
-            memory_bytes: args.memory.bytes(),
+            cpus: args.machine.cpus,
+            memory_bytes: args.machine.memory.bytes(),
             code_cache_bytes: args.code_cache.map(check_code_cache).transpose()?,
             always_direct: args.always_direct,
             optimizations: args.translator_opt.unwrap_or_default(),
             stats: args.stats,
             dump_blocks: args.dump_blocks.clone(),
-            accel: args.accel,
+            accel: args.machine.accel,
             kernel: files.kernel,
             initrd: files.initrd,
             disks,
             net,
-            debug_exit: args.debug_exit,
+            debug_exit: args.machine.debug_exit,
             console: Console::Nowhere,
             virtio_console: None,
             command: None,
@@ -268,8 +269,7 @@ impl RunPlan {
         state: &Path,
         console: Console,
     ) -> Result<Self, PlanError> {
-        let args = RunArgs {
-            name: Some(name.to_owned()),
+        let machine = MachineArgs {
             cpus: config.cpus,
             memory: config.memory,
             accel: match config.accel {
@@ -280,24 +280,30 @@ impl RunPlan {
             kernel: config.kernel.clone(),
             initrd: config.initrd.clone(),
             append: config.append.clone(),
-            disks: config
-                .disks
-                .iter()
-                .map(|disk| DiskArg {
-                    path: folder.join(&disk.file),
-                    format: match disk.format {
-                        kept::DiskFormat::Raw => Format::Raw,
-                        kept::DiskFormat::Qcow2 => Format::Qcow2,
-                    },
-                    read_only: disk.read_only,
-                })
-                .collect(),
             net: Some(match &config.net {
                 kept::Net::User => NetArg::User,
                 kept::Net::Tap(name) => NetArg::Tap(name.clone()),
                 kept::Net::None => NetArg::None,
             }),
             debug_exit: config.debug_exit,
+            env: config
+                .env
+                .iter()
+                .map(|(name, value)| Variable { name: name.clone(), value: value.clone() })
+                .collect(),
+        };
+        let disk = |disk: &kept::Disk| DiskArg {
+            path: folder.join(&disk.file),
+            format: match disk.format {
+                kept::DiskFormat::Raw => Format::Raw,
+                kept::DiskFormat::Qcow2 => Format::Qcow2,
+            },
+            read_only: disk.read_only,
+        };
+        let args = RunArgs {
+            name: Some(name.to_owned()),
+            machine,
+            disks: config.disks.iter().map(disk).collect(),
             image: config.image.clone(),
             ..RunArgs::default()
         };
@@ -335,7 +341,7 @@ fn image_boot(args: &RunArgs, name: &str, state: &Path) -> Result<Boot, PlanErro
         }
         (error, _) => error.into(),
     })?;
-    let (kernel, initrd) = match &args.kernel {
+    let (kernel, initrd) = match &args.machine.kernel {
         Some(_) => (given_kernel(args)?, given_initrd(args)?),
         None => (image.kernel(), Some(initramfs::for_image(&image, &agent::find()?)?)),
     };
@@ -361,7 +367,7 @@ fn check_combination(args: &RunArgs) -> Result<(), PlanError> {
     if args.image.is_none() && !args.command.is_empty() {
         return usage("a command needs an image, whose agent runs it; `-- CMD` goes after IMAGE");
     }
-    if args.image.is_some() && args.kernel.is_some() && args.initrd.is_none() {
+    if args.image.is_some() && args.machine.kernel.is_some() && args.machine.initrd.is_none() {
         return usage(
             "--kernel with an image needs --initrd too: the image's modules fit its own kernel only",
         );
@@ -446,14 +452,14 @@ fn host_memory_bytes() -> Option<u64> {
 }
 
 fn given_kernel(args: &RunArgs) -> Result<PathBuf, PlanError> {
-    let Some(path) = &args.kernel else {
+    let Some(path) = &args.machine.kernel else {
         return Err(PlanError::Usage("an image or --kernel is needed".into()));
     };
     check_file(path, "a kernel", false).map(|_| path.clone())
 }
 
 fn given_initrd(args: &RunArgs) -> Result<Option<PathBuf>, PlanError> {
-    let Some(list) = &args.initrd else { return Ok(None) };
+    let Some(list) = &args.machine.initrd else { return Ok(None) };
     for module in Module::parse_list(&list.to_string_lossy()) {
         check_file(&module.path, "an initrd", false)?;
     }
@@ -519,7 +525,7 @@ fn user_disks(args: &RunArgs) -> Result<Vec<DiskPlan>, PlanError> {
 }
 
 fn network(args: &RunArgs) -> Result<NetPlan, PlanError> {
-    match &args.net {
+    match &args.machine.net {
         Some(NetArg::None) => Ok(NetPlan::Absent),
         Some(NetArg::Tap(name)) if Path::new("/sys/class/net").join(name).exists() => {
             Ok(NetPlan::Tap(name.clone()))
@@ -575,23 +581,41 @@ fn command_line(args: &RunArgs, name: &str, shell: Shell) -> Result<String, Plan
             }
             Shell::Always => words.push("berth.shell=always".to_owned()),
         }
+        words.extend(args.machine.env.iter().map(environment_word));
     }
-    let panic_said = args.append.split_whitespace().any(|word| word.starts_with("panic="));
-    if args.image.is_none() && !panic_said && args.kernel.as_deref().is_some_and(holds_bzimage) {
+    let panic_said = args.machine.append.split_whitespace().any(|word| word.starts_with("panic="));
+    if args.image.is_none()
+        && !panic_said
+        && args.machine.kernel.as_deref().is_some_and(holds_bzimage)
+    {
         // Else a kernel that has panicked waits forever.
         words.push("panic=-1".to_owned());
     }
-    if !args.append.is_empty() {
-        words.push(args.append.clone());
+    if !args.machine.append.is_empty() {
+        words.push(args.machine.append.clone());
     }
     let line = words.join(" ");
     if line.len() > COMMAND_LINE_BYTES_MAX || line.contains('\0') {
         return Err(PlanError::Usage(format!(
-            "the kernel command line has {} bytes; Linux takes {COMMAND_LINE_BYTES_MAX}",
+            "the kernel command line has {} bytes with all of --append and --env; Linux takes \
+             {COMMAND_LINE_BYTES_MAX}",
             line.len()
         )));
     }
     Ok(line)
+}
+
+/// A variable as the agent reads it: bytes that could mean something else are written as `%2F`.
+fn environment_word(variable: &Variable) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./:,+@".contains(&byte);
+    let written = |text: &str| -> String {
+        let bytes = text.bytes().map(|byte| match byte {
+            byte if plain(byte) => char::from(byte).to_string(),
+            byte => format!("%{byte:02x}"),
+        });
+        bytes.collect()
+    };
+    format!("berth.env={}={}", written(&variable.name), written(&variable.value))
 }
 
 fn terminal_words() -> Vec<String> {
@@ -644,7 +668,7 @@ mod tests {
         fs::write(file("b"), b"b").unwrap();
         let check = |list: String| {
             let mut args = run_args("--kernel k --initrd i");
-            args.initrd = Some(list.into());
+            args.machine.initrd = Some(list.into());
             given_initrd(&args)
         };
         assert!(check(format!("{} one two,{}", file("a"), file("b"))).is_ok());
@@ -661,8 +685,8 @@ mod tests {
         let line = |append: &str, content: &[u8]| {
             fs::write(&kernel, content).unwrap();
             let mut args = run_args("--kernel k");
-            args.kernel = Some(kernel.clone());
-            args.append = append.to_owned();
+            args.machine.kernel = Some(kernel.clone());
+            args.machine.append = append.to_owned();
             command_line(&args, "box", Shell::Once).unwrap()
         };
         assert_eq!(line("quiet", &head), "panic=-1 quiet");
@@ -724,6 +748,17 @@ mod tests {
         assert!(check_combination(&command).is_err());
         command.serial = Some(ConsoleArg::File("log".into()));
         assert!(check_combination(&command).is_ok());
+    }
+
+    #[test]
+    fn variables_are_words_of_the_command_line() {
+        let args = run_args("-e A=b/c -e É=1 debian");
+        let mut line = command_line(&args, "box", Shell::Always).unwrap();
+        assert!(line.ends_with(" berth.env=A=b/c berth.env=%c3%89=1"), "{line}");
+        let mut spaced = args;
+        spaced.machine.env[0].value = "x \"y\"\n%".into();
+        line = command_line(&spaced, "box", Shell::None).unwrap();
+        assert!(line.contains(" berth.env=A=x%20%22y%22%0a%25 "), "{line}");
     }
 
     #[test]

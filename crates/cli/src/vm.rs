@@ -5,10 +5,11 @@ pub mod snapshots;
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 
 use berth_api::agent::message::{Exec, TerminalSize};
+use berth_api::v1::change::ChangeMachine;
 use berth_api::v1::machine::{
     self as api, AdoptMachine, CreateMachine, Machine, MachineConfig, NewDisk, RenameMachine,
 };
@@ -18,12 +19,12 @@ use berth_vmm::console::EscapeFilter;
 use hyper::Method;
 use jiff::{SpanRound, Timestamp, Unit};
 
+use crate::args::machine::{Accel, NetArg, SetArgs, Variable};
 use crate::args::{
-    Accel, AdoptArgs, ConsoleArgs, CreateArgs, ExecArgs, KeptDisk, LogsArgs, NetArg, RenameArgs,
-    RmArgs, StopArgs,
+    AdoptArgs, ConsoleArgs, CreateArgs, ExecArgs, KeptDisk, LogsArgs, RenameArgs, RmArgs, StopArgs,
 };
 use crate::client::{Client, ClientError};
-use crate::command::{self, Dial};
+use crate::command::{self, CommandError, Dial};
 use crate::exit::{CliError, ExitCode};
 use crate::plan::has_program;
 use crate::table;
@@ -34,7 +35,7 @@ const BACKLOG: u32 = 2048;
 /// Bytes moved at once.
 const CHUNK: usize = 16 << 10;
 /// A request without a body.
-const NOTHING: Option<&()> = None;
+pub(crate) const NOTHING: Option<&()> = None;
 
 type Done = Result<ExitCode, CliError>;
 
@@ -44,11 +45,12 @@ type Done = Result<ExitCode, CliError>;
 /// [`CliError`].
 pub fn create(client: &Client, args: &CreateArgs) -> Done {
     let absolute = |path: &Path| std::path::absolute(path).map_err(CliError::Output);
-    let net = match (&args.net, &args.image) {
-        (Some(NetArg::User), _) => api::Net::User,
-        (Some(NetArg::Tap(name)), _) => api::Net::Tap(name.clone()),
-        (Some(NetArg::None), _) | (None, None) => api::Net::None,
-        (None, Some(_)) if has_program("passt") => api::Net::User,
+    let machine = &args.machine;
+    let net = match (&machine.net, &args.image) {
+        (Some(net), _) => net_of(net),
+        (None, None) => api::Net::None,
+        // What is on the daemon's host is not known from elsewhere: a start says it.
+        (None, Some(_)) if client.is_remote() || has_program("passt") => api::Net::User,
         (None, Some(_)) => {
             eprintln!("berth: the guest gets no network, since passt is not installed");
             api::Net::None
@@ -72,17 +74,14 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
         name: args.name.clone(),
         config: MachineConfig {
             image: args.image.clone(),
-            kernel: args.kernel.as_deref().map(absolute).transpose()?,
-            initrd: args.initrd.as_deref().map(absolute).transpose()?,
-            append: args.append.clone(),
-            cpus: args.cpus,
-            memory: args.memory,
-            accel: match args.accel {
-                Accel::Auto => api::Accel::Auto,
-                Accel::Translate => api::Accel::Translate,
-                Accel::Kvm => api::Accel::Kvm,
-            },
-            debug_exit: args.debug_exit,
+            kernel: machine.kernel.as_deref().map(absolute).transpose()?,
+            initrd: machine.initrd.as_deref().map(absolute).transpose()?,
+            append: machine.append.clone(),
+            cpus: machine.cpus,
+            memory: machine.memory,
+            accel: accel_of(machine.accel),
+            debug_exit: machine.debug_exit,
+            env: machine.env.iter().cloned().map(Variable::into_pair).collect(),
             net,
             disks: Vec::new(),
         },
@@ -91,6 +90,53 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
     let path = format!("{PREFIX}/machines");
     let made: Machine = client.call(&Method::POST, &path, Some(&request))?;
     print(&format!("{}\n", made.name))
+}
+
+fn net_of(net: &NetArg) -> api::Net {
+    match net {
+        NetArg::User => api::Net::User,
+        NetArg::Tap(name) => api::Net::Tap(name.clone()),
+        NetArg::None => api::Net::None,
+    }
+}
+
+fn accel_of(accel: Accel) -> api::Accel {
+    match accel {
+        Accel::Auto => api::Accel::Auto,
+        Accel::Translate => api::Accel::Translate,
+        Accel::Kvm => api::Accel::Kvm,
+    }
+}
+
+/// `berth vm set`.
+///
+/// # Errors
+/// [`CliError`].
+pub fn set(client: &Client, args: &SetArgs) -> Done {
+    let set = args.env.iter().cloned().map(Variable::into_pair);
+    let unset = args.unset_env.iter().map(|name| (name.clone(), None));
+    let change = ChangeMachine {
+        cpus: args.cpus,
+        memory: args.memory,
+        accel: args.accel.map(accel_of),
+        append: args.append.clone(),
+        net: args.net.as_ref().map(net_of),
+        debug_exit: args.debug_exit,
+        env: unset.chain(set.map(|(name, value)| (name, Some(value)))).collect(),
+    };
+    if change.is_empty() {
+        let text = "nothing is to be changed; `berth vm set --help` lists what can be";
+        return Err(CliError::Usage(text.into()));
+    }
+    let path = routes::machine(&args.name, None);
+    let machine: Machine = client.call(&Method::PATCH, &path, Some(&change))?;
+    if machine.state.is_up() {
+        let name = &machine.name;
+        eprintln!(
+            "berth: {name} runs as it is until it is started again (`berth vm restart {name}`)"
+        );
+    }
+    print(&format!("{}\n", machine.name))
 }
 
 /// `berth vm adopt`.
@@ -193,7 +239,7 @@ pub fn list(client: &Client, json: bool) -> Done {
 }
 
 /// A time since then, for people.
-fn span(from: Timestamp, to: Timestamp) -> String {
+pub(crate) fn span(from: Timestamp, to: Timestamp) -> String {
     let whole = SpanRound::new().smallest(Unit::Second).largest(Unit::Hour);
     match (to - from).round(whole) {
         Ok(span) => format!("{span:#}"),
@@ -244,11 +290,34 @@ pub fn events(client: &Client) -> Done {
 }
 
 /// The way to the agent of a kept machine.
-struct Kept<'a> {
+pub(crate) struct Kept<'a> {
     client: &'a Client,
     name: &'a str,
     /// Why it cannot be reached at all.
     refused: Option<ClientError>,
+}
+
+impl<'a> Kept<'a> {
+    pub(crate) fn new(client: &'a Client, name: &'a str) -> Self {
+        Self { client, name, refused: None }
+    }
+
+    /// What an error on the way means: why the daemon refused, if it did.
+    pub(crate) fn explain(self, error: CommandError) -> CliError {
+        match (error, self.refused) {
+            (CommandError::GuestEnded, Some(why)) => why.into(),
+            (error, _) => error.into(),
+        }
+    }
+}
+
+/// Refuses what needs a machine that runs.
+pub(crate) fn check_running(client: &Client, name: &str) -> Result<(), CliError> {
+    let machine: Machine = client.call(&Method::GET, &routes::machine(name, None), NOTHING)?;
+    if machine.state == api::MachineState::Running {
+        return Ok(());
+    }
+    Err(CliError::NotRunning { name: name.to_owned(), state: machine.state.as_str() })
 }
 
 impl Dial for Kept<'_> {
@@ -289,24 +358,11 @@ pub fn exec(client: &Client, args: &ExecArgs) -> Done {
             exec.env.push(("TERM".into(), term));
         }
     }
-    for pair in &args.env {
-        let Some((name, value)) = pair.split_once('=') else {
-            return Err(CliError::Usage(format!("`{pair}` is no variable; NAME=VALUE is one")));
-        };
-        exec.env.push((name.to_owned(), value.to_owned()));
-    }
-    let path = routes::machine(&args.name, None);
-    let machine: Machine = client.call(&Method::GET, &path, NOTHING)?;
-    if machine.state != api::MachineState::Running {
-        let name = &args.name;
-        return Err(CliError::NotRunning { name: name.clone(), state: machine.state.as_str() });
-    }
-    let mut dial = Kept { client, name: &args.name, refused: None };
+    exec.env.extend(args.env.iter().cloned().map(Variable::into_pair));
+    check_running(client, &args.name)?;
+    let mut dial = Kept::new(client, &args.name);
     let result = command::run(&mut dial, &exec);
-    result.map_err(|error| match (error, dial.refused) {
-        (command::CommandError::GuestEnded, Some(why)) => why.into(),
-        (error, _) => error.into(),
-    })
+    result.map_err(|error| dial.explain(error))
 }
 
 /// `berth vm console`.
@@ -374,35 +430,4 @@ fn print(text: &str) -> Done {
 fn print_json(value: &impl serde::Serialize) -> Done {
     let text = serde_json::to_string_pretty(value).map_err(CliError::Json)?;
     print(&(text + "\n"))
-}
-
-/// `berth daemon`.
-///
-/// # Errors
-/// [`CliError`].
-pub fn daemon(root: &Path, socket: PathBuf, detached: bool) -> Done {
-    if detached {
-        // The terminal of whoever needed it first does not end it.
-        let _ = rustix::process::setsid();
-    }
-    // What it makes, and what its machines make, is its user's alone.
-    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    let root = std::path::absolute(root).map_err(CliError::Output)?;
-    let program = std::env::current_exe().map_err(CliError::Output)?;
-    let config = berth_daemon::server::Config { root, socket, program };
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    let runtime = builder.worker_threads(2).enable_all().build().map_err(CliError::Output)?;
-    runtime.block_on(async {
-        use tokio::signal::unix::{SignalKind, signal};
-        let mut terminate = signal(SignalKind::terminate()).map_err(CliError::Output)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(CliError::Output)?;
-        let over = async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        };
-        berth_daemon::server::serve(&config, over).await?;
-        Ok(ExitCode::Success)
-    })
 }

@@ -16,10 +16,12 @@
 //! it. Removing and adopting need a machine without a process; renaming does not. One operation at a time
 //! changes a machine; those that only look wait for none.
 
+mod change;
 mod clone;
 mod create;
 mod load;
 mod snapshots;
+pub mod stats;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -42,6 +44,7 @@ use uuid::Uuid;
 use crate::events::Events;
 use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{Folder, VmToml};
+use crate::machines::stats::Counts;
 use crate::vmm::{self, VmmError};
 
 /// How long a guest may take to power off by its button before its agent is asked too.
@@ -78,6 +81,7 @@ struct Live {
     config: VmToml,
     run: Option<Run>,
     last_exit: Option<Exit>,
+    counts: Counts,
 }
 
 /// A process of a machine.
@@ -96,7 +100,14 @@ impl Entry {
         Arc::new(Self {
             id: config.id,
             changing: tokio::sync::Mutex::default(),
-            live: Mutex::new(Live { name, folder, config, run: None, last_exit }),
+            live: Mutex::new(Live {
+                name,
+                folder,
+                config,
+                run: None,
+                last_exit,
+                counts: Counts::default(),
+            }),
         })
     }
 
@@ -239,6 +250,7 @@ impl Machines {
             let message = format!("{name} was started, and its process does not answer");
             return Err(error(ErrorCode::Failed, message));
         }
+        entry.live().counts.starts += 1;
         self.tell(EventKind::Started, entry, None);
         Ok(())
     }
@@ -285,6 +297,7 @@ impl Machines {
         let mut live = entry.live();
         live.run = None;
         live.last_exit = Some(exit);
+        live.counts.failures += u64::from(kind == EventKind::Failed);
         drop(live);
         self.tell(kind, entry, Some(reason));
     }

@@ -1,13 +1,18 @@
-//! The HTTP interface on a unix socket.
+//! The HTTP interface on a unix socket, and on TCP with TLS where that is asked for.
 //!
 //! The OpenAPI document is made from the handlers and served at `/berth/v1/openapi.json`.
 
+#[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
+mod change;
 mod extract;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod machines;
 mod metrics;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
+mod stats;
+#[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod stream;
+mod tcp;
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -32,6 +37,8 @@ use crate::events::Events;
 use crate::failure::error;
 use crate::folder::{Folder, FolderError, FolderLock};
 use crate::machines::Machines;
+use crate::server::tcp::TlsListener;
+use crate::tls::{TlsError, TlsFiles};
 
 /// Locked by the daemon of a state directory; the store of images has another lock.
 const LOCK: &str = "daemon.lock";
@@ -50,6 +57,17 @@ pub struct Config {
     pub socket: PathBuf,
     /// The program that is the process of a machine.
     pub program: PathBuf,
+    /// Where it listens besides.
+    pub tcp: Option<Tcp>,
+}
+
+/// TCP with TLS, for whoever has a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tcp {
+    /// `ADDRESS:PORT`; port 0 takes one that is free.
+    pub address: String,
+    /// The daemon's certificate, and who signs those of clients.
+    pub tls: TlsFiles,
 }
 
 /// Why the daemon does not run.
@@ -72,6 +90,17 @@ pub enum DaemonError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The address.
+    #[error("cannot listen at tcp://{address}")]
+    ListenTcp {
+        /// Which.
+        address: String,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// Answering.
     #[error("serving failed")]
     Serve(#[source] io::Error),
@@ -82,6 +111,7 @@ pub enum DaemonError {
 struct Daemon {
     machines: Arc<Machines>,
     started: Timestamp,
+    addresses: Arc<[String]>,
 }
 
 /// The document's head.
@@ -89,7 +119,8 @@ struct Daemon {
 #[openapi(
     info(
         title = "Berth",
-        description = "Machines: created, started, frozen, copied. On a unix socket.",
+        description = "Machines: created, started, frozen, copied. On a unix socket, and on TCP with \
+                       TLS and certificates on both sides.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     components(schemas(ErrorBody))
@@ -104,33 +135,61 @@ pub async fn serve(
     config: &Config,
     over: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), DaemonError> {
+    // What is wrong there is said before anything else is done.
+    let tls = config.tcp.as_ref().map(|tcp| tcp.tls.server()).transpose()?;
     let _lock = lock(&config.root).await?;
+    let tcp = match (&config.tcp, tls) {
+        (Some(Tcp { address, .. }), Some(tls)) => {
+            let failed = |source| DaemonError::ListenTcp { address: address.clone(), source };
+            Some(TlsListener::bind(address, tls).await.map_err(failed)?)
+        }
+        _ => None,
+    };
     let listener = listen(&config.socket)?;
     let bound = inode(&config.socket);
     let machines = Machines::load(&config.root, config.program.clone(), Events::default())
         .await
         .map_err(|error| DaemonError::State(error.message))?;
-    let daemon = Daemon { machines, started: Timestamp::now() };
-    tracing::info!(socket = %config.socket.display(), "listening");
-    let app = router(daemon);
-    // Streams do not end by themselves: those that are left when it is over are cut off soon.
-    let (tell, told) = tokio::sync::oneshot::channel();
-    let serving = axum::serve(listener, app).with_graceful_shutdown(async move {
-        over.await;
-        let _ = tell.send(());
-    });
-    let result = tokio::select! {
-        result = serving => result,
-        () = async {
-            let _ = told.await;
-            tokio::time::sleep(GRACE).await;
-        } => Ok(()),
-    };
+    let mut addresses = vec![format!("unix://{}", config.socket.display())];
+    addresses.extend(tcp.as_ref().map(|tcp| format!("tcp://{}", tcp.address())));
+    tracing::info!(addresses = addresses.join(" "), "listening");
+    let daemon = Daemon { machines, started: Timestamp::now(), addresses: addresses.into() };
+    let result = answer(listener, tcp, router(daemon), over).await;
     // Others do not find a socket at which nobody listens; one that is another's by now stays.
     if inode(&config.socket) == bound {
         let _ = std::fs::remove_file(&config.socket);
     }
     result.map_err(DaemonError::Serve)
+}
+
+async fn answer(
+    listener: UnixListener,
+    tcp: Option<TlsListener>,
+    app: Router,
+    over: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    let (tell, told) = tokio::sync::watch::channel(false);
+    let is_over = || {
+        let mut told = told.clone();
+        // The other end is there until the end.
+        async move { drop(told.wait_for(|over| *over).await) }
+    };
+    let local = axum::serve(listener, app.clone()).with_graceful_shutdown(is_over());
+    let remote = async {
+        match tcp {
+            Some(tcp) => axum::serve(tcp, app).with_graceful_shutdown(is_over()).await,
+            None => Ok(()),
+        }
+    };
+    // Streams do not end by themselves: those that are left when it is over are cut off soon.
+    tokio::select! {
+        result = async { tokio::try_join!(local, remote) } => result.map(|_| ()),
+        () = async {
+            over.await;
+            tell.send_replace(true);
+            tokio::time::sleep(GRACE).await;
+        } => Ok(()),
+    }
 }
 
 fn inode(path: &Path) -> Option<(u64, u64)> {
@@ -187,6 +246,7 @@ fn router(daemon: Daemon) -> Router {
             PREFIX,
             OpenApiRouter::new()
                 .routes(routes!(info))
+                .routes(routes!(metrics::metrics))
                 .routes(routes!(stream::events))
                 .merge(machines::router()),
         )
@@ -230,6 +290,7 @@ async fn info(State(daemon): State<Daemon>) -> Json<Info> {
         pid: std::process::id(),
         root: daemon.machines.root().display().to_string(),
         started: daemon.started,
+        addresses: daemon.addresses.to_vec(),
         machines: count(machines.len()),
         running: count(machines.iter().filter(|machine| machine.state.is_up()).count()),
     })

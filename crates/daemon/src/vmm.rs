@@ -17,7 +17,7 @@ use tokio::net::UnixStream;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use crate::folder::{Folder, own_file};
+use crate::folder::Folder;
 
 /// How long the process of a machine may take for an answer.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
@@ -185,10 +185,8 @@ pub async fn start(program: &Path, root: &Path, folder: &Folder) -> Result<(), V
         VmmError::NotStarted(format!("{what}: {error}"))
     };
     let path = folder.file(LOG);
-    let log = own_file()
-        .append(true)
-        .open(&path)
-        .map_err(|error| not(&path.display().to_string(), &error))?;
+    let log =
+        crate::log::for_process(&path).map_err(|error| not(&path.display().to_string(), &error))?;
     let mut child = Command::new(program)
         .arg("--root")
         .arg(root)

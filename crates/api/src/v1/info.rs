@@ -16,6 +16,9 @@ pub struct Info {
     /// Since when it runs.
     #[schema(value_type = String, format = DateTime)]
     pub started: Timestamp,
+    /// Where it listens: `unix://PATH`, `tcp://ADDRESS:PORT`.
+    #[serde(default)]
+    pub addresses: Vec<String>,
     /// How many machines there are.
     pub machines: u32,
     /// How many of them run.

@@ -1,5 +1,6 @@
 //! Machines.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
@@ -54,6 +55,10 @@ pub struct MachineConfig {
     /// The network card.
     #[serde(default)]
     pub net: Net,
+    /// Variables of the environment of what runs in the guest: commands, and the console's shell. They
+    /// need an image, whose agent sets them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
     /// Its disks, in the order the guest numbers them.
     #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
@@ -79,6 +84,7 @@ impl Default for MachineConfig {
             accel: Accel::default(),
             debug_exit: false,
             net: Net::default(),
+            env: BTreeMap::new(),
             disks: Vec::new(),
         }
     }

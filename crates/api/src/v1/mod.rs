@@ -3,9 +3,11 @@
 //! Bodies are JSON. Unknown fields of requests are refused. Errors are [`error::ErrorBody`] with a
 //! status that fits. Routes are in [`routes`].
 
+pub mod change;
 pub mod error;
 pub mod event;
 pub mod info;
 pub mod machine;
 pub mod routes;
 pub mod snapshot;
+pub mod stats;

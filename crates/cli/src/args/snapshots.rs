@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use berth_api::size::Size;
 use berth_api::v1::snapshot::CLONES_MAX;
 
-use super::Accel;
+use crate::args::machine::Accel;
 
 /// `berth vm snapshot`.
 #[derive(Clone, Debug, clap::Args)]

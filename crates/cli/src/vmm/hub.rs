@@ -4,20 +4,17 @@
 //! The guest never waits for somebody who is attached: one who does not read loses the connection
 //! once so much is waiting for him.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use berth_daemon::folder::{Folder, own_file};
+use berth_daemon::folder::Folder;
+use berth_daemon::log::Log;
 
-/// Bytes of a log before another one is begun; one old one is kept.
-const LOG_BYTES_MAX: u64 = 4 << 20;
 /// Bytes that are moved at once.
 const CHUNK: usize = 16 << 10;
 /// Chunks that wait for somebody who is attached.
@@ -35,37 +32,20 @@ pub struct Hub {
 }
 
 struct Inner {
-    log: Log,
+    record: Record,
     attached: Vec<(u64, SyncSender<Arc<[u8]>>)>,
     next: u64,
 }
 
-/// The log and its size.
-struct Log {
-    path: PathBuf,
-    file: File,
-    len: u64,
+/// The console's log; what cannot be written of it is said once.
+struct Record {
+    log: Log,
     failed: bool,
 }
 
-impl Log {
-    fn open(path: PathBuf) -> io::Result<Self> {
-        let file = own_file().append(true).open(&path)?;
-        let len = file.metadata()?.len();
-        Ok(Self { path, file, len, failed: false })
-    }
-
+impl Record {
     fn write(&mut self, bytes: &[u8]) {
-        let written = (|| {
-            if self.len > 0 && self.len + bytes.len() as u64 > LOG_BYTES_MAX {
-                fs::rename(&self.path, self.path.with_added_extension("1"))?;
-                *self = Self::open(self.path.clone())?;
-            }
-            self.file.write_all(bytes)?;
-            self.len += bytes.len() as u64;
-            Ok::<_, io::Error>(())
-        })();
-        match written {
+        match self.log.write(bytes) {
             Ok(()) => self.failed = false,
             // A full disk does not stop the guest. Said once.
             Err(error) if !std::mem::replace(&mut self.failed, true) => {
@@ -73,16 +53,6 @@ impl Log {
             }
             Err(_) => {}
         }
-    }
-
-    /// The last bytes of it.
-    fn tail(&self, bytes: u64) -> io::Result<Vec<u8>> {
-        let mut file = File::open(&self.path)?;
-        let end = file.seek(SeekFrom::End(0))?;
-        file.seek(SeekFrom::Start(end.saturating_sub(bytes)))?;
-        let mut text = Vec::new();
-        file.take(bytes).read_to_end(&mut text)?;
-        Ok(text)
     }
 }
 
@@ -92,10 +62,10 @@ impl Hub {
     /// # Errors
     /// The log cannot be opened, or there is no thread.
     pub fn start(guest: UnixStream, folder: &Folder) -> io::Result<Arc<Self>> {
-        let log = Log::open(folder.file("console.log"))?;
+        let record = Record { log: Log::open(folder.file("console.log"))?, failed: false };
         let from = guest.try_clone()?;
         guest.set_write_timeout(Some(TYPE_TIME))?;
-        let inner = Mutex::new(Inner { log, attached: Vec::new(), next: 0 });
+        let inner = Mutex::new(Inner { record, attached: Vec::new(), next: 0 });
         let hub = Arc::new(Self { guest, inner, reader: Mutex::default() });
         let reading = Arc::clone(&hub);
         let thread = thread::Builder::new().name("console-hub".into());
@@ -119,7 +89,7 @@ impl Hub {
             };
             let bytes: Arc<[u8]> = chunk.get(..count).unwrap_or_default().into();
             let mut inner = self.inner();
-            inner.log.write(&bytes);
+            inner.record.write(&bytes);
             // Who is gone or too slow is not attached any more.
             inner.attached.retain(|(_, to)| to.try_send(Arc::clone(&bytes)).is_ok());
         }
@@ -135,7 +105,7 @@ impl Hub {
         if inner.attached.len() >= ATTACHED_MAX {
             return Err(io::Error::other(format!("{ATTACHED_MAX} are attached already")));
         }
-        let past = inner.log.tail(u64::from(backlog))?;
+        let past = inner.record.log.tail(u64::from(backlog))?;
         let id = inner.next;
         inner.next += 1;
         inner.attached.push((id, sender));
@@ -221,6 +191,8 @@ impl Attached<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn hub() -> (tempfile::TempDir, UnixStream, Arc<Hub>) {
@@ -280,20 +252,5 @@ mod tests {
         hub.finish();
         let got: usize = attached.printed.iter().map(|bytes| bytes.len()).sum();
         assert!(got < 8 << 20, "{got}");
-    }
-
-    #[test]
-    fn logs_are_bounded() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("console.log");
-        let mut log = Log::open(path.clone()).unwrap();
-        for i in 0..40u8 {
-            log.write(&vec![i; 1 << 18]);
-        }
-        let (old, new) = (path.with_added_extension("1"), path);
-        assert!(fs::metadata(&old).unwrap().len() <= LOG_BYTES_MAX);
-        assert_eq!(log.tail(1).unwrap(), [39]);
-        let both = fs::metadata(old).unwrap().len() + fs::metadata(new).unwrap().len();
-        assert!(both > LOG_BYTES_MAX && both <= 2 * LOG_BYTES_MAX);
     }
 }

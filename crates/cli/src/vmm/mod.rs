@@ -190,6 +190,8 @@ fn begin(
         pid: std::process::id(),
         started: Timestamp::now(),
         accel: machine.accel().to_string(),
+        cpus: plan.cpus,
+        memory_bytes: plan.memory_bytes,
     };
     let kept = Kept { folder, toml, name, mac: mac(toml.id) };
     Control::start(kept, &machine, ends, Arc::clone(&hub), status.clone())?;

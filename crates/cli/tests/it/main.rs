@@ -3,13 +3,16 @@
 
 mod attached;
 mod consoles;
+mod copy;
 mod debian;
 mod guest;
 mod kept;
 mod kernels;
+mod remote;
 mod rubbish;
 mod snapshots;
 mod terminal;
+mod usage;
 
 use std::fs;
 use std::os::unix::fs::symlink;

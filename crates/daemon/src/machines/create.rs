@@ -138,7 +138,7 @@ fn making(path: &Path) -> impl FnOnce(io::Error) -> folder::FolderError {
 }
 
 /// What can be said before anything is made. The rest is said at the start.
-fn check(config: &MachineConfig) -> Result<()> {
+pub(super) fn check(config: &MachineConfig) -> Result<()> {
     if !(1..=CPUS_MAX).contains(&config.cpus) {
         let message = format!("a machine has 1 to {CPUS_MAX} processors, not {}", config.cpus);
         return Err(invalid(message));
@@ -161,11 +161,24 @@ fn check(config: &MachineConfig) -> Result<()> {
     if config.kernel.is_none() && config.initrd.is_some() {
         return Err(invalid("an initrd needs a kernel"));
     }
+    check_env(config)?;
     for (file, role) in [(&config.kernel, "a kernel"), (&config.initrd, "an initrd")] {
         if let Some(file) = file
             && !file.is_absolute()
         {
             return Err(invalid(format!("{} as {role} is no absolute path", file.display())));
+        }
+    }
+    Ok(())
+}
+
+fn check_env(config: &MachineConfig) -> Result<()> {
+    if !config.env.is_empty() && config.image.is_none() {
+        return Err(invalid("an environment needs an image, whose agent sets it"));
+    }
+    for (name, value) in &config.env {
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            return Err(invalid(format!("`{name}` is no variable of an environment")));
         }
     }
     Ok(())

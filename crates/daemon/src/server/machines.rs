@@ -17,7 +17,7 @@ use utoipa_axum::routes;
 use crate::failure::{failed, invalid};
 use crate::machines::{Entry, Machines};
 use crate::server::extract::{Body, Failure, Path, Query};
-use crate::server::{Daemon, stream};
+use crate::server::{Daemon, change, stats, stream};
 
 type Answer<T> = Result<T, Failure>;
 
@@ -30,7 +30,7 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
     OpenApiRouter::new()
         .routes(routes!(list, create))
         .routes(routes!(adopt))
-        .routes(routes!(inspect, remove))
+        .routes(routes!(inspect, remove, change::change))
         .routes(routes!(start))
         .routes(routes!(stop))
         .routes(routes!(kill))
@@ -44,13 +44,15 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
         .routes(routes!(remove_snapshot))
         .routes(routes!(restore))
         .routes(routes!(clone_machine))
+        .routes(routes!(stats::all_stats))
+        .routes(routes!(stats::stats))
         .routes(routes!(stream::logs))
         .routes(routes!(stream::console))
         .routes(routes!(stream::agent))
 }
 
 /// Does it whether or not whoever asked for it stays: what is begun is ended.
-async fn whole<T: Send + 'static>(
+pub(super) async fn whole<T: Send + 'static>(
     work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> Answer<T> {
     match tokio::spawn(work).await {

@@ -26,6 +26,7 @@ use tokio::sync::mpsc;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::failure::invalid;
+use crate::log::BEFORE;
 use crate::machines::Entry;
 use crate::server::Daemon;
 use crate::server::extract::{Failure, Path, Query};
@@ -36,9 +37,7 @@ const POLL: Duration = Duration::from_millis(100);
 const CHUNK: usize = 64 << 10;
 /// Chunks kept for a reader that is slow.
 const CHUNKS: usize = 4;
-/// The log before the one that is written.
-const BEFORE: &str = ".1";
-const JSON_LINES: [(HeaderName, &str); 1] = [(CONTENT_TYPE, "application/jsonl")];
+pub(super) const JSON_LINES: [(HeaderName, &str); 1] = [(CONTENT_TYPE, "application/jsonl")];
 const BYTES: [(HeaderName, &str); 1] = [(CONTENT_TYPE, "application/octet-stream")];
 
 /// What happens from now on: an `Event` as a line of JSON each. One who is too slow to read is
@@ -131,7 +130,7 @@ async fn send_log(
     to: &mpsc::Sender<io::Result<Bytes>>,
 ) -> io::Result<()> {
     let path = entry.folder().file(file);
-    let before = read_if_there(path.with_added_extension(BEFORE.trim_start_matches('.'))).await?;
+    let before = read_if_there(path.with_added_extension(BEFORE)).await?;
     let mut open = match File::open(&path).await {
         Ok(file) => Some(file),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,

@@ -1,0 +1,150 @@
+//! What a machine is made of: the options that machines which are kept and others have in common, and
+//! how one that is kept is changed.
+
+use std::path::PathBuf;
+
+use berth_api::size::Size;
+use clap::ValueEnum;
+
+/// What `run` and `create` have in common.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct MachineArgs {
+    /// Virtual processors, 1 to 16
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub cpus: u8,
+    /// Memory: bytes, or with K, M, G or T
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub memory: Size,
+    /// What runs the guest's instructions
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]
+    pub accel: Accel,
+    /// A kernel: bzImage, PVH ELF or Multiboot, told apart by looking [default: the image's]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// An initial RAM disk; or Multiboot modules, as `FILE ARGS,FILE ARGS`
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Words added to the kernel command line; a bzImage gets panic=-1 too, unless they say panic=N
+    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
+    pub append: String,
+    /// `user` (through passt), `tap=INTERFACE` or `none` [default: user with an image, else none]
+    #[arg(long, value_name = "NET")]
+    pub net: Option<NetArg>,
+    /// Gives the guest port 0xf4: writing V ends the machine with status V*2+1
+    #[arg(long)]
+    pub debug_exit: bool,
+    /// A variable in the environment of commands in the guest and of its console's shell. All users in
+    /// the guest can read it, and all together have about 1,900 bytes. May be repeated
+    #[arg(long, short, value_name = "NAME=VALUE", requires = "image")]
+    pub env: Vec<Variable>,
+}
+
+/// `berth vm set`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = SET_EXAMPLES)]
+pub struct SetArgs {
+    /// Virtual processors, 1 to 16
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub cpus: Option<u8>,
+    /// Memory: bytes, or with K, M, G or T
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Size>,
+    /// What runs the guest's instructions
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub accel: Option<Accel>,
+    /// Words added to the kernel command line, instead of those before
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// `user` (through passt), `tap=INTERFACE` or `none`
+    #[arg(long, value_name = "NET")]
+    pub net: Option<NetArg>,
+    /// Whether the guest has port 0xf4
+    #[arg(long, value_name = "true|false")]
+    pub debug_exit: Option<bool>,
+    /// A variable of the environment, as for `create`. May be repeated
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    pub env: Vec<Variable>,
+    /// A variable that is to be there no more. May be repeated
+    #[arg(long, value_name = "NAME")]
+    pub unset_env: Vec<String>,
+    /// The machine's name
+    pub name: String,
+}
+
+const SET_EXAMPLES: &str = "\
+A machine that runs goes on as it is, and is changed when it is started again (`berth vm restart`). One
+that is suspended keeps what it was stored with: only --append, --env and --unset-env are possible.
+
+Examples:
+  berth vm set --cpus 4 --memory 2G web
+  berth vm set --env MODE=test --unset-env DEBUG web && berth vm restart web";
+
+/// `NAME=VALUE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variable {
+    /// Its name.
+    pub name: String,
+    /// Its value.
+    pub value: String,
+}
+
+impl Variable {
+    /// Name and value.
+    #[must_use]
+    pub fn into_pair(self) -> (String, String) {
+        (self.name, self.value)
+    }
+}
+
+impl std::str::FromStr for Variable {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            Some((name, value)) if !name.is_empty() => {
+                Ok(Self { name: name.to_owned(), value: value.to_owned() })
+            }
+            _ => Err("no variable; NAME=VALUE is one".into()),
+        }
+    }
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// The fastest that really works here
+    #[default]
+    Auto,
+    /// Berth's own translator; works everywhere
+    Translate,
+    /// The kernel's KVM
+    Kvm,
+}
+
+/// The machine's network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetArg {
+    /// Through passt, without privileges.
+    User,
+    /// On this tap interface.
+    Tap(String),
+    /// No network card.
+    None,
+}
+
+impl std::str::FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // IFNAMSIZ less its zero byte.
+        const INTERFACE_BYTES_MAX: usize = 15;
+        match text.split_once('=') {
+            None if text == "user" => Ok(Self::User),
+            None if text == "none" => Ok(Self::None),
+            Some(("tap", name)) if !name.is_empty() && name.len() <= INTERFACE_BYTES_MAX => {
+                Ok(Self::Tap(name.to_owned()))
+            }
+            _ => Err("expected `user`, `tap=INTERFACE` or `none`".into()),
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! `PATCH /machines/{name}`.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use berth_api::v1::change::ChangeMachine;
+use berth_api::v1::error::ErrorBody;
+use berth_api::v1::machine::Machine;
+
+use crate::server::Daemon;
+use crate::server::extract::{Body, Failure, Path};
+use crate::server::machines::whole;
+
+/// Changes what a machine is made of. One that runs goes on as it is, and is changed when it is
+/// started again.
+#[utoipa::path(
+    patch,
+    path = "/machines/{name}",
+    params(("name", description = "its name")),
+    request_body = ChangeMachine,
+    responses(
+        (status = 200, body = Machine, description = "it is changed"),
+        (status = 202, body = Machine, description = "it runs; the next start changes it"),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+pub(super) async fn change(
+    State(daemon): State<Daemon>,
+    Path(name): Path<String>,
+    Body(request): Body<ChangeMachine>,
+) -> Result<(StatusCode, Json<Machine>), Failure> {
+    let machine = whole(async move {
+        let entry = daemon.machines.find(&name).await?;
+        daemon.machines.change(&entry, request).await?;
+        Ok(entry.describe())
+    });
+    let machine = machine.await?;
+    let status = if machine.state.is_up() { StatusCode::ACCEPTED } else { StatusCode::OK };
+    Ok((status, Json(machine)))
+}

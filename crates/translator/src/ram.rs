@@ -60,6 +60,8 @@ pub struct Ram {
     layers: Layers,
     /// For each page: it is write-protected in the writable view, since there are translations of it.
     protected: Bits,
+    /// For each page: it may have mappings besides the views.
+    covered: Bits,
     /// Held by whoever changes mappings or their protection.
     pub(crate) mapping: Mutex<()>,
 }
@@ -138,6 +140,7 @@ impl Ram {
             pairs: Mutex::default(),
             layers,
             protected: Bits::new(span / PAGE),
+            covered: Bits::new(span / PAGE),
             mapping: Mutex::new(()),
         };
         ram.map_views(!mapped).map_err(map_err("a guest RAM slot"))?;
@@ -238,6 +241,7 @@ impl Ram {
             return None;
         };
         entry.store(number + 1, Ordering::Release);
+        self.covered.set(gpa / PAGE, true);
         Some(at)
     }
 
@@ -302,6 +306,7 @@ impl Ram {
         pairs.numbers.insert((pages.0, pages.1, rw), number);
         for (at, gpa, _) in places {
             pairs.places.entry(gpa).or_default().push((at, rw));
+            self.covered.set(gpa / PAGE, true);
         }
         Some(at)
     }

@@ -72,6 +72,21 @@ impl Bits {
         word.is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 != 0)
     }
 
+    /// Sets the words to what `word` says, given the number of the first of 64 pages.
+    fn fill(&self, word: impl Fn(u64) -> u64) {
+        for (first, to) in (0..).step_by(64).zip(&self.0) {
+            to.store(word(first), Ordering::SeqCst);
+        }
+    }
+
+    /// The pages in it.
+    fn iter(&self) -> impl Iterator<Item = u64> + use<'_> {
+        (0..).step_by(64).zip(&self.0).flat_map(|(first, word)| {
+            let word = word.load(Ordering::Acquire);
+            (0..64).filter(move |n| word != 0 && word >> n & 1 != 0).map(move |n| first + n)
+        })
+    }
+
     /// Adds or removes one.
     pub fn set(&self, page: u64, to: bool) {
         if let Some(word) = self.0.get((page / 64) as usize) {
@@ -322,22 +337,6 @@ impl Ram {
         Ok(())
     }
 
-    /// Pages that have mappings besides the views.
-    fn covered(&self) -> Bits {
-        let covered = Bits::new(self.span() / PAGE);
-        for table in &self.guarded.of_page {
-            for (page, number) in (0..).zip(table) {
-                if number.load(Ordering::Acquire) != 0 {
-                    covered.set(page, true);
-                }
-            }
-        }
-        for gpa in lock(&self.pairs).places.keys() {
-            covered.set(gpa / PAGE, true);
-        }
-        covered
-    }
-
     /// Freezes all of it; what is written from here on goes to `new`, a file of zeroes that is as
     /// long as the one before. Nothing writes meanwhile, and no process has RAM mapped afterwards
     /// without looking.
@@ -362,43 +361,41 @@ impl Ram {
             files[free] = Some(Arc::new(new));
             number
         };
-        let covered = self.covered();
         let own = self.layers.own.load(Ordering::SeqCst);
-        let empty = self.empty_pages(own)?;
-        let stays = |gpa: u64| {
-            empty.get(gpa / PAGE) && !covered.get(gpa / PAGE) && !self.protected.get(gpa / PAGE)
-        };
         self.layers.any.store(true, Ordering::SeqCst);
+        let stays = self.empty_runs(own)?;
         for slot in &self.slots {
             sys::mprotect(self.rw_addr(slot.gpa), slot.size as usize, READ)?;
-            sys::mprotect(self.raw_addr(slot.gpa), slot.size as usize, READ)?;
+            // Whoever writes there has looked; tests make sure of that.
+            if cfg!(debug_assertions) {
+                sys::mprotect(self.raw_addr(slot.gpa), slot.size as usize, READ)?;
+            }
         }
-        for gpa in self.pages().filter(|gpa| covered.get(gpa / PAGE)) {
-            for (at, _) in self.others(gpa).filter(|(_, rw)| *rw) {
+        for page in self.covered.iter() {
+            for (at, _) in self.others(page * PAGE).filter(|(_, rw)| *rw) {
                 sys::mprotect(at, PAGE as usize, READ)?;
             }
         }
-        let mut frozen = Frozen::default();
-        let mut known = [0u8; 256];
-        for (gpa, len, (old, hole)) in self.runs(|gpa| (self.file_key(gpa).0, stays(gpa))) {
-            let hole = hole && len >= HOLE_PAGES * PAGE;
-            let old = old.unwrap_or(own);
-            if known[usize::from(old)] == 0 && !hole {
-                let file = self.layers.file(old).ok_or(io::ErrorKind::NotFound)?;
-                frozen.origin.files.push(file);
-                frozen.numbers.push(old);
-                known[usize::from(old)] = frozen.numbers.len() as u8;
-            }
+        // Beyond the end of slots that makes no difference.
+        self.layers.frozen.fill(|_| !0);
+        for &(gpa, len) in &stays {
             for gpa in (gpa..gpa + len).step_by(PAGE as usize) {
-                self.layers.frozen.set(gpa / PAGE, !hole);
-                if hole && let Some(offset) = self.offset_of(gpa) {
+                self.layers.frozen.set(gpa / PAGE, false);
+                if let Some(offset) = self.offset_of(gpa) {
                     self.layers.set_number(offset, number);
                 }
             }
-            if hole {
-                self.map_in(&self.ro, gpa, len, READ)?;
-                self.map_in(&self.raw, gpa, len, WRITE)?;
-                self.map_in(&self.rw, gpa, len, WRITE)?;
+            self.map_in(&self.ro, gpa, len, READ)?;
+            self.map_in(&self.raw, gpa, len, WRITE)?;
+            self.map_in(&self.rw, gpa, len, WRITE)?;
+        }
+        let mut frozen = Frozen::default();
+        let mut known = [0u8; 256];
+        for (old, file) in (0..=u8::MAX).zip(lock(&self.layers.files).iter()) {
+            if let Some(file) = file.as_ref().filter(|_| old != number) {
+                frozen.origin.files.push(Arc::clone(file));
+                frozen.numbers.push(old);
+                known[usize::from(old)] = frozen.numbers.len() as u8;
             }
         }
         let of_page = self.layers.file_of.iter().map(|n| n.load(Ordering::SeqCst));
@@ -408,23 +405,35 @@ impl Ram {
         Ok(frozen)
     }
 
-    /// Pages of the file of our own that hold nothing.
-    fn empty_pages(&self, own: u8) -> io::Result<Bits> {
-        let empty = Bits::new(self.span() / PAGE);
-        let Some(file) = self.layers.file(own) else { return Ok(empty) };
+    /// Runs of pages, address and bytes, whose file is our own and has nothing there, that are worth
+    /// mappings of their own.
+    fn empty_runs(&self, own: u8) -> io::Result<Vec<(u64, u64)>> {
+        let mut runs = Vec::new();
+        let Some(file) = self.layers.file(own) else { return Ok(runs) };
         let holes = sys::holes(file.as_raw_fd(), self.layers.file_of.len() as u64 * PAGE)?;
-        for slot in &self.slots {
-            for hole in &holes {
-                let start = hole.start.max(slot.offset).next_multiple_of(PAGE);
-                let end = hole.end.min(slot.offset + slot.size);
-                for offset in (start..end).step_by(PAGE as usize) {
-                    if self.layers.number(offset) == Some(own) {
-                        empty.set((offset - slot.offset + slot.gpa) / PAGE, true);
-                    }
+        for (slot, hole) in self.slots.iter().flat_map(|s| holes.iter().map(move |h| (s, h))) {
+            let start = hole.start.max(slot.offset).next_multiple_of(PAGE);
+            let end = hole.end.min(slot.offset + slot.size);
+            let mut run = (0, 0);
+            for offset in (start..end).step_by(PAGE as usize) {
+                let gpa = offset - slot.offset + slot.gpa;
+                let page = gpa / PAGE;
+                if self.layers.number(offset) != Some(own)
+                    || self.covered.get(page)
+                    || self.protected.get(page)
+                {
+                    continue;
                 }
+                if run.0 + run.1 != gpa {
+                    runs.extend((run.1 > 0).then_some(run));
+                    run = (gpa, 0);
+                }
+                run.1 += PAGE;
             }
+            runs.extend((run.1 > 0).then_some(run));
         }
-        Ok(empty)
+        runs.retain(|(_, len)| *len >= HOLE_PAGES * PAGE);
+        Ok(runs)
     }
 
     /// What was frozen is needed by nobody else: pages may be written where they are, and what they
@@ -434,7 +443,6 @@ impl Ram {
     /// The system refuses; then some pages stay frozen.
     pub fn unfreeze(&self, frozen: &Frozen) -> io::Result<()> {
         let _guard = lock(&self.mapping);
-        let covered = self.covered();
         let ours = |number: Option<u8>| number.is_some_and(|n| frozen.numbers.contains(&n));
         let key = |gpa: u64| {
             let (number, is_frozen) = self.file_key(gpa);
@@ -444,14 +452,16 @@ impl Ram {
             if !thaws {
                 continue;
             }
-            sys::mprotect(self.raw_addr(gpa), len as usize, WRITE)?;
+            if cfg!(debug_assertions) {
+                sys::mprotect(self.raw_addr(gpa), len as usize, WRITE)?;
+            }
             let pages = || (gpa..gpa + len).step_by(PAGE as usize);
             pages().for_each(|gpa| self.layers.frozen.set(gpa / PAGE, false));
             if protected {
                 continue;
             }
             sys::mprotect(self.rw_addr(gpa), len as usize, WRITE)?;
-            for gpa in pages().filter(|gpa| covered.get(gpa / PAGE)) {
+            for gpa in pages().filter(|gpa| self.covered.get(gpa / PAGE)) {
                 for (at, _) in self.others(gpa).filter(|(_, rw)| *rw) {
                     sys::mprotect(at, PAGE as usize, WRITE)?;
                 }

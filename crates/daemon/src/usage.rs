@@ -46,6 +46,16 @@ pub fn of_machine(pid: u32) -> Option<Usage> {
     Some(usage)
 }
 
+/// Milliseconds of processor time of this process alone, whose children are machines, and the bytes of
+/// its memory.
+#[must_use]
+pub fn of_this_process() -> Option<(u64, u64)> {
+    let process = Process::myself().ok()?;
+    let stat = process.stat().ok()?;
+    let resident_bytes = stat.rss.saturating_mul(procfs::page_size());
+    Some((ticks_ms(stat.utime + stat.stime), resident_bytes))
+}
+
 fn child_ms(pid: u32) -> Option<u64> {
     let process = Process::new(i32::try_from(pid).ok()?).ok()?;
     Some(cpu_ms(&process.stat().ok()?))
@@ -79,5 +89,7 @@ mod tests {
         assert!(me.resident_bytes > page.iter().map(|byte| u64::from(*byte)).sum());
         assert!(me.vcpu_ms.is_empty());
         assert_eq!(of_machine(u32::MAX), None);
+        let (_, resident_bytes) = of_this_process().unwrap();
+        assert!(resident_bytes > 8 << 20);
     }
 }

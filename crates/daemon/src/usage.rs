@@ -30,7 +30,11 @@ pub fn of_machine(pid: u32) -> Option<Usage> {
         // Threads end at any time.
         let Ok(stat) = task.stat() else { continue };
         let children = task.children().unwrap_or_default();
-        let children_ms: u64 = children.into_iter().filter_map(child_ms).sum();
+        let mut children_ms = 0;
+        for child in children.into_iter().filter_map(of_child) {
+            children_ms += child.cpu_ms;
+            usage.resident_bytes += child.resident_bytes;
+        }
         usage.cpu_ms += children_ms;
         let number = stat.comm.strip_prefix(VCPU).and_then(|number| number.parse::<u8>().ok());
         if let Some(number) = number.map(usize::from) {
@@ -56,9 +60,15 @@ pub fn of_this_process() -> Option<(u64, u64)> {
     Some((ticks_ms(stat.utime + stat.stime), resident_bytes))
 }
 
-fn child_ms(pid: u32) -> Option<u64> {
+/// A process that executes user code of the guest, or the network's.
+fn of_child(pid: u32) -> Option<Usage> {
     let process = Process::new(i32::try_from(pid).ok()?).ok()?;
-    Some(cpu_ms(&process.stat().ok()?))
+    Some(Usage {
+        cpu_ms: cpu_ms(&process.stat().ok()?),
+        // Its share of the memory that it has in common with the machine.
+        resident_bytes: resident_bytes(&process)?,
+        ..Usage::default()
+    })
 }
 
 fn cpu_ms(stat: &Stat) -> u64 {

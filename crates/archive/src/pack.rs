@@ -88,7 +88,8 @@ impl<W: Write> Packer<'_, W> {
         meta: &Metadata,
     ) -> Result<(), ArchiveError> {
         let mut head = header(meta, EntryType::Directory);
-        let written = self.to.append_data(&mut head, name, io::empty());
+        // With a slash at its end, as tar has it.
+        let written = self.to.append_data(&mut head, name.join(""), io::empty());
         written.map_err(ArchiveError::Output)?;
         let mut names: Vec<OsString> = Vec::new();
         for entry in fs::read_dir(path).map_err(failed("reading", path))? {

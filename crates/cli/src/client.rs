@@ -333,7 +333,7 @@ impl Client {
         Ok(near)
     }
 
-    /// A connection, and what is to be in `Host`.
+    /// A connection for one request.
     async fn dial(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
         let absent = |source| ClientError::Absent { address: self.place.to_string(), source };
         // Errors of a connection are those of its request.

@@ -211,7 +211,7 @@ fn from_guest(session: Open, name: String, to: &End, archive: bool) -> Result<Ex
         _ => io::copy(&mut from, &mut io::stdout()).map(drop).map_err(CopyError::Stream),
     };
     if copied.is_ok() {
-        // What comes behind the end of the stream is nothing to us; a guest that never ends is left.
+        // What comes behind the end of the stream is nothing to us, but how the process ended is.
         let _ = io::copy(&mut (&mut from).take(SAID_MAX as u64), &mut io::sink());
     }
     match (from.broken, from.exit) {

@@ -30,7 +30,11 @@ pub fn of_machine(pid: u32) -> Option<Usage> {
         // Threads end at any time.
         let Ok(stat) = task.stat() else { continue };
         let children = task.children().unwrap_or_default();
-        let children_ms: u64 = children.into_iter().filter_map(child_ms).sum();
+        let mut children_ms = 0;
+        for child in children.into_iter().filter_map(of_child) {
+            children_ms += child.cpu_ms;
+            usage.resident_bytes += child.resident_bytes;
+        }
         usage.cpu_ms += children_ms;
         let number = stat.comm.strip_prefix(VCPU).and_then(|number| number.parse::<u8>().ok());
         if let Some(number) = number.map(usize::from) {
@@ -46,9 +50,25 @@ pub fn of_machine(pid: u32) -> Option<Usage> {
     Some(usage)
 }
 
-fn child_ms(pid: u32) -> Option<u64> {
+/// Milliseconds of processor time of this process alone, whose children are machines, and the bytes of
+/// its memory.
+#[must_use]
+pub fn of_this_process() -> Option<(u64, u64)> {
+    let process = Process::myself().ok()?;
+    let stat = process.stat().ok()?;
+    let resident_bytes = stat.rss.saturating_mul(procfs::page_size());
+    Some((ticks_ms(stat.utime + stat.stime), resident_bytes))
+}
+
+/// A process that executes user code of the guest, or the network's.
+fn of_child(pid: u32) -> Option<Usage> {
     let process = Process::new(i32::try_from(pid).ok()?).ok()?;
-    Some(cpu_ms(&process.stat().ok()?))
+    Some(Usage {
+        cpu_ms: cpu_ms(&process.stat().ok()?),
+        // Its share of the memory that it has in common with the machine.
+        resident_bytes: resident_bytes(&process)?,
+        ..Usage::default()
+    })
 }
 
 fn cpu_ms(stat: &Stat) -> u64 {
@@ -79,5 +99,7 @@ mod tests {
         assert!(me.resident_bytes > page.iter().map(|byte| u64::from(*byte)).sum());
         assert!(me.vcpu_ms.is_empty());
         assert_eq!(of_machine(u32::MAX), None);
+        let (_, resident_bytes) = of_this_process().unwrap();
+        assert!(resident_bytes > 8 << 20);
     }
 }

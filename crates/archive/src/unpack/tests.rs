@@ -113,7 +113,8 @@ fn nothing_leaves_the_destination() {
     of(vec![entry(".", EntryType::Symlink, "x", b"")], "no directory");
     of(vec![link("")], "nowhere");
     // Cut short, and heads that do not end.
-    of(vec![file("a")[..512].to_vec()], "damaged");
+    let long = entry("a", EntryType::Regular, "", &[1; 9000]);
+    of(vec![long[..2000].to_vec()], "damaged");
     of(vec![entry("x", EntryType::GNULongName, "", &vec![b'a'; 2 << 20])], "too long");
     of(vec![entry("x", EntryType::XHeader, "", &vec![b'a'; 2 << 20])], "too long");
     of(vec![vec![0xff; 512]], "damaged");

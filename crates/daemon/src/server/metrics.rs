@@ -58,11 +58,11 @@ fn of_daemon(text: &mut Text, daemon: &Daemon, rows: &[Row]) {
     }
     text.head("berth_start_time_seconds", "gauge", "When the daemon started.");
     text.sample("berth_start_time_seconds", &[], daemon.started.as_second());
-    let Some(own) = usage::of_machine(std::process::id()) else { return };
+    let Some((cpu_ms, resident_bytes)) = usage::of_this_process() else { return };
     text.head("process_cpu_seconds_total", "counter", "Processor time of the daemon.");
-    text.sample("process_cpu_seconds_total", &[], seconds(own.cpu_ms));
+    text.sample("process_cpu_seconds_total", &[], seconds(cpu_ms));
     text.head("process_resident_memory_bytes", "gauge", "Memory of the daemon.");
-    text.sample("process_resident_memory_bytes", &[], own.resident_bytes);
+    text.sample("process_resident_memory_bytes", &[], resident_bytes);
 }
 
 fn of_machines(text: &mut Text, rows: &[Row]) {

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_disk::chain::{Access, open_image};
 use rustix::process::{Signal, kill_process};
@@ -55,7 +55,17 @@ impl Cloud {
 
     /// Adds to the sum of a machine.
     fn add(&self, name: &str, byte: u8, sum: u8) {
-        self.console(name).exchange(&[byte], &[sum]);
+        // Not what a console shows: that begins with what was printed before.
+        let printed = || fs::read(self.folder(name).join("console.log")).unwrap_or_default();
+        let before = printed().len();
+        let mut console = self.console(name);
+        console.to.write_all(&[byte]).unwrap();
+        let began = Instant::now();
+        while printed().len() == before {
+            assert!(began.elapsed() < LIMIT, "{name} prints nothing");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert_eq!(printed().last(), Some(&sum), "{name}");
     }
 }
 

@@ -38,6 +38,8 @@ pub fn assume(identity: &Identify) -> Result<(), String> {
         say(&format!("/etc/hostname keeps another name: {error}"));
     }
     note("the network card", network::become_another(identity.mac));
+    // Nobody waits for the disk: after a power loss soon it is told again.
+    std::thread::spawn(rustix::fs::sync);
     match failed.is_empty() {
         true => Ok(()),
         false => Err(failed.join("; ")),
@@ -79,7 +81,7 @@ fn write_machine_id(root: &Path, id: &str) -> io::Result<()> {
     lay_over(root.join("var/lib/dbus/machine-id"))
 }
 
-/// Replaces what a file holds, as a whole and on the disk. A link leads to a file that is changed by
+/// Replaces what a file holds, as a whole. A link leads to a file that is changed by
 /// itself.
 fn replace_if_there(path: &Path, line: &str) -> io::Result<()> {
     let Ok(meta) = path.symlink_metadata() else { return Ok(()) };
@@ -90,7 +92,6 @@ fn replace_if_there(path: &Path, line: &str) -> io::Result<()> {
     let written = (|| {
         fs::write(&beside, format!("{line}\n"))?;
         fs::set_permissions(&beside, meta.permissions())?;
-        fs::File::open(&beside)?.sync_all()?;
         fs::rename(&beside, path)
     })();
     written.inspect_err(|_| drop(fs::remove_file(&beside)))

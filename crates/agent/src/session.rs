@@ -209,6 +209,10 @@ impl Session {
             ToAgent::Shutdown(how) => self.begin_shutdown(how),
             ToAgent::SetTime(ns) => self.set_time(ns),
             ToAgent::Identify(identity) => self.identify(&identity),
+            ToAgent::Reseed(bytes) => match sys::reseed(&bytes) {
+                Ok(()) => self.send(&ToHost::Pong),
+                Err(error) => self.refuse(&format!("new random numbers: {error}")),
+            },
             ToAgent::Exec(exec) => self.start(&exec),
             other => self.handle_input(other),
         }

@@ -21,6 +21,16 @@ pub fn vsock_listen(port: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Mixes bytes into the kernel's random numbers and lets them count at once (random(4)).
+pub fn reseed(bytes: &[u8]) -> io::Result<()> {
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    let mut random = std::fs::File::options().write(true).open("/dev/urandom")?;
+    io::Write::write_all(&mut random, bytes)?;
+    // SAFETY: the descriptor is open; this request takes no argument.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG as _) })?;
+    Ok(())
+}
+
 /// A socket for IPv4 packets of one interface, without link headers.
 pub fn packet_socket(interface: u32) -> io::Result<OwnedFd> {
     let protocol = (libc::ETH_P_IP as u16).to_be();

@@ -52,6 +52,9 @@ pub enum CommandError {
     /// Signals.
     #[error("waiting for signals failed")]
     Signals(#[source] io::Error),
+    /// Random numbers for the guest.
+    #[error("there are no random numbers")]
+    Random(#[source] io::Error),
 }
 
 impl CommandError {
@@ -112,8 +115,15 @@ pub fn begin(
     dial: &mut dyn Dial,
     patience: Duration,
     identity: Option<&Identify>,
+    is_copy: bool,
 ) -> Result<(), CommandError> {
     let mut client = connect(dial, patience)?;
+    if is_copy {
+        // First: what is random from here on is not the other one's.
+        let mut seed = [0; 64];
+        berth_vmm::virtio::rng::fill_random(&mut seed).map_err(CommandError::Random)?;
+        client.reseed(&seed)?;
+    }
     set_time(&mut client)?;
     match identity {
         Some(identity) => Ok(client.identify(identity)?),

@@ -127,9 +127,8 @@ impl Ram {
         let space = Reservation::new((limit as u64 * GUARDED_STRIDE + PAGE) as usize)
             .map_err(map_err("guarded pages"))?;
         let pages = (span / PAGE) as usize;
-        let table = || (0..pages).map(|_| AtomicU32::new(0)).collect();
-        let guarded =
-            Guarded { space, limit, used: AtomicUsize::new(0), of_page: [table(), table()] };
+        let of_page = [sys::zeroes(pages), sys::zeroes(pages)];
+        let guarded = Guarded { space, limit, used: AtomicUsize::new(0), of_page };
         let mut ram = Self {
             slots,
             span,

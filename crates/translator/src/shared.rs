@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::ram::{Frozen, Origin, PAGE, Ram};
-use crate::sys::Reservation;
+use crate::sys::{self, Reservation};
 use crate::world::World;
 use crate::{Config, RamSlot, SetupError, signal};
 
@@ -135,12 +135,11 @@ impl Shared {
         crate::host_check()?;
         let ram = Ram::new(slots, raw, origin, &config)?;
         let pages = (ram.span() / PAGE) as usize;
-        let table = || (0..pages).map(|_| AtomicU16::new(0)).collect();
         Ok(Arc::new(Self {
             ram,
             config,
-            code: table(),
-            mirrors: table(),
+            code: sys::zeroes(pages),
+            mirrors: sys::zeroes(pages),
             world: World::default(),
             boxes: Mutex::new(Vec::new()),
         }))

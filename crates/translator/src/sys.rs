@@ -141,3 +141,24 @@ pub fn holes(fd: i32, len: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
     }
     Ok(holes)
 }
+
+/// Integers that are atomic and may be zero.
+///
+/// # Safety
+/// All bytes zero is a value of the type.
+pub unsafe trait Zero {}
+
+// SAFETY: atomics have the representation of their integer.
+unsafe impl Zero for std::sync::atomic::AtomicU8 {}
+// SAFETY: as above.
+unsafe impl Zero for std::sync::atomic::AtomicU16 {}
+// SAFETY: as above.
+unsafe impl Zero for std::sync::atomic::AtomicU32 {}
+// SAFETY: as above.
+unsafe impl Zero for std::sync::atomic::AtomicU64 {}
+
+/// A table of zeroes that takes no memory where it is not used.
+pub fn zeroes<T: Zero>(len: usize) -> Box<[T]> {
+    // SAFETY: zeroes are values of the type.
+    unsafe { Box::new_zeroed_slice(len).assume_init() }
+}

@@ -117,6 +117,18 @@ impl<R: Read, W: Write> Client<R, W> {
         }
     }
 
+    /// Mixes bytes into the guest's random numbers.
+    ///
+    /// # Errors
+    /// [`ClientError`] when the agent cannot.
+    pub fn reseed(&mut self, bytes: &[u8]) -> Result<(), ClientError> {
+        self.send(&ToAgent::Reseed(bytes.to_vec()))?;
+        match self.receive("new random numbers")? {
+            ToHost::Pong => Ok(()),
+            _ => Err(ClientError::Unexpected("new random numbers")),
+        }
+    }
+
     /// Asks the guest to stop in order. The machine is not off yet when this returns.
     ///
     /// # Errors

@@ -133,6 +133,9 @@ pub enum ToAgent {
     SetTime(u64),
     /// Be another machine, and answer `Identified`.
     Identify(Identify),
+    /// Mix these bytes into the random numbers at once, and answer `Pong`: without them a copy would
+    /// draw the same ones.
+    Reseed(Vec<u8>),
 }
 
 /// From the agent to the host.
@@ -150,7 +153,7 @@ pub enum ToHost {
     StdinCredit(u32),
     /// The process ended; the last frame of a session.
     Exit(Exit),
-    /// The answer to `Ping`.
+    /// The answer to `Ping` and `Reseed`.
     Pong,
     /// The answer to `Time`.
     Clocks(Clocks),
@@ -193,6 +196,7 @@ mod kind {
     pub(super) const SHUTDOWN: u8 = 0x09;
     pub(super) const SET_TIME: u8 = 0x0a;
     pub(super) const IDENTIFY: u8 = 0x0b;
+    pub(super) const RESEED: u8 = 0x0c;
     pub(super) const AGENT_HELLO: u8 = 0x81;
     pub(super) const STARTED: u8 = 0x82;
     pub(super) const STDOUT: u8 = 0x83;
@@ -223,6 +227,7 @@ impl ToAgent {
             Self::Time => raw(kind::TIME, &[]),
             Self::SetTime(ns) => json(kind::SET_TIME, ns),
             Self::Identify(identity) => json(kind::IDENTIFY, identity),
+            Self::Reseed(bytes) => raw(kind::RESEED, bytes),
             Self::Shutdown(shutdown) => json(kind::SHUTDOWN, shutdown),
         }
     }
@@ -243,6 +248,7 @@ impl ToAgent {
             kind::TIME => Self::Time,
             kind::SET_TIME => Self::SetTime(parse(&frame)?),
             kind::IDENTIFY => Self::Identify(parse(&frame)?),
+            kind::RESEED => Self::Reseed(frame.payload),
             kind::SHUTDOWN => Self::Shutdown(parse(&frame)?),
             other => return Err(MessageError::UnknownKind(other)),
         })
@@ -335,6 +341,7 @@ mod tests {
             ToAgent::Time,
             ToAgent::Shutdown(Shutdown::PowerOff),
             ToAgent::SetTime(u64::MAX),
+            ToAgent::Reseed(vec![7; 64]),
             ToAgent::Identify(Identify {
                 hostname: "b".into(),
                 machine_id: "0".repeat(32),

@@ -27,6 +27,8 @@ use crate::vmm::{Kept, socket};
 
 /// How long somebody who connects may take for his request, or for taking the answer.
 const REQUEST_TIME: Duration = Duration::from_secs(5);
+/// When what a clone's guest was told is on its disk.
+const IDENTITY_TIME: Duration = Duration::from_secs(5);
 /// How long an agent may take for an answer.
 const AGENT_TIME: Duration = Duration::from_secs(5);
 /// How long a guest may take to notice that its power button was pressed. One with a driver takes
@@ -49,6 +51,8 @@ pub(super) struct Control {
     /// What the machine was started with.
     config: MachineConfig,
     identity: Identify,
+    /// It is not the only one that goes on from where it began.
+    is_copy: bool,
     status: Mutex<Status>,
     kept: Mutex<KeptMachine>,
     /// The guest's clock was set.
@@ -90,6 +94,7 @@ impl Control {
                 machine_id: kept.toml.id.simple().to_string(),
                 mac: kept.mac.0,
             },
+            is_copy: kept.is_copy,
             status: Mutex::new(status),
             kept: Mutex::default(),
             clock_set: Mutex::new(false),
@@ -352,7 +357,8 @@ impl Control {
         let marker = self.folder.file(IDENTITY);
         let is_clone = marker.exists();
         let identity = is_clone.then_some(&self.identity);
-        *set = match command::begin(&mut Agent(Arc::clone(self)), patience, identity) {
+        let agent = &mut Agent(Arc::clone(self));
+        *set = match command::begin(agent, patience, identity, self.is_copy) {
             Ok(()) => true,
             Err(error) => {
                 if is_clone {
@@ -362,12 +368,15 @@ impl Control {
                 false
             }
         };
-        // It knows now; being told twice does no harm.
-        if *set
-            && is_clone
-            && let Err(error) = std::fs::remove_file(&marker)
-        {
-            eprintln!("berth: {} cannot be removed: {error}", marker.display());
+        if *set && is_clone {
+            let thread = thread::Builder::new().name("identity".into());
+            // Without it the guest is told again at the next start, which does no harm.
+            let _ = thread.spawn(move || {
+                thread::sleep(IDENTITY_TIME);
+                if let Err(error) = std::fs::remove_file(&marker) {
+                    eprintln!("berth: {} cannot be removed: {error}", marker.display());
+                }
+            });
         }
     }
 

@@ -96,6 +96,8 @@ struct Kept<'a> {
     name: &'a str,
     /// Of its network card.
     mac: Mac,
+    /// It is not the only one that goes on from where it began.
+    is_copy: bool,
 }
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -193,7 +195,7 @@ fn begin(
         cpus: plan.cpus,
         memory_bytes: plan.memory_bytes,
     };
-    let kept = Kept { folder, toml, name, mac: mac(toml.id) };
+    let kept = Kept { folder, toml, name, mac: mac(toml.id), is_copy: config.renew_generation };
     Control::start(kept, &machine, ends, Arc::clone(&hub), status.clone())?;
     greet(&Greeting::Started(status));
     Ok((machine, plan, told, hub))

@@ -5,6 +5,7 @@ mod attached;
 mod consoles;
 mod copy;
 mod debian;
+mod frozen;
 mod guest;
 mod kept;
 mod kernels;

@@ -62,7 +62,7 @@ pub struct Bits(Box<[AtomicU64]>);
 impl Bits {
     /// None of so many.
     pub fn new(pages: u64) -> Self {
-        Self((0..=pages / 64).map(|_| AtomicU64::new(0)).collect())
+        Self(sys::zeroes((pages / 64) as usize + 1))
     }
 
     /// Whether a page is in it.
@@ -75,7 +75,7 @@ impl Bits {
     /// Sets the words to what `word` says, given the number of the first of 64 pages.
     fn fill(&self, word: impl Fn(u64) -> u64) {
         for (first, to) in (0..).step_by(64).zip(&self.0) {
-            to.store(word(first), Ordering::SeqCst);
+            to.store(word(first), Ordering::Release);
         }
     }
 

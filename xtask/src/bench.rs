@@ -5,6 +5,8 @@ mod boot;
 mod files;
 mod goals;
 mod guest;
+mod kept;
+mod monitor;
 mod plot;
 mod report;
 mod results;
@@ -30,6 +32,8 @@ pub enum What {
     Micro,
     /// Programs of Debian.
     Programs,
+    /// Snapshots and clones of machines that are kept, and the daemon.
+    Kept,
     /// All of them.
     All,
 }
@@ -101,6 +105,9 @@ pub fn run(arguments: &[String]) -> Result<bool> {
     }
     if wanted(What::Boot) && options.only.is_empty() && options.group.is_none() {
         boot::measure(&berth, runs, options.no_qemu, &mut results)?;
+    }
+    if wanted(What::Kept) && options.only.is_empty() && options.group.is_none() {
+        kept::measure(&berth, runs, options.no_qemu, &mut results)?;
     }
     if results.rows.is_empty() && results.faults.is_empty() && results.absent.is_empty() {
         bail!("no such row; docs/benchmarks.md lists them");

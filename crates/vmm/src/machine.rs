@@ -17,6 +17,7 @@ mod threads;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use berth_translator::Origin;
 use berth_x86::CpuState;
@@ -158,6 +159,7 @@ pub struct RunningMachine {
     console: Console,
     pauser: Pauser,
     storer: Option<Arc<Storer>>,
+    started: Instant,
     /// Devices and timers live as long as the machine.
     _timers: TimerThread,
     context: DeviceContext,
@@ -451,6 +453,7 @@ fn finish(
             clock: storer.as_ref().map(|storer| Arc::clone(&storer.pvclock)),
         },
         storer,
+        started: Instant::now(),
         _timers: board.timers,
         context,
     };
@@ -461,6 +464,7 @@ fn finish(
         // On an error, dropping the machine stops those that run.
         machine.threads.push(runner.spawn()?);
     }
+    machine.started = Instant::now();
     Ok(machine)
 }
 
@@ -469,6 +473,12 @@ impl RunningMachine {
     #[must_use]
     pub fn accel(&self) -> Accel {
         self.accel
+    }
+
+    /// When its vCPUs began to run.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.started
     }
 
     /// What makes its vCPUs stand still, for servers.

@@ -85,11 +85,13 @@ pub fn for_boot() -> Result<Files> {
     Ok(Files { kernel: image.kernel(), initrd, disk, memory_mib: 512 })
 }
 
+/// Where images are.
+pub fn state_directory() -> PathBuf {
+    std::env::var_os("BERTH_ROOT").map_or_else(|| PathBuf::from("/var/lib/berth"), PathBuf::from)
+}
+
 fn image(name: &str) -> Result<Image> {
-    let root = match std::env::var_os("BERTH_ROOT") {
-        Some(root) => PathBuf::from(root),
-        None => PathBuf::from("/var/lib/berth"),
-    };
+    let root = state_directory();
     Ok(Store::open(&root)?.find(&ImageName::parse(name)?)?)
 }
 

@@ -150,6 +150,13 @@ fn single(results: &Results) -> Vec<Verdict> {
             is_met: value < MEMORY_MAX_MIB,
         });
     }
+    verdicts.extend(results.figures.iter().map(|figure| Verdict {
+        title: figure.title.clone(),
+        value: figure.value,
+        worst: None,
+        goal: format!("at most {}", figure.limit),
+        is_met: figure.value <= figure.limit,
+    }));
     verdicts.extend(results.idle_percent.map(|value| Verdict {
         title: "idle guest, % of a processor".into(),
         value,

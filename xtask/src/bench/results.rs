@@ -66,9 +66,22 @@ impl Row {
     }
 }
 
+/// A figure with a limit that is no time of a row.
+#[derive(Debug)]
+pub struct Figure {
+    /// What it is, with its unit.
+    pub title: String,
+    /// The median over the runs.
+    pub value: f64,
+    /// The most it may be.
+    pub limit: f64,
+}
+
 /// Everything.
 #[derive(Debug, Default)]
 pub struct Results {
+    /// Figures with limits of their own.
+    pub figures: Vec<Figure>,
     /// In the order they were measured.
     pub rows: Vec<Row>,
     /// What could not run somewhere, and why.

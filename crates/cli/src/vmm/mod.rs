@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_api::v1::machine::{Exit, MachineState};
 use berth_api::vmm::{
@@ -52,11 +52,18 @@ const LOCK_TIME: Duration = Duration::from_secs(3);
 /// Runs the machine of a folder to its end.
 #[must_use]
 pub fn run(root: &Path, path: &Path) -> ExitCode {
+    let began = Instant::now();
     // A session of its own: nobody's terminal ends it. What it writes is its user's alone.
     let _ = rustix::process::setsid();
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
     match start(root, path) {
-        Ok(run) => run.finish(),
+        Ok(run) => {
+            if run.goes_on {
+                let us = run.machine.started().saturating_duration_since(began).as_micros();
+                eprintln!("berth: the guest goes on, {us} us after its process began");
+            }
+            run.finish()
+        }
         Err(error) => {
             let why = berth_daemon::failure::chain(&*error);
             eprintln!("berth: {why}");
@@ -86,6 +93,8 @@ struct Run {
     told: Told,
     folder: Folder,
     hub: Arc<Hub>,
+    /// It did not boot.
+    goes_on: bool,
     _lock: FolderLock,
 }
 
@@ -121,6 +130,7 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
         reason: UNFINISHED.to_owned(),
         status: 1,
     }))?;
+    let goes_on = folder.file(ORIGIN).exists() || folder.file(SUSPENDED).is_dir();
     let begun = begin(root, &folder, &toml, &name);
     let begun = begun.map(|(machine, plan, told, hub)| Run {
         machine,
@@ -128,6 +138,7 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
         told,
         folder: folder.clone(),
         hub,
+        goes_on,
         _lock: lock,
     });
     if let Err(error) = &begun {

@@ -61,6 +61,16 @@ impl LiveImage {
         self.current().close()
     }
 
+    /// Gets what was frozen into the files, where others can read it then. That it survives a loss of
+    /// power is left to [`LiveImage::settle`], which comes before anything above is promised.
+    ///
+    /// # Errors
+    /// The system's; then it is tried again the next time.
+    pub fn write_out(&self) -> io::Result<()> {
+        let frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        frozen.iter().try_for_each(|image| image.write_out())
+    }
+
     /// Writes out what was frozen. Whoever comes meanwhile waits for the same.
     ///
     /// # Errors
@@ -109,7 +119,7 @@ impl DiskSwitch {
     /// The overlay cannot be made; the disk is as before.
     pub fn prepare(&self, layer: &str) -> Result<Prepared, DiskError> {
         let live = &self.0;
-        let written = live.flush();
+        let written = live.current().hand_over();
         written.map_err(|source| DiskError::File {
             operation: "writing out",
             path: live.path.clone(),
@@ -119,7 +129,15 @@ impl DiskSwitch {
         Ok(Prepared { live: Arc::clone(live), next })
     }
 
-    /// Writes out what was frozen: after this the layer is in the file, and others may read it.
+    /// Gets what was frozen into the file, so that others may read it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn write_out(&self) -> io::Result<()> {
+        self.0.write_out()
+    }
+
+    /// Writes out what was frozen: after this the layer is in the file also after a loss of power.
     ///
     /// # Errors
     /// The system's. The disk fails then at its next flush.
@@ -180,8 +198,10 @@ mod tests {
             for i in 0..5 {
                 let name = layer_name(&format!("00000000-0000-4000-8000-{i:012}"));
                 switch.prepare(&name).unwrap().freeze().unwrap();
-                if i % 2 == 0 {
-                    switch.settle().unwrap();
+                match i % 3 {
+                    0 => switch.settle().unwrap(),
+                    1 => switch.write_out().unwrap(),
+                    _ => {}
                 }
                 layers.push(dir.path().join(name));
             }

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use berth_disk::error::DiskError;
 use berth_disk::layers::{Next, sync_names};
@@ -17,8 +17,11 @@ use berth_disk::qcow2::image::Image;
 pub struct LiveImage {
     path: PathBuf,
     current: RwLock<Arc<Image>>,
-    /// Below the current one, and not written out yet; the lowest first.
+    /// Below the current one, and not written out yet; the lowest first. Held for moments only: a guest
+    /// stands still for one that is added.
     frozen: Mutex<Vec<Arc<Image>>>,
+    /// Held while they are written out.
+    settling: Mutex<()>,
 }
 
 impl LiveImage {
@@ -29,6 +32,7 @@ impl LiveImage {
             path: path.to_owned(),
             current: RwLock::new(Arc::new(image)),
             frozen: Mutex::default(),
+            settling: Mutex::default(),
         }
     }
 
@@ -39,6 +43,10 @@ impl LiveImage {
 
     fn current(&self) -> Arc<Image> {
         Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn frozen(&self) -> MutexGuard<'_, Vec<Arc<Image>>> {
+        self.frozen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes out all that was written before, whatever was frozen since.
@@ -67,7 +75,7 @@ impl LiveImage {
     /// # Errors
     /// The system's; then it is tried again the next time.
     pub fn write_out(&self) -> io::Result<()> {
-        let frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        let frozen = self.frozen().clone();
         frozen.iter().try_for_each(|image| image.write_out())
     }
 
@@ -76,11 +84,12 @@ impl LiveImage {
     /// # Errors
     /// The system's; then it is tried again the next time.
     pub fn settle(&self) -> io::Result<()> {
-        let mut frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
-        if frozen.is_empty() {
+        let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let settled = self.frozen().clone();
+        if settled.is_empty() {
             return Ok(());
         }
-        for image in &*frozen {
+        for image in &settled {
             image.freeze()?;
         }
         // What is above may be promised from here on, so its name has to stay.
@@ -88,7 +97,8 @@ impl LiveImage {
             DiskError::File { source, .. } => source,
             other => io::Error::other(other),
         })?;
-        frozen.clear();
+        // Others were only added behind these.
+        self.frozen().drain(..settled.len());
         Ok(())
     }
 }
@@ -156,7 +166,7 @@ impl Prepared {
         let mut current = live.current.write().unwrap_or_else(PoisonError::into_inner);
         let overlay = next.exchange()?;
         let below = std::mem::replace(&mut *current, Arc::new(overlay));
-        live.frozen.lock().unwrap_or_else(PoisonError::into_inner).push(below);
+        live.frozen().push(below);
         Ok(())
     }
 }

@@ -3,8 +3,11 @@
 //!
 //! Files are written beside their place, synced, renamed over it, and the directory is synced. A
 //! folder that is made or removed has a name that begins with a dot until it is complete, or as soon
-//! as it is not any more; [`sweep`] removes what a crash left. `docs/formats/machine-folder.md`
+//! as it is not any more; [`sweep`] removes what a crash left. A folder for which nobody waited says so
+//! ([`unsettled`]). `docs/formats/machine-folder.md`
 //! describes what is inside.
+
+pub mod unsettled;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -155,18 +158,52 @@ impl Folder {
     /// [`FolderError`]; then the old one is still there.
     pub fn write_config(&self, config: &VmToml) -> Result<(), FolderError> {
         let path = self.file(CONFIG);
-        let text = toml::to_string(config).map_err(|error| FolderError::Config {
-            path: path.clone(),
-            reason: error.to_string(),
-        })?;
-        replace(&path, text.as_bytes())
+        replace(&path, to_toml(&path, config)?.as_bytes())
     }
 
     /// How the machine ended the last time; nothing if it never ran, or did not come to say.
     #[must_use]
     pub fn last_exit(&self) -> Option<Exit> {
-        let text = read_bounded(&self.file(vmm::EXIT_FILE), CONFIG_MAX).ok()?;
+        let path = self.file(vmm::EXIT_FILE);
+        let text = read_bounded(&path, CONFIG_MAX).ok()?;
+        if text.is_empty() {
+            // Power was lost soon after a start, which does not wait for this file.
+            let time = fs::metadata(&path).and_then(|meta| meta.modified()).ok()?;
+            let time = Timestamp::try_from(time).ok()?;
+            return Some(Exit {
+                time,
+                in_order: false,
+                reason: vmm::UNFINISHED.to_owned(),
+                status: 1,
+            });
+        }
         serde_json::from_str(&text).ok()
+    }
+
+    /// Notes that it runs, that is, how it ended if nobody notes that. Nothing is waited for:
+    /// [`Self::sync_last_exit`] does.
+    ///
+    /// # Errors
+    /// [`FolderError::File`].
+    pub fn note_start(&self) -> Result<(), FolderError> {
+        let exit = Exit {
+            time: Timestamp::now(),
+            in_order: false,
+            reason: vmm::UNFINISHED.to_owned(),
+            status: 1,
+        };
+        put(&self.file(vmm::EXIT_FILE), &serde_json::to_vec(&exit).unwrap_or_default())
+    }
+
+    /// Makes what was noted of its end last.
+    ///
+    /// # Errors
+    /// [`FolderError::File`].
+    pub fn sync_last_exit(&self) -> Result<(), FolderError> {
+        let path = self.file(vmm::EXIT_FILE);
+        let synced = File::open(&path).and_then(|file| file.sync_all());
+        synced.map_err(failed("syncing", &path))?;
+        sync(path.parent().unwrap_or(Path::new("/")))
     }
 
     /// Notes how it ended, or that it runs again.
@@ -278,16 +315,41 @@ impl Unnamed {
         config: &VmToml,
         fill: impl FnOnce(&Folder) -> Result<(), E>,
     ) -> Result<Self, E> {
+        let unnamed = Self::begin(machines)?;
+        let made = &unnamed.made;
+        fill(made)?;
+        made.write_config(config)?;
+        sync(&made.file("state"))?;
+        sync(&made.path)?;
+        Ok(unnamed)
+    }
+
+    /// The same without waiting for the disk: it is noted as unsettled in this boot before anything else
+    /// is in it, and `fill` need not wait either.
+    ///
+    /// # Errors
+    /// As [`Self::make`].
+    pub fn make_unsettled<E: From<FolderError>>(
+        machines: &Path,
+        config: &VmToml,
+        boot: &str,
+        fill: impl FnOnce(&Folder) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let unnamed = Self::begin(machines)?;
+        let made = &unnamed.made;
+        unsettled::note(made, boot)?;
+        fill(made)?;
+        let path = made.file(CONFIG);
+        put(&path, to_toml(&path, config)?.as_bytes())?;
+        Ok(unnamed)
+    }
+
+    fn begin(machines: &Path) -> Result<Self, FolderError> {
         let path = machines.join(format!("{}{}", UNFINISHED[0], Uuid::new_v4()));
         fs::create_dir(&path).map_err(failed("creating", &path))?;
         let unnamed = Self { made: Folder::at(path), is_named: false };
-        let made = &unnamed.made;
-        let state = made.file("state");
+        let state = unnamed.made.file("state");
         fs::create_dir(&state).map_err(failed("creating", &state))?;
-        fill(made)?;
-        made.write_config(config)?;
-        sync(&state)?;
-        sync(&made.path)?;
         Ok(unnamed)
     }
 
@@ -402,23 +464,54 @@ fn rename_new(from: &Path, to: &Path) -> Result<(), FolderError> {
     }
 }
 
+/// What is written as TOML.
+pub(crate) fn to_toml(path: &Path, value: &impl Serialize) -> Result<String, FolderError> {
+    toml::to_string(value)
+        .map_err(|error| FolderError::Config { path: path.to_owned(), reason: error.to_string() })
+}
+
 /// Replaces a file as a whole.
 ///
 /// # Errors
 /// [`FolderError::File`]; then it is as before.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
+    replace_within(path, bytes)?;
+    sync(path.parent().unwrap_or(Path::new("/")))
+}
+
+/// The same, but the caller syncs the directory: until then it is as before or as after.
+///
+/// # Errors
+/// As [`replace`].
+pub fn replace_within(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
+    write_beside(path, bytes, File::sync_all)
+}
+
+/// The same without waiting for the disk at all. For programs it is as before or as after; a loss of
+/// power may leave it empty.
+///
+/// # Errors
+/// As [`replace`].
+pub fn put(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
+    write_beside(path, bytes, |_| Ok(()))
+}
+
+fn write_beside(
+    path: &Path,
+    bytes: &[u8],
+    wait: impl FnOnce(&File) -> io::Result<()>,
+) -> Result<(), FolderError> {
     let beside = path.with_added_extension("new");
     let written = (|| {
         let mut file = File::create(&beside)?;
         file.write_all(bytes)?;
-        file.sync_all()?;
+        wait(&file)?;
         fs::rename(&beside, path)
     })();
     written.map_err(|error| {
         let _ = fs::remove_file(&beside);
         failed("writing", path)(error)
-    })?;
-    sync(path.parent().unwrap_or(Path::new("/")))
+    })
 }
 
 fn warn(result: Result<(), FolderError>) {
@@ -490,6 +583,11 @@ mod tests {
         let exit = Exit { time: Timestamp::now(), in_order: true, reason: "off".into(), status: 0 };
         folder.set_last_exit(Some(&exit)).unwrap();
         assert_eq!(folder.last_exit(), Some(exit));
+        folder.note_start().unwrap();
+        folder.sync_last_exit().unwrap();
+        assert_eq!(folder.last_exit().unwrap().reason, vmm::UNFINISHED);
+        fs::write(folder.file(vmm::EXIT_FILE), "").unwrap();
+        assert_eq!(folder.last_exit().unwrap().reason, vmm::UNFINISHED, "lost with the power");
         folder.set_last_exit(None).unwrap();
         folder.set_last_exit(None).unwrap();
         assert_eq!(folder.last_exit(), None);

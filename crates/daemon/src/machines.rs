@@ -62,6 +62,8 @@ pub struct Machines {
     root: PathBuf,
     /// The program that is the process of a machine.
     program: PathBuf,
+    /// Which boot of the host this is.
+    boot: String,
     events: Events,
     all: Mutex<BTreeMap<String, Arc<Entry>>>,
 }

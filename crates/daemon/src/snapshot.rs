@@ -238,11 +238,7 @@ pub(crate) fn read_toml<T: serde::de::DeserializeOwned>(
 }
 
 pub(crate) fn write_toml(path: &Path, value: &impl Serialize) -> Result<(), FolderError> {
-    let text = toml::to_string(value).map_err(|error| FolderError::Config {
-        path: path.to_owned(),
-        reason: error.to_string(),
-    })?;
-    folder::replace(path, text.as_bytes())
+    folder::replace(path, folder::to_toml(path, value)?.as_bytes())
 }
 
 /// What [`CURRENT`] says.
@@ -266,21 +262,24 @@ pub fn ancestors(folder: &Folder) -> Result<Vec<Uuid>, FolderError> {
     }
 }
 
-/// Notes from which snapshots it descends.
+/// Notes from which snapshots it descends. The caller syncs [`DIRECTORY`] and the folder.
 ///
 /// # Errors
 /// [`FolderError::File`].
 pub fn set_ancestors(folder: &Folder, ancestors: Vec<Uuid>) -> Result<(), FolderError> {
     make_directory(folder)?;
-    write_toml(&folder.file(CURRENT), &Current { version: VERSION, ancestors })
+    let path = folder.file(CURRENT);
+    let text = folder::to_toml(&path, &Current { version: VERSION, ancestors })?;
+    folder::replace_within(&path, text.as_bytes())
 }
 
 fn make_directory(folder: &Folder) -> Result<(), FolderError> {
     let directory = directory(folder);
     match fs::create_dir(&directory) {
-        Ok(()) => folder::sync(folder.path()),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(failed("creating", &directory)(error)),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(failed("creating", &directory)(error))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -349,6 +348,8 @@ impl Draft {
         }
         self.is_published = true;
         folder::sync(&directory(&self.folder))?;
+        // Of the directory itself, which may be new.
+        folder::sync(self.folder.path())?;
         // Of a machine that runs nobody else takes one at the same time: others were left behind.
         if let Err(error) = sweep_drafts(&self.folder) {
             tracing::warn!(%error, "what was left behind cannot be removed");

@@ -65,8 +65,9 @@ impl Drop for Unused {
 }
 
 impl Next {
-    /// Makes an overlay beside a disk, called `name`, on the disk's open image. It is in the file
-    /// when this returns, and nothing has changed for the disk.
+    /// Makes an overlay beside a disk, called `name`, on the disk's open image. What it holds would
+    /// survive a loss of power when this returns, and nothing has changed for the disk. Its name is
+    /// left to [`sync_names`] after the exchange, before which the name does not matter.
     ///
     /// # Errors
     /// The disk has too many layers already, or the file cannot be written; then it is not there.
@@ -81,7 +82,6 @@ impl Next {
         let backing = Some((name.to_owned(), Format::Qcow2));
         let new = NewImage { backing, ..NewImage::new(below.size()) };
         new.write(Box::new(storage)).map_err(refused(&path))?;
-        sync_names(&path)?;
         let storage = open_file(&path, Access::Write)?;
         let below = Some(Box::new(Layer::Qcow2(below)));
         let image = Image::open(Box::new(storage), true, below).map_err(refused(&path))?;

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
@@ -104,6 +105,32 @@ impl Storage for File {
 
     fn share(&self) -> io::Result<()> {
         lock(self, true)
+    }
+}
+
+/// Storage of which somebody else makes sure that it survives a loss of power.
+#[derive(Debug)]
+pub(crate) struct Unsynced(pub(crate) Arc<dyn Storage>);
+
+impl Storage for Unsynced {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.punch(offset, len)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.0.size()
     }
 }
 

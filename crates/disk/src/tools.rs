@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
@@ -29,7 +30,8 @@ pub struct Backing {
     pub format: Format,
 }
 
-/// Makes a disk; without a size it is as large as what is below it.
+/// Makes a disk; without a size it is as large as what is below it. It survives a loss of power if its
+/// name does, for which the caller syncs the directory.
 ///
 /// # Errors
 /// There is such a file, the size is impossible, or it cannot be written. Nothing is left behind.
@@ -39,6 +41,22 @@ pub fn create(
     size: Option<u64>,
     backing: Option<&Backing>,
 ) -> Result<(), DiskError> {
+    let file = create_unsynced(path, format, size, backing)?;
+    let synced = file.sync_all().map_err(failed("making", path));
+    synced.inspect_err(|_| drop(fs::remove_file(path)))
+}
+
+/// The same without waiting for the disk, which is left to the caller. The file is locked as long as it
+/// is open.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_unsynced(
+    path: &Path,
+    format: Format,
+    size: Option<u64>,
+    backing: Option<&Backing>,
+) -> Result<Arc<File>, DiskError> {
     let mut size = size;
     if let Some(Backing { name, format: below }) = backing {
         if format == Format::Raw {
@@ -52,18 +70,16 @@ pub fn create(
         }
     }
     let size = check_size(path, size.unwrap_or_default())?;
-    let file = new_file(path)?;
+    let file = Arc::new(new_file(path)?);
     let made = match format {
-        Format::Raw => {
-            file.set_len(size).and_then(|()| file.sync_all()).map_err(failed("making", path))
-        }
+        Format::Raw => file.set_len(size).map_err(failed("making", path)),
         Format::Qcow2 => {
             let backing = backing.map(|backing| (backing.name.clone(), backing.format));
             let new = NewImage { backing, ..NewImage::new(size) };
-            new.write(Box::new(file)).map_err(refused(path))
+            new.write_unsynced(Arc::clone(&file) as _).map_err(refused(path))
         }
     };
-    made.inspect_err(|_| drop(fs::remove_file(path)))
+    made.map(|()| file).inspect_err(|_| drop(fs::remove_file(path)))
 }
 
 pub(crate) fn refused(path: &Path) -> impl FnOnce(HeaderError) -> DiskError {

@@ -283,7 +283,11 @@ impl Control {
         };
         let kept = self.keep(machine, keep);
         stored.map_err(|error| berth_daemon::failure::chain(&error))?;
-        disks.settle()?;
+        match keep {
+            // Clones read the layers, and settle them.
+            true => disks.write_out()?,
+            false => disks.settle()?,
+        }
         eprintln!("berth: a snapshot was taken; the guest stood still for {pause_us} us");
         Ok(Frozen {
             pause_us: if is_running { pause_us } else { 0 },

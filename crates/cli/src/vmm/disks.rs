@@ -48,7 +48,21 @@ impl Disks {
 }
 
 impl FrozenDisks {
-    /// Waits until the layers are in their files, for others to read.
+    /// Gets the layers into their files, for others to read, and lets them last later on.
+    pub(super) fn write_out(&self) -> Result<(), String> {
+        for switch in &self.switches {
+            let written = switch.write_out();
+            written.map_err(|error| format!("writing a frozen disk out failed: {error}"))?;
+        }
+        let switches = self.switches.clone();
+        let thread = std::thread::Builder::new().name("settle".into());
+        // Whoever flushes the disk does so first, and says what fails.
+        let _ = thread.spawn(move || switches.iter().for_each(|switch| drop(switch.settle())));
+        Ok(())
+    }
+
+    /// Waits until the layers are in their files, for others to read, and would survive a loss of
+    /// power.
     pub(super) fn settle(&self) -> Result<(), String> {
         for switch in &self.switches {
             let settled = switch.settle();

@@ -26,9 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use berth_api::v1::machine::{Exit, MachineState};
-use berth_api::vmm::{
-    Answer, Greeting, ORIGIN, Origin, RENEW, Request, SUSPENDED, Status, UNFINISHED,
-};
+use berth_api::vmm::{Answer, Greeting, ORIGIN, Origin, RENEW, Request, SUSPENDED, Status};
 use berth_daemon::folder::{Folder, FolderLock, VmToml};
 use berth_vmm::console::SignalWatch;
 use berth_vmm::devices::HostEnds;
@@ -124,12 +122,7 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
     berth_daemon::snapshot::settle(&folder, &lock)?;
     let toml = folder.config()?;
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    folder.set_last_exit(Some(&Exit {
-        time: Timestamp::now(),
-        in_order: false,
-        reason: UNFINISHED.to_owned(),
-        status: 1,
-    }))?;
+    folder.note_start()?;
     let goes_on = folder.file(ORIGIN).exists() || folder.file(SUSPENDED).is_dir();
     let begun = begin(root, &folder, &toml, &name);
     let begun = begun.map(|(machine, plan, told, hub)| Run {
@@ -148,6 +141,10 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
             reason: format!("not started: {}", berth_daemon::failure::chain(&**error)),
             status: 1,
         }))?;
+    } else {
+        // The guest does not wait for it. Without a thread it lasts by and by.
+        let thread = std::thread::Builder::new().name("note".into());
+        let _ = thread.spawn(move || folder.sync_last_exit());
     }
     begun
 }

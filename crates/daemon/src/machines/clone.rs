@@ -16,18 +16,22 @@ use berth_disk::format::Format;
 use berth_disk::tools::{self, Backing};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::failure::{Result, chain, conflict, failed, invalid};
-use crate::folder::{self, Folder, Unnamed, VERSION, VmToml, link_or_copy};
+use crate::folder::{self, Folder, Unnamed, VERSION, VmToml, link_or_copy, unsettled};
 use crate::machines::snapshots::{Memory, Taken, blocking, nothing_to_go_on};
 use crate::machines::{Entry, Machines, check_name, load};
 use crate::snapshot::restore::{link_state, note_copy};
 use crate::snapshot::{self, SnapshotToml, is_plain, layers};
 use crate::vmm;
 
-/// Clones that are being made: removed with the last of them.
+/// Clones that are being made: removed with the last of them. Behind it are the boot and a random UUID,
+/// or that alone in journals of older versions.
 const JOURNAL: &str = ".clones-";
+/// Clones that are started at once.
+const STARTS_MAX: usize = 8;
 /// The version of a journal.
 const JOURNAL_VERSION: u32 = 1;
 
@@ -123,6 +127,9 @@ impl Machines {
             _ => None,
         };
         let made = self.make_and_start(entry, &request, toml, memory, names).await;
+        if let Ok(clones) = &made {
+            self.settle_later(entry, clones);
+        }
         if let Some(kept) = kept {
             // Those that share it have it.
             let released = vmm::ask(&folder, &Request::Release { kept }).await;
@@ -163,11 +170,46 @@ impl Machines {
         Ok(clones)
     }
 
+    /// Starts them, some at once. After an error no other is begun, and all that were have been ended or
+    /// run when this returns.
     async fn start_all(self: &Arc<Self>, clones: &[Arc<Entry>]) -> Result<()> {
-        for clone in clones {
-            self.start(clone).await?;
+        let mut waiting = clones.iter().cloned();
+        let mut starting = JoinSet::new();
+        let mut result = Ok(());
+        loop {
+            while result.is_ok()
+                && starting.len() < STARTS_MAX
+                && let Some(clone) = waiting.next()
+            {
+                let machines = Arc::clone(self);
+                starting.spawn(async move { machines.start(&clone).await });
+            }
+            let Some(started) = starting.join_next().await else { return result };
+            let started = started.map_err(|error| failed(&error)).flatten();
+            result = result.and(started);
         }
-        Ok(())
+    }
+
+    /// Waits until clones would survive a loss of power, when whoever asked for them has his answer.
+    fn settle_later(self: &Arc<Self>, source: &Arc<Entry>, clones: &[Arc<Entry>]) {
+        let (machines, source, clones) = (Arc::clone(self), Arc::clone(source), clones.to_vec());
+        tokio::task::spawn_blocking(move || {
+            for clone in clones {
+                let (folder, source) = (clone.folder(), source.folder());
+                // The layers that it shares have their names there, and a journal was here.
+                let settled = unsettled::settle(&folder, &[source.path(), &machines.directory]);
+                // What is gone needs it no more; what was renamed just now is found by its new name.
+                let settled = settled.or_else(|error| match clone.folder().path().exists() {
+                    true => unsettled::settle_with_all(&clone.folder()),
+                    false if !folder.path().exists() => Ok(()),
+                    false => Err(error),
+                });
+                if let Err(error) = settled {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::error!(machine = clone.name(), error, "a loss of power removes it");
+                }
+            }
+        });
     }
 
     /// Makes all of the folders, then names them.
@@ -180,23 +222,23 @@ impl Machines {
                 created: Timestamp::now(),
                 machine: source.toml.machine.clone(),
             };
-            let unnamed = Unnamed::make(&self.directory, &config, |folder| source.fill(folder))?;
+            let (machines, boot) = (&self.directory, &self.boot);
+            let unnamed =
+                Unnamed::make_unsettled(machines, &config, boot, |folder| source.fill(folder))?;
             made.push((name, unnamed, config));
         }
-        let journal = self.directory.join(format!("{JOURNAL}{}", Uuid::new_v4()));
+        let journal = format!("{JOURNAL}{}.{}", self.boot, Uuid::new_v4());
+        let journal = self.directory.join(journal);
         let clones = made
             .iter()
             .map(|(name, _, config)| Named { name: name.to_string(), id: config.id })
             .collect();
-        snapshot::write_toml(&journal, &Journal { version: JOURNAL_VERSION, clones })?;
+        let text = folder::to_toml(&journal, &Journal { version: JOURNAL_VERSION, clones })?;
+        folder::put(&journal, text.as_bytes())?;
         let named = self.name_all(made);
         match &named {
-            // With this they are there.
-            Ok(_) => {
-                folder::sync(&self.directory)?;
-                fs::remove_file(&journal).map_err(folder::failed("removing", &journal))?;
-                folder::sync(&self.directory)?;
-            }
+            // With this they are there; not after a loss of power before they are settled.
+            Ok(_) => fs::remove_file(&journal).map_err(folder::failed("removing", &journal))?,
             Err(_) => undo(&self.directory, &journal),
         }
         let mut all = self.all();
@@ -246,7 +288,7 @@ fn check_network(config: &MachineConfig, running: bool) -> Result<()> {
 }
 
 impl Source {
-    /// Puts everything into a clone's folder but its `vm.toml`.
+    /// Puts everything into a clone's folder but its `vm.toml`. Nothing waits for the disk.
     fn fill(&self, clone: &Folder) -> Result<()> {
         for disk in self.toml.machine.disks.iter().filter(|disk| disk.read_only) {
             self.share(clone, disk)?;
@@ -254,7 +296,7 @@ impl Source {
         for (file, layer) in self.toml.disks() {
             self.link(clone, Path::new(layer), Format::Qcow2)?;
             let backing = Backing { name: layer.to_owned(), format: Format::Qcow2 };
-            tools::create(&clone.file(file), Format::Qcow2, None, Some(&backing))
+            tools::create_unsynced(&clone.file(file), Format::Qcow2, None, Some(&backing))
                 .map_err(|error| failed(&error))?;
         }
         match &self.memory {
@@ -264,12 +306,12 @@ impl Source {
             }
             Some(Memories::Kept(origin)) => {
                 let origin = serde_json::to_vec(origin).map_err(|error| failed(&error))?;
-                folder::replace(&clone.file(ORIGIN), &origin)?;
+                folder::put(&clone.file(ORIGIN), &origin)?;
             }
             None => {}
         }
-        folder::replace(&clone.file(IDENTITY), format!("{}\n", self.name).as_bytes())?;
-        load::note_place(clone)?;
+        folder::put(&clone.file(IDENTITY), format!("{}\n", self.name).as_bytes())?;
+        load::put_place(clone)?;
         Ok(())
     }
 
@@ -322,12 +364,21 @@ fn undo(machines: &Path, journal: &Path) {
     }
 }
 
-/// Removes the clones that a daemon began to make and did not come to end.
-pub(super) fn sweep(machines: &Path) -> std::result::Result<(), folder::FolderError> {
+/// Removes the clones that a daemon began to make and did not come to end. Those of another boot are
+/// unsettled, and removed as such: their journal may have been lost with the power.
+pub(super) fn sweep(machines: &Path, boot: &str) -> std::result::Result<(), folder::FolderError> {
     for entry in fs::read_dir(machines).map_err(folder::failed("reading", machines))? {
         let entry = entry.map_err(folder::failed("reading", machines))?;
-        if entry.file_name().to_string_lossy().starts_with(JOURNAL) {
-            undo(machines, &entry.path());
+        let name = entry.file_name();
+        let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(JOURNAL)) else {
+            continue;
+        };
+        match rest.split_once('.') {
+            Some((of, _)) if of != boot => {
+                let path = entry.path();
+                fs::remove_file(&path).map_err(folder::failed("removing", &path))?;
+            }
+            _ => undo(machines, &entry.path()),
         }
     }
     Ok(())

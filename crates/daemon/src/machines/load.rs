@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::events::Events;
 use crate::failure::{Result, conflict, error, invalid};
-use crate::folder::{self, Folder, FolderError};
+use crate::folder::{self, Folder, FolderError, unsettled};
 use crate::machines::{Entry, Machines, check_name, clone};
 use crate::snapshot;
 use crate::vmm::{self, VmmError};
@@ -43,6 +43,11 @@ pub(super) fn note_place(folder: &Folder) -> std::result::Result<(), FolderError
     folder::replace(&folder.file(PLACE), place(folder.path())?.as_bytes())
 }
 
+/// The same without waiting for the disk.
+pub(super) fn put_place(folder: &Folder) -> std::result::Result<(), FolderError> {
+    folder::put(&folder.file(PLACE), place(folder.path())?.as_bytes())
+}
+
 /// Whether it is where it became a machine.
 fn is_in_place(folder: &Folder) -> bool {
     let noted = folder::read_bounded(&folder.file(PLACE), PLACE_MAX);
@@ -62,6 +67,18 @@ fn settled(name: &str, folder: &Folder) -> Option<folder::VmToml> {
     }
 }
 
+/// Settles what an earlier daemon did not come to.
+fn settle_later(whole: Vec<Folder>) {
+    tokio::task::spawn_blocking(move || {
+        for folder in whole {
+            if let Err(error) = unsettled::settle_with_all(&folder) {
+                let (path, error) = (folder.path().display(), &error as &dyn std::error::Error);
+                tracing::error!(%path, error, "a loss of power removes it");
+            }
+        }
+    });
+}
+
 impl Machines {
     /// Looks what machines there are, and finds the processes of those that run. `program` is
     /// started for each that is to run.
@@ -73,11 +90,15 @@ impl Machines {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
         builder.create(&directory).map_err(folder::failed("creating", &directory))?;
+        let boot = unsettled::boot_id()?;
         folder::sweep(&directory)?;
-        clone::sweep(&directory)?;
+        clone::sweep(&directory, &boot)?;
+        let whole = unsettled::sweep(&directory, &boot)?;
+        settle_later(whole);
         let machines = Arc::new(Self {
             root: root.to_owned(),
             program,
+            boot,
             events,
             all: Mutex::default(),
             directory,
@@ -156,6 +177,10 @@ impl Machines {
             return absent(format!("there is no machine {name}"));
         }
         let config = folder.config()?;
+        if unsettled::boots(&folder)?.iter().any(|boot| *boot != self.boot) {
+            // Somebody put it there as it is. Those of this boot are clones that are being made.
+            unsettled::settle_with_all(&folder)?;
+        }
         let mut all = self.all();
         if let Some(other) = all.values().find(|entry| entry.id() == config.id) {
             let path = folder.path().display();
@@ -239,6 +264,7 @@ impl Machines {
         folder.config()?;
         let lock = folder.lock()?;
         snapshot::settle(&folder, &lock)?;
+        unsettled::settle_with_all(&folder)?;
         let mut config = folder.config()?;
         let mut all = self.all();
         for entry in all.values() {

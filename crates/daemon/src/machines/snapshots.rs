@@ -280,6 +280,7 @@ fn freeze_at_rest(folder: &Folder, with_state: bool) -> std::result::Result<AtRe
     }
     if with_state {
         link_state(&folder.file(SUSPENDED), &draft.state())?;
+        crate::folder::sync(&draft.state())?;
     }
     Ok((draft, config, layers))
 }

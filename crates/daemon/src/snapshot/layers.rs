@@ -86,10 +86,13 @@ pub fn remove_unneeded(
     for toml in snapshot::all(folder)? {
         needed.extend(of_snapshot(folder, &toml?)?);
     }
-    for name in found.iter().filter(|name| !needed.contains(*name)) {
+    found.retain(|name| !needed.contains(name));
+    for name in &found {
         let path = folder.file(name);
         fs::remove_file(&path).map_err(failed("removing", &path))?;
     }
-    folder::sync(folder.path())?;
+    if !found.is_empty() {
+        folder::sync(folder.path())?;
+    }
     Ok(())
 }

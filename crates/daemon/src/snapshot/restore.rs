@@ -85,9 +85,10 @@ pub(super) fn prepare(folder: &Folder, toml: &SnapshotToml) -> Result<Journal, S
     if toml.state.is_some() {
         link_state(&state_of(folder, &toml.tag), &folder.file(RESTORING))?;
         note_copy(&folder.file(RESTORING))?;
+        folder::sync(&folder.file(RESTORING))?;
     }
+    // The directory `state` is synced with the journal.
     folder::sync(folder.path())?;
-    folder::sync(&folder.file("state"))?;
     let mut ancestors = vec![toml.id];
     ancestors.extend(&toml.ancestors);
     Ok(Journal {
@@ -100,7 +101,7 @@ pub(super) fn prepare(folder: &Folder, toml: &SnapshotToml) -> Result<Journal, S
 }
 
 /// Gives the files of a stored machine, which nobody writes, names in another directory as well, which
-/// is made. On another file system they are copied.
+/// is made. On another file system they are copied. The caller syncs the directory.
 ///
 /// # Errors
 /// [`FolderError::File`].
@@ -111,7 +112,7 @@ pub fn link_state(from: &Path, to: &Path) -> Result<(), FolderError> {
         let name = to.join(entry.file_name());
         folder::link_or_copy(&entry.path(), &name).map_err(failed("making", &name))?;
     }
-    folder::sync(to)
+    Ok(())
 }
 
 /// Notes that a state is not only of the machine that goes on with it.
@@ -149,8 +150,10 @@ pub(super) fn finish(folder: &Folder) -> Result<(), SnapshotError> {
     }
     let mut config = folder.config()?;
     config.machine = journal.machine;
-    folder.write_config(&config)?;
+    let vm_toml = folder.file(folder::CONFIG);
+    folder::replace_within(&vm_toml, folder::to_toml(&vm_toml, &config)?.as_bytes())?;
     snapshot::set_ancestors(folder, journal.ancestors)?;
+    folder::sync(&folder.file(snapshot::DIRECTORY))?;
     folder::sync(&folder.file("state"))?;
     folder::sync(folder.path())?;
     fs::remove_file(&path).map_err(failed("removing", &path))?;

@@ -79,6 +79,23 @@ impl Image {
         counts.apply_freed(storage)
     }
 
+    /// Writes counts that went down, for which nothing has to be waited: one that is lost is a leak.
+    /// Says whether that was all there is to be written; otherwise nothing was.
+    pub(super) fn hand_over_counts(&self, state: &mut State) -> io::Result<bool> {
+        if state.broken || state.has_dirty_tables() {
+            return Ok(false);
+        }
+        let counts = state.counts()?;
+        let is_new = counts.moved_from.is_some() || !counts.table_dirty.is_empty();
+        if is_new || counts.blocks.values().any(|block| block.fresh) {
+            return Ok(false);
+        }
+        counts.apply_freed(&*self.storage)?;
+        write_counts(&*self.storage, counts)?;
+        counts.blocks.values_mut().for_each(|block| block.dirty.clear());
+        Ok(true)
+    }
+
     /// After a failure the kernel forgets what it could not write.
     fn wait(&self, state: &mut State) -> io::Result<()> {
         self.storage.sync().inspect_err(|_| state.broken = true)

@@ -5,12 +5,13 @@
 //! ```
 
 use std::io;
+use std::sync::Arc;
 
 use crate::format::Format;
 use crate::limits::BACKING_NAME_BYTES_MAX;
 use crate::qcow2::header::{EXTENSION_BACKING_FORMAT, HeaderError, MAGIC, V3_BYTES};
 use crate::qcow2::image::Image;
-use crate::storage::Storage;
+use crate::storage::{Storage, Unsynced};
 
 /// What a new image is to be.
 #[derive(Clone, Debug)]
@@ -32,11 +33,22 @@ impl NewImage {
         Self { size, cluster_bits: 16, refcount_order: 4, backing: None }
     }
 
-    /// Writes the image into an empty file, and waits for the disk.
+    /// Writes the image into an empty file, and waits for the disk once: nobody has the file before.
     ///
     /// # Errors
     /// The size is impossible, or the file cannot be written.
     pub fn write(&self, storage: Box<dyn Storage>) -> Result<(), HeaderError> {
+        let storage: Arc<dyn Storage> = storage.into();
+        self.write_unsynced(Arc::clone(&storage))?;
+        storage.sync().map_err(HeaderError::Write)
+    }
+
+    /// Writes the image into an empty file, and leaves it to the caller to wait for the disk.
+    ///
+    /// # Errors
+    /// As [`NewImage::write`].
+    pub fn write_unsynced(&self, storage: Arc<dyn Storage>) -> Result<(), HeaderError> {
+        let storage = Box::new(Unsynced(storage));
         self.write_start(&*storage).map_err(HeaderError::Write)?;
         // It has no L1 table yet: growing makes one.
         let mut image = Image::open(storage, true, None)?;
@@ -62,9 +74,7 @@ impl NewImage {
             *byte = new;
         }
         storage.write_at(&table, cluster)?;
-        storage.sync()?;
-        storage.write_at(&self.header(cluster)?, 0)?;
-        storage.sync()
+        storage.write_at(&self.header(cluster)?, 0)
     }
 
     fn header(&self, cluster: u64) -> io::Result<Vec<u8>> {

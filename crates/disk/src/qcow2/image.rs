@@ -528,6 +528,38 @@ impl Image {
     pub fn freeze(&self) -> io::Result<()> {
         self.close()?;
         self.flush()?;
+        self.seal()
+    }
+
+    /// Gets changed tables into the file. What has an order waits for the disk, nothing else does: a
+    /// flush is still to come.
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    pub fn hand_over(&self) -> io::Result<()> {
+        if !self.is_writable() || !self.shared().is_dirty() {
+            return Ok(());
+        }
+        let state = &mut *self.alone();
+        if !self.hand_over_counts(state)? {
+            self.commit(state)?;
+            // What became free with it.
+            self.hand_over_counts(state)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Image::freeze`], but what is in the file may not survive a loss of power before it is frozen
+    /// or flushed.
+    ///
+    /// # Errors
+    /// As [`Image::flush`]; then it may be tried again.
+    pub fn write_out(&self) -> io::Result<()> {
+        self.hand_over()?;
+        self.seal()
+    }
+
+    fn seal(&self) -> io::Result<()> {
         self.writable.store(false, Ordering::SeqCst);
         self.alone().counts = None;
         self.storage.share()

@@ -563,7 +563,7 @@ impl Storage for Ordered {
 #[test]
 fn a_disk_that_was_frozen_survives_crashes() {
     let case = &CASES[1];
-    for seed in 1..=4u64 {
+    for seed in 1..=6u64 {
         let order = Arc::new(Mutex::new(Vec::new()));
         let (below, above) = (case.create(), case.create());
         let file = |data: &[u8], is_overlay| Ordered {
@@ -588,6 +588,10 @@ fn a_disk_that_was_frozen_survives_crashes() {
                 let layer = Some(Box::new(Layer::Qcow2(Arc::clone(&old))));
                 new = Some(Image::open(Box::new(upper.clone()), true, layer).unwrap());
                 frozen_at = position();
+            }
+            if number == 90 && seed % 2 == 0 {
+                // A clone reads it from here on.
+                old.write_out().unwrap();
             }
             let image = new.as_ref().unwrap_or(&old);
             let at = position();

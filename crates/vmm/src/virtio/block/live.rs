@@ -6,7 +6,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use berth_disk::error::DiskError;
 use berth_disk::layers::{Next, sync_names};
@@ -17,8 +17,11 @@ use berth_disk::qcow2::image::Image;
 pub struct LiveImage {
     path: PathBuf,
     current: RwLock<Arc<Image>>,
-    /// Below the current one, and not written out yet; the lowest first.
+    /// Below the current one, and not written out yet; the lowest first. Held for moments only: a guest
+    /// stands still for one that is added.
     frozen: Mutex<Vec<Arc<Image>>>,
+    /// Held while they are written out.
+    settling: Mutex<()>,
 }
 
 impl LiveImage {
@@ -29,6 +32,7 @@ impl LiveImage {
             path: path.to_owned(),
             current: RwLock::new(Arc::new(image)),
             frozen: Mutex::default(),
+            settling: Mutex::default(),
         }
     }
 
@@ -39,6 +43,10 @@ impl LiveImage {
 
     fn current(&self) -> Arc<Image> {
         Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn frozen(&self) -> MutexGuard<'_, Vec<Arc<Image>>> {
+        self.frozen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes out all that was written before, whatever was frozen since.
@@ -61,16 +69,27 @@ impl LiveImage {
         self.current().close()
     }
 
+    /// Gets what was frozen into the files, where others can read it then. That it survives a loss of
+    /// power is left to [`LiveImage::settle`], which comes before anything above is promised.
+    ///
+    /// # Errors
+    /// The system's; then it is tried again the next time.
+    pub fn write_out(&self) -> io::Result<()> {
+        let frozen = self.frozen().clone();
+        frozen.iter().try_for_each(|image| image.write_out())
+    }
+
     /// Writes out what was frozen. Whoever comes meanwhile waits for the same.
     ///
     /// # Errors
     /// The system's; then it is tried again the next time.
     pub fn settle(&self) -> io::Result<()> {
-        let mut frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
-        if frozen.is_empty() {
+        let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let settled = self.frozen().clone();
+        if settled.is_empty() {
             return Ok(());
         }
-        for image in &*frozen {
+        for image in &settled {
             image.freeze()?;
         }
         // What is above may be promised from here on, so its name has to stay.
@@ -78,7 +97,8 @@ impl LiveImage {
             DiskError::File { source, .. } => source,
             other => io::Error::other(other),
         })?;
-        frozen.clear();
+        // Others were only added behind these.
+        self.frozen().drain(..settled.len());
         Ok(())
     }
 }
@@ -109,7 +129,7 @@ impl DiskSwitch {
     /// The overlay cannot be made; the disk is as before.
     pub fn prepare(&self, layer: &str) -> Result<Prepared, DiskError> {
         let live = &self.0;
-        let written = live.flush();
+        let written = live.current().hand_over();
         written.map_err(|source| DiskError::File {
             operation: "writing out",
             path: live.path.clone(),
@@ -119,7 +139,15 @@ impl DiskSwitch {
         Ok(Prepared { live: Arc::clone(live), next })
     }
 
-    /// Writes out what was frozen: after this the layer is in the file, and others may read it.
+    /// Gets what was frozen into the file, so that others may read it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn write_out(&self) -> io::Result<()> {
+        self.0.write_out()
+    }
+
+    /// Writes out what was frozen: after this the layer is in the file also after a loss of power.
     ///
     /// # Errors
     /// The system's. The disk fails then at its next flush.
@@ -138,7 +166,7 @@ impl Prepared {
         let mut current = live.current.write().unwrap_or_else(PoisonError::into_inner);
         let overlay = next.exchange()?;
         let below = std::mem::replace(&mut *current, Arc::new(overlay));
-        live.frozen.lock().unwrap_or_else(PoisonError::into_inner).push(below);
+        live.frozen().push(below);
         Ok(())
     }
 }
@@ -180,8 +208,10 @@ mod tests {
             for i in 0..5 {
                 let name = layer_name(&format!("00000000-0000-4000-8000-{i:012}"));
                 switch.prepare(&name).unwrap().freeze().unwrap();
-                if i % 2 == 0 {
-                    switch.settle().unwrap();
+                match i % 3 {
+                    0 => switch.settle().unwrap(),
+                    1 => switch.write_out().unwrap(),
+                    _ => {}
                 }
                 layers.push(dir.path().join(name));
             }

@@ -225,6 +225,7 @@ pub(crate) fn devices(plan: &RunPlan) -> Devices {
             NetPlan::Tap(name) => NetConfig::Tap(name.clone()),
         },
         mac: None,
+        link: Default::default(),
         vsock_cid: Some(GUEST_CID),
         console: plan.virtio_console.as_ref().map(console),
     }

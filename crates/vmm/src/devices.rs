@@ -14,7 +14,7 @@ use crate::virtio::block::disk::{DiskConfig, DiskError};
 use crate::virtio::block::live::DiskSwitch;
 use crate::virtio::console::device::{Console as ConsoleDevice, ConsoleSize};
 use crate::virtio::net::device::{Mac, Net};
-use crate::virtio::net::passt::{Passt, PasstConfig, PasstError};
+use crate::virtio::net::passt::{self, Passt, PasstConfig, PasstError};
 use crate::virtio::net::tap::{Tap, TapError};
 use crate::virtio::rng::device::Rng;
 use crate::virtio::transport_pci::{AttachError, attach};
@@ -44,8 +44,14 @@ pub enum NetConfig {
     Tap(String),
 }
 
+/// The host's end of a network card.
+enum Link {
+    User(passt::Begun),
+    Tap(Tap),
+}
+
 /// The devices of a machine.
-#[derive(Clone, Debug, Default)]
+#[derive(Default)]
 pub struct Devices {
     /// In the order the guest numbers them.
     pub disks: Vec<DiskFile>,
@@ -57,7 +63,13 @@ pub struct Devices {
     pub vsock_cid: Option<u32>,
     /// Where the virtio console leads; none: no such device.
     pub console: Option<SerialConfig>,
+    /// The network card's, once it is connected.
+    pub link: Connected,
 }
+
+/// The host's end of a network card, unless it is made with the machine.
+#[derive(Default)]
+pub struct Connected(Option<Link>);
 
 /// Why a device could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -102,7 +114,7 @@ pub struct HostEnds {
 impl Devices {
     /// What [`crate::machine::Machine::start_with`] wants; the host's ends appear in `ends`.
     #[must_use]
-    pub fn into_attach(self, ends: &HostEnds) -> AttachPci {
+    pub fn into_attach(mut self, ends: &HostEnds) -> AttachPci {
         let ends = ends.clone();
         Box::new(move |context| {
             let root = self.make(context, &ends)?;
@@ -110,11 +122,25 @@ impl Devices {
         })
     }
 
+    /// Connects the network card before the machine is made: no thread is started for it, and what needs
+    /// the host's network is done then.
+    ///
+    /// # Errors
+    /// As when it is made.
+    pub fn connect(&mut self) -> Result<(), DevicesError> {
+        self.link.0 = match &self.net {
+            NetConfig::None => None,
+            NetConfig::User => Some(Link::User(Passt::begin(&PasstConfig::default())?)),
+            NetConfig::Tap(name) => Some(Link::Tap(Tap::open(name)?)),
+        };
+        Ok(())
+    }
+
     fn mac(&self) -> Result<Mac, DevicesError> {
         self.mac.map_or_else(Mac::random, Ok).map_err(DevicesError::Mac)
     }
 
-    fn make(&self, context: &DeviceContext, ends: &HostEnds) -> Result<PciRoot, DevicesError> {
+    fn make(&mut self, context: &DeviceContext, ends: &HostEnds) -> Result<PciRoot, DevicesError> {
         let memory = Arc::new(context.memory.clone());
         let mut root = PciRoot::new(Arc::clone(&context.mmio), Arc::clone(&context.interrupts));
         let mut switches = Vec::new();
@@ -132,15 +158,18 @@ impl Devices {
         }
         // A machine is started once; a second attempt keeps the first handles.
         let _ = ends.disks.set(switches);
-        match &self.net {
-            NetConfig::None => {}
-            NetConfig::User => {
-                let card = Net::new(Passt::start(&PasstConfig::default())?, self.mac()?);
+        if self.link.0.is_none() {
+            self.connect()?;
+        }
+        let mac = self.mac()?;
+        match self.link.0.take() {
+            None => {}
+            Some(Link::User(begun)) => {
+                let card = Net::new(begun.connect(), mac);
                 attach(&mut root, Arc::clone(&memory), Box::new(card))?;
             }
-            NetConfig::Tap(name) => {
-                let card = Net::new(Tap::open(name)?, self.mac()?);
-                attach(&mut root, Arc::clone(&memory), Box::new(card))?;
+            Some(Link::Tap(tap)) => {
+                attach(&mut root, Arc::clone(&memory), Box::new(Net::new(tap, mac)))?;
             }
         }
         attach(&mut root, Arc::clone(&memory), Box::new(Rng::new()))?;

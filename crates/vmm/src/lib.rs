@@ -8,6 +8,7 @@ pub mod boot;
 pub mod bus;
 pub mod chips;
 pub mod clock;
+pub mod confine;
 pub mod console;
 pub mod devices;
 pub mod error;

@@ -10,6 +10,7 @@
 //! Everything in the folder is reached through a descriptor of it, so that it may be renamed.
 
 mod check;
+mod confine;
 mod control;
 mod disks;
 mod hub;
@@ -155,6 +156,14 @@ fn begin(
     toml: &VmToml,
     name: &str,
 ) -> Result<(RunningMachine, RunPlan, Told, Arc<Hub>), Failure> {
+    let (near, far) = UnixStream::pair()?;
+    let console = Console::Stream(Arc::new(far));
+    let plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console)?;
+    let mut parts = devices(&plan);
+    parts.mac = Some(mac(toml.id));
+    // What needs the host's network is made before it is left.
+    parts.connect()?;
+    confine::confine(folder, root, &plan);
     // Before any thread exists, so that all of them leave the signals to the watcher.
     let over: Arc<OnceLock<Arc<Ending>>> = Arc::default();
     let ending = Arc::clone(&over);
@@ -166,12 +175,7 @@ fn begin(
             ending.end(Outcome::Stopped);
         }
     })?;
-    let (near, far) = UnixStream::pair()?;
-    let console = Console::Stream(Arc::new(far));
-    let plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console)?;
     let ends = HostEnds::default();
-    let mut parts = devices(&plan);
-    parts.mac = Some(mac(toml.id));
     let told = Told::new(&plan)?;
     let hub = Hub::start(near, folder)?;
     let mut config = config(&plan, &told);

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crate::chips::lapic::Lapic;
+use crate::confine::{self, Kind};
 use crate::error::MachineError;
 use crate::outcome::{Ending, Outcome};
 use crate::vcpu::mailbox::{Mailbox, Standing};
@@ -56,6 +57,7 @@ impl Runner {
         // Sleeps of this thread are waits for timer interrupts: no slack.
         // SAFETY: PR_SET_TIMERSLACK takes one integer and has no memory effects.
         unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
+        confine::enter(Kind::Vcpu);
         if let Err(error) = self.serve() {
             self.ending.end(Outcome::Failed(with_causes(&error)));
         }

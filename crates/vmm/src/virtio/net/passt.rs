@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -73,6 +73,14 @@ impl Passt {
     /// It cannot be started. What it finds wrong later it says on standard error, which goes to the
     /// log, and the guest's link goes down.
     pub fn start(config: &PasstConfig) -> Result<Stream, PasstError> {
+        Self::begin(config).map(Begun::connect)
+    }
+
+    /// The same, in two steps: the first makes no thread.
+    ///
+    /// # Errors
+    /// As [`Passt::start`].
+    pub fn begin(config: &PasstConfig) -> Result<Begun, PasstError> {
         let (near, far) = UnixStream::pair().map_err(PasstError::Socket)?;
         let stream = Stream::new(near, Some(MTU)).map_err(PasstError::Socket)?;
         let mut command = Command::new(&config.program);
@@ -88,7 +96,22 @@ impl Passt {
         let mut child = command
             .spawn()
             .map_err(|source| PasstError::Start { program: config.program.clone(), source })?;
-        if let Some(stderr) = child.stderr.take() {
+        let said = child.stderr.take();
+        Ok(Begun { stream: stream.with_process(Self { child }), said })
+    }
+}
+
+/// A passt whose messages nobody reads yet.
+pub struct Begun {
+    stream: Stream,
+    said: Option<ChildStderr>,
+}
+
+impl Begun {
+    /// The backend for the network card.
+    #[must_use]
+    pub fn connect(self) -> Stream {
+        if let Some(stderr) = self.said {
             // Without this thread passt could block on a full pipe. It ends with passt.
             let logging = std::thread::Builder::new().name("passt-log".to_owned());
             let spawned = logging.spawn(move || log_lines(stderr));
@@ -96,7 +119,7 @@ impl Passt {
                 tracing::warn!(%error, "passt's messages are not logged");
             }
         }
-        Ok(stream.with_process(Self { child }))
+        self.stream
     }
 }
 

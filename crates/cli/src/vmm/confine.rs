@@ -1,0 +1,136 @@
+//! The process of a kept machine has no network, sees of the file system what it was handed, and is
+//! refused the calls that no part of it needs.
+//!
+//! What the host does not allow (older kernels, containers without namespaces) is said in the log, and
+//! the machine runs without it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use berth_daemon::folder::Folder;
+use landlock::{
+    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, Scope,
+};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+use berth_vmm::confine::leave_network;
+
+use crate::plan::RunPlan;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// What no machine reads or writes, and parts of the system it has to look at.
+const READABLE: [&str; 4] = ["/proc", "/sys", "/dev/urandom", "/etc/localtime"];
+const WRITABLE: [&str; 3] = ["/dev/kvm", "/dev/net/tun", "/dev/null"];
+
+/// Calls that nothing of a machine needs, on whatever thread.
+const REFUSED: &[i64] = &[
+    libc::SYS_acct,
+    libc::SYS_add_key,
+    libc::SYS_adjtimex,
+    libc::SYS_bpf,
+    libc::SYS_chroot,
+    libc::SYS_clock_settime,
+    libc::SYS_delete_module,
+    libc::SYS_finit_module,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fsopen,
+    libc::SYS_init_module,
+    libc::SYS_ioperm,
+    libc::SYS_iopl,
+    libc::SYS_kexec_file_load,
+    libc::SYS_kexec_load,
+    libc::SYS_keyctl,
+    libc::SYS_mount,
+    libc::SYS_mount_setattr,
+    libc::SYS_move_mount,
+    libc::SYS_name_to_handle_at,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_open_tree,
+    libc::SYS_perf_event_open,
+    libc::SYS_pivot_root,
+    libc::SYS_quotactl,
+    libc::SYS_reboot,
+    libc::SYS_request_key,
+    libc::SYS_sethostname,
+    libc::SYS_setdomainname,
+    libc::SYS_setns,
+    libc::SYS_settimeofday,
+    libc::SYS_swapoff,
+    libc::SYS_swapon,
+    libc::SYS_syslog,
+    libc::SYS_umount2,
+    libc::SYS_unshare,
+    libc::SYS_userfaultfd,
+    libc::SYS_vhangup,
+];
+
+/// Confines this process, which has one thread. `outside` is not in the folder and used all the same.
+pub(super) fn confine(folder: &Folder, root: &Path, plan: &RunPlan) {
+    let steps: [(&str, Result<(), Failure>); 4] = [
+        ("a network namespace of its own", leave_network().map_err(Into::into)),
+        ("the view of the file system", restrict_files(folder, root, plan)),
+        ("the calls of all threads", refuse_calls()),
+        ("the calls of each kind of thread", berth_vmm::confine::prepare().map_err(Into::into)),
+    ];
+    for (what, result) in steps {
+        if let Err(error) = result {
+            let error = berth_daemon::failure::chain(&*error);
+            eprintln!("berth: this host does not confine {what}: {error}");
+        }
+    }
+}
+
+/// Landlock: the folder, the disks that are elsewhere, and kernels and images to read.
+fn restrict_files(folder: &Folder, root: &Path, plan: &RunPlan) -> Result<(), Failure> {
+    let abi = ABI::V5;
+    let (all, read) = (AccessFs::from_all(abi), AccessFs::from_read(abi));
+    let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort);
+    let ruleset = ruleset.handle_access(all)?.scope(Scope::Signal)?;
+    let mut ruleset = ruleset.create()?;
+    let mut allow = |path: &Path, access| -> Result<(), Failure> {
+        if let Ok(opened) = PathFd::new(path) {
+            let access = if path.is_dir() { access } else { access & AccessFs::from_file(abi) };
+            let created = &mut ruleset;
+            created.add_rule(PathBeneath::new(opened, access))?;
+        }
+        Ok(())
+    };
+    allow(folder.path(), all)?;
+    for path in READABLE {
+        allow(Path::new(path), read)?;
+    }
+    for path in WRITABLE {
+        allow(Path::new(path), all)?;
+    }
+    let mut readable: Vec<PathBuf> = vec![root.join("images"), plan.kernel.clone()];
+    readable.extend(plan.initrd.clone());
+    for path in readable {
+        allow(&path, read)?;
+    }
+    for disk in &plan.disks {
+        allow(&disk.path, if disk.read_only { read } else { all })?;
+    }
+    ruleset.restrict_self()?;
+    Ok(())
+}
+
+/// Seccomp for the whole process: sockets are Unix ones, and what is in [`REFUSED`] fails.
+fn refuse_calls() -> Result<(), Failure> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        REFUSED.iter().map(|&number| (number, Vec::new())).collect();
+    let unix = libc::AF_UNIX as u64;
+    let other = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, unix)?;
+    rules.insert(libc::SYS_socket, vec![SeccompRule::new(vec![other])?]);
+    let refuse = SeccompAction::Errno(libc::EPERM as u32);
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64)?;
+    let program: BpfProgram = filter.try_into()?;
+    rustix::thread::set_no_new_privs(true)?;
+    seccompiler::apply_filter(&program)?;
+    Ok(())
+}

@@ -45,6 +45,7 @@ use crate::events::Events;
 use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{Folder, VmToml};
 use crate::machines::stats::Counts;
+use crate::snapshot::verified::Verified;
 use crate::vmm::{self, VmmError};
 
 /// How long a guest may take to power off by its button before its agent is asked too.
@@ -64,6 +65,8 @@ pub struct Machines {
     program: PathBuf,
     /// Which boot of the host this is.
     boot: String,
+    /// Snapshots that need not be read again.
+    verified: Arc<Verified>,
     events: Events,
     all: Mutex<BTreeMap<String, Arc<Entry>>>,
 }

@@ -2,12 +2,14 @@
 //! came in between.
 //!
 //! `docs/formats/snapshots.md` describes them. A snapshot is a directory that is there as a whole, by its
-//! rename, or not at all. [`sums`] makes sure that it is still what was stored, [`layers`] knows which
+//! rename, or not at all. [`sums`] makes sure that it is still what was stored, [`verified`] that this
+//! is not done in vain, [`layers`] knows which
 //! layers of disks are needed, [`restore`] puts a machine back.
 
 pub mod layers;
 pub mod restore;
 pub mod sums;
+pub mod verified;
 
 use std::fs;
 use std::io;

@@ -267,6 +267,16 @@ fn what_was_altered_is_refused_before_anything_ends() {
     refused(&["layer-", "does not begin as one"]);
     file.write_all_at(&good[..4], 0).unwrap();
     cloud.ok("vm snapshot --tag two a");
+    for _ in 0..2 {
+        cloud.ok("vm restore --force a one");
+        cloud.add("a", 1, 4);
+    }
+    // Also one that was good a moment ago.
+    let before = pid(&cloud.inspect("a"));
+    memory.write_all_at(&[4], 0x30_0000).unwrap();
+    cloud.fails("vm restore --force a one", &["memory", "not what was stored"]);
+    assert_eq!(pid(&cloud.inspect("a")), before);
+    memory.write_all_at(&[3], 0x30_0000).unwrap();
     cloud.ok("vm restore --force a one");
     cloud.add("a", 1, 4);
     // One that is not understood can still be removed.

@@ -181,3 +181,105 @@ pub fn sweep(machines: &Path, boot: &str) -> Result<Vec<Folder>, FolderError> {
     }
     Ok(whole)
 }
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::folder::{Unnamed, VERSION, VmToml, put};
+
+    const BOOT: &str = "this-boot";
+
+    fn make(machines: &Path, name: &str, boot: &str) -> Folder {
+        let config = VmToml {
+            version: VERSION,
+            id: Uuid::new_v4(),
+            created: Timestamp::now(),
+            machine: Default::default(),
+        };
+        let unnamed = Unnamed::make_unsettled(machines, &config, boot, |folder| {
+            assert_eq!(boots(folder)?, [boot], "it is the first thing");
+            fs::create_dir(folder.file("snapshots")).unwrap();
+            put(&folder.file("snapshots/current.toml"), b"")
+        });
+        unnamed.unwrap().name(name).unwrap()
+    }
+
+    fn swept(machines: &Path) -> Vec<String> {
+        let whole = sweep(machines, BOOT).unwrap();
+        let name =
+            |folder: &Folder| folder.path().file_name().unwrap().to_str().unwrap().to_owned();
+        let mut names: Vec<_> = whole.iter().map(name).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_is_settled_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = make(dir.path(), "a", "another-boot");
+        std::os::unix::fs::symlink("/nowhere", folder.file("link")).unwrap();
+        settle(&folder, &[dir.path()]).unwrap();
+        assert_eq!(boots(&folder).unwrap(), [""; 0]);
+        let folder = make(dir.path(), "b", BOOT);
+        settle_with_all(&folder).unwrap();
+        settle_with_all(&folder).unwrap();
+        assert_eq!(swept(dir.path()), [""; 0]);
+        for name in ["a", "b"] {
+            Folder::at(dir.path().join(name)).config().unwrap();
+        }
+        // What cannot be settled stays as it is.
+        let folder = make(dir.path(), "c", BOOT);
+        assert!(settle(&folder, &[Path::new("/nowhere")]).is_err());
+        assert_eq!(boots(&folder).unwrap(), [BOOT]);
+        assert!(settle(&Folder::at("/nowhere"), &[]).is_err());
+    }
+
+    #[test]
+    fn after_a_loss_of_power_nothing_of_it_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let lost = make(dir.path(), "lost", "another-boot");
+        fs::write(lost.file("vm.toml"), "").unwrap();
+        // Also one that went through two of them.
+        let twice = make(dir.path(), "twice", BOOT);
+        note(&twice, "another-boot").unwrap();
+        assert_eq!(swept(dir.path()), [""; 0]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        // A link to one that is elsewhere is removed, and that is not.
+        let elsewhere = tempfile::tempdir().unwrap();
+        let other = make(elsewhere.path(), "other", "another-boot");
+        std::os::unix::fs::symlink(other.path(), dir.path().join("other")).unwrap();
+        assert_eq!(swept(dir.path()), [""; 0]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        other.config().unwrap();
+    }
+
+    #[test]
+    fn when_only_the_daemon_ended_it_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        make(dir.path(), "made", BOOT);
+        let running = make(dir.path(), "running", BOOT);
+        let beginning = make(dir.path(), "beginning", BOOT);
+        let locks = [running.lock().unwrap(), beginning.lock().unwrap()];
+        // Whoever has the lock takes what is kept for it.
+        put(&beginning.file(ORIGIN), b"{}").unwrap();
+        let never = make(dir.path(), "never", BOOT);
+        put(&never.file(ORIGIN), b"{}").unwrap();
+        assert_eq!(swept(dir.path()), ["beginning", "made", "running"]);
+        assert!(!never.path().exists(), "nobody keeps its memory any more");
+        drop(locks);
+        for name in ["beginning", "made", "running"] {
+            settle_with_all(&Folder::at(dir.path().join(name))).unwrap();
+        }
+        assert_eq!(swept(dir.path()), [""; 0]);
+        running.config().unwrap();
+    }
+
+    #[test]
+    fn the_kernel_says_which_boot_it_is() {
+        assert_eq!(boot_id().unwrap().len(), 36);
+        assert_eq!(boot_id().unwrap(), boot_id().unwrap());
+    }
+}

@@ -126,7 +126,12 @@ impl Machines {
             Some(Memories::Kept(origin)) => Some(origin.kept),
             _ => None,
         };
+        let id = toml.id;
         let made = self.make_and_start(entry, &request, toml, memory, names).await;
+        if let Some(tag) = &request.tag {
+            // Clones had its files by other names.
+            self.verified.renamed(id, &snapshot::state_of(&folder, tag));
+        }
         if let Ok(clones) = &made {
             self.settle_later(entry, clones);
         }
@@ -382,4 +387,46 @@ pub(super) fn sweep(machines: &Path, boot: &str) -> std::result::Result<(), fold
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOOT: &str = "this-boot";
+
+    fn make(machines: &Path, name: &str) -> Named {
+        let id = Uuid::new_v4();
+        let config = VmToml {
+            version: VERSION,
+            id,
+            created: Timestamp::now(),
+            machine: MachineConfig::default(),
+        };
+        let fill = |_: &Folder| Ok::<_, folder::FolderError>(());
+        Unnamed::make_unsettled(machines, &config, BOOT, fill).unwrap().name(name).unwrap();
+        Named { name: name.to_owned(), id }
+    }
+
+    #[test]
+    fn clones_that_are_not_all_named_are_removed() {
+        for (journal, text, left) in [
+            (".clones-this-boot.1", None, 1),
+            (".clones-00000000-0000-4000-8000-000000000001", None, 1),
+            // Lost with the power: these clones were never settled, which is another's to find.
+            (".clones-another-boot.1", None, 3),
+            (".clones-another-boot.2", Some(""), 3),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            make(dir.path(), "other");
+            let clones = vec![make(dir.path(), "a"), make(dir.path(), "b")];
+            let path = dir.path().join(journal);
+            let written = Journal { version: JOURNAL_VERSION, clones };
+            let written = folder::to_toml(&path, &written).unwrap();
+            fs::write(&path, text.unwrap_or(&written)).unwrap();
+            sweep(dir.path(), BOOT).unwrap();
+            assert!(!path.exists(), "{journal}");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), left, "{journal}");
+        }
+    }
 }

@@ -99,6 +99,7 @@ impl Machines {
             root: root.to_owned(),
             program,
             boot,
+            verified: Arc::default(),
             events,
             all: Mutex::default(),
             directory,

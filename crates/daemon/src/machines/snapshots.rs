@@ -18,7 +18,7 @@ use crate::folder::{Folder, VmToml};
 use crate::machines::{Entry, Machines, SUSPEND_TIME, load, of_vmm};
 use crate::snapshot::restore::{link_state, restore};
 use crate::snapshot::{
-    self, Draft, FrozenDisk, SNAPSHOTS_MAX, SnapshotError, SnapshotToml, VERSION, is_plain, sums,
+    self, Draft, FrozenDisk, SNAPSHOTS_MAX, SnapshotError, SnapshotToml, VERSION, is_plain,
 };
 use crate::vmm;
 
@@ -111,8 +111,10 @@ impl Machines {
             (draft, (config, layers, None))
         };
         let (machine, layers, pause_us) = frozen;
+        let verified = Arc::clone(&self.verified);
         blocking(move || {
-            let state = with_state.then(|| sums::of(&draft.state())).transpose()?;
+            let id = Uuid::new_v4();
+            let state = with_state.then(|| verified.sum(id, &draft.state())).transpose()?;
             let there: Vec<_> = snapshot::all(&folder)?.into_iter().flatten().collect();
             let mut ancestors = snapshot::ancestors(&folder)?;
             // Those that are gone do not come back.
@@ -121,7 +123,7 @@ impl Machines {
             let layers = layers.filter_map(|(disk, file)| Some(FrozenDisk { disk, file: file? }));
             let toml = SnapshotToml {
                 version: VERSION,
-                id: Uuid::new_v4(),
+                id,
                 tag: String::new(),
                 created: Timestamp::now(),
                 ancestors,
@@ -181,7 +183,8 @@ impl Machines {
         if entry.state().is_up() {
             self.kill_now(entry).await?;
         }
-        let has_state = toml.state.is_some();
+        let (has_state, id) = (toml.state.is_some(), toml.id);
+        let stored = snapshot::state_of(&folder, &tag);
         let config: VmToml = blocking(move || {
             let lock = folder.lock_within(load::SETTLE)?;
             restore(&folder, &toml, &lock)?;
@@ -195,7 +198,10 @@ impl Machines {
             (live.config, live.last_exit) = (config, None);
         }
         self.tell(EventKind::Restored, entry, Some(tag));
-        if has_state { self.start_now(entry).await } else { Ok(()) }
+        let started = if has_state { self.start_now(entry).await } else { Ok(()) };
+        // The machine had its files by other names.
+        self.verified.renamed(id, &stored);
+        started
     }
 
     /// A snapshot that is what was stored, and, with its memory, can go on here.
@@ -206,19 +212,22 @@ impl Machines {
         with_memory: bool,
     ) -> Result<SnapshotToml> {
         let (looked, looked_tag) = (folder.clone(), tag.to_owned());
+        let verified = Arc::clone(&self.verified);
         let toml = blocking(move || {
             let toml = snapshot::find(&looked, &looked_tag)?;
             snapshot::layers::of_snapshot(&looked, &toml)?;
             if let Some(sums) = toml.state.as_ref().filter(|_| with_memory) {
-                sums.verify(&snapshot::state_of(&looked, &looked_tag))?;
+                verified.verify(toml.id, sums, &snapshot::state_of(&looked, &looked_tag))?;
             }
             Ok(toml)
         })
         .await?;
-        if toml.state.is_some() && with_memory {
+        let is_needed = toml.state.is_some() && with_memory;
+        if is_needed && !self.verified.fits(toml.id, &toml.machine) {
             let state = snapshot::state_of(folder, tag);
             let fits = vmm::check(&self.program, &toml.machine, &state).await;
             fits.map_err(|error| of_vmm(&format!("the snapshot {tag}"), &error))?;
+            self.verified.note_fit(toml.id, &toml.machine);
         }
         Ok(toml)
     }

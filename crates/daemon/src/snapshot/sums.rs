@@ -15,9 +15,9 @@ use crate::folder::{FolderError, failed};
 use crate::snapshot::SnapshotError;
 
 /// What the vCPUs and devices hold.
-const MACHINE: &str = "machine.json";
+pub(super) const MACHINE: &str = "machine.json";
 /// Memory.
-const MEMORY: &str = "memory";
+pub(super) const MEMORY: &str = "memory";
 /// Bytes of what the vCPUs and devices hold.
 const MACHINE_MAX: u64 = 64 << 20;
 const BLOCK: usize = 1 << 20;

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use berth_appliance::error::ApplianceError;
 use berth_daemon::server::DaemonError;
 use berth_disk::error::DiskError;
 use berth_image::agent::NoAgent;
@@ -78,6 +79,23 @@ pub enum CliError {
     /// A copy.
     #[error(transparent)]
     Copy(#[from] CopyError),
+    /// An appliance.
+    #[error(transparent)]
+    Appliance(#[from] ApplianceError),
+    /// A file of this host that would be replaced.
+    #[error("{} is there already; --force replaces it", path.display())]
+    Exists {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A file of this host that is made.
+    #[error("cannot write {}", path.display())]
+    Make {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A file of this host.
     #[error("cannot read {}", path.display())]
     File {

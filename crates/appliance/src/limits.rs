@@ -26,4 +26,11 @@ pub const MEMORY_BYTES_MAX: u64 = 16 << 40;
 /// Disks are in whole sectors.
 pub const SECTOR_BYTES: u64 = 512;
 
+/// Bytes of the description in an OVA.
+pub const OVF_BYTES_MAX: u64 = 4 << 20;
+/// Bytes of the list of checksums in an OVA.
+pub const SUMS_BYTES_MAX: u64 = 1 << 20;
+/// How deep elements of a description may be in each other.
+pub const OVF_DEPTH_MAX: usize = 32;
+
 const _: () = assert!(CHUNK_BYTES.is_multiple_of(SECTOR_BYTES) && CHUNK_BYTES <= u32::MAX as u64);

@@ -99,7 +99,7 @@ impl FileEntry {
         }
         if role == Role::Disk && !size.is_multiple_of(SECTOR_BYTES) {
             return Err(refused(format!(
-                "a disk cannot have {size} bytes: {SECTOR_BYTES} divide none"
+                "a disk cannot have {size} bytes: {SECTOR_BYTES} must divide them"
             )));
         }
         if role == Role::Memory && size != machine.memory.bytes() {

@@ -236,7 +236,7 @@ fn impossible_manifests_are_refused() {
     };
     check(&|_| {}, "ends before its files");
     check(&|m| m.files[3].size = u64::MAX, "cannot have 18446744073709551615");
-    check(&|m| m.files[3].size = 513, "512 divide none");
+    check(&|m| m.files[3].size = 513, "512 must divide");
     check(&|m| m.files[1].size = 0, "cannot have 0 bytes");
     check(&|m| m.files[5].size = 4 << 20, "its memory has");
     check(&|m| m.files.swap(0, 2), "not in order");

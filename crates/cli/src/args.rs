@@ -189,7 +189,7 @@ pub enum VmCommand {
     Clone(CloneArgs),
     /// Pack a machine into one file, with disks and kernel; `import` starts it elsewhere
     Export(ExportArgs),
-    /// Make a machine of such a file
+    /// Make a machine of such a file, or of an OVA
     Import(ImportArgs),
     /// Remove machines with all their files
     Rm(RmArgs),

@@ -16,6 +16,7 @@ use crate::command::CommandError;
 use crate::copy::CopyError;
 use crate::machine::MachineError;
 use crate::plan::PlanError;
+use crate::vm::ova::OvaError;
 
 /// The program's exit statuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +83,9 @@ pub enum CliError {
     /// An appliance.
     #[error(transparent)]
     Appliance(#[from] ApplianceError),
+    /// An OVA.
+    #[error(transparent)]
+    Ova(#[from] OvaError),
     /// A file of this host that would be replaced.
     #[error("{} is there already; --force replaces it", path.display())]
     Exists {

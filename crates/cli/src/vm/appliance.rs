@@ -10,14 +10,16 @@ use std::thread;
 use berth_api::v1::machine::Machine;
 use berth_api::v1::routes::{self, PREFIX};
 use berth_appliance::check::Checker;
+use berth_appliance::error::ApplianceError;
 use hyper::Method;
 use hyper::body::{Body, Bytes, Frame};
 use tokio::sync::mpsc;
 
 use super::{Done, NOTHING, print};
-use crate::args::appliance::{ExportArgs, ImportArgs};
+use crate::args::appliance::{ApplianceFormat, ExportArgs, ImportArgs};
 use crate::client::Client;
 use crate::exit::{CliError, ExitCode};
+use crate::vm::ova::{self, Making};
 
 /// Bytes that are sent at once.
 const CHUNK: usize = 256 << 10;
@@ -29,21 +31,48 @@ const CHUNKS: usize = 4;
 /// # Errors
 /// [`CliError`]; then there is no file.
 pub fn export(client: &Client, args: &ExportArgs) -> Done {
+    let is_ova = is_ova(args.format, &args.output);
+    if is_ova && args.with_state {
+        let text = "an OVA cannot hold memory; try without --with-state, or a .berth file";
+        return Err(CliError::Usage(text.into()));
+    }
     let path = routes::machine(&args.name, Some("export"));
     let path = format!("{path}?with_state={}", args.with_state);
+    let get = |to: &mut dyn Write, failed: &dyn Fn(io::Error) -> CliError| match is_ova {
+        true => fetch_ova(client, &path, to),
+        false => fetch(client, &path, to, failed),
+    };
     if args.output == Path::new("-") {
         if io::stdout().is_terminal() {
             let text = "an appliance is nothing for a terminal; -o FILE or a pipe takes it";
             return Err(CliError::Usage(text.into()));
         }
-        fetch(client, &path, &mut io::stdout().lock(), CliError::Output)?;
+        get(&mut io::stdout().lock(), &CliError::Output)?;
         return Ok(ExitCode::Success);
     }
     let mut made = NewFile::make(&args.output, args.force)?;
     let target = made.path.clone();
-    fetch(client, &path, &mut made.file, |source| CliError::Make { path: target.clone(), source })?;
+    get(&mut made.file, &|source| CliError::Make { path: target.clone(), source })?;
     made.keep()?;
     Ok(ExitCode::Success)
+}
+
+/// Whether that is no appliance of ours: as was said, or by the name.
+fn is_ova(format: Option<ApplianceFormat>, file: &Path) -> bool {
+    let by_name = || {
+        let extension = file.extension().and_then(|extension| extension.to_str());
+        extension.is_some_and(|extension| matches!(extension, "ova" | "ovf"))
+    };
+    format.map_or_else(by_name, |format| format == ApplianceFormat::Ova)
+}
+
+fn fetch_ova(client: &Client, path: &str, to: &mut dyn Write) -> Result<(), CliError> {
+    let mut making = Making::start()?;
+    let fetched = fetch(client, path, &mut making.to, CliError::Output);
+    match fetched {
+        Ok(()) => making.finish(to),
+        Err(error) => Err(making.failure(error)),
+    }
 }
 
 /// Writes an appliance as it comes, and makes sure that it is one to its end.
@@ -122,7 +151,24 @@ pub fn import(client: &Client, args: &ImportArgs) -> Done {
         }
         Box::new(file)
     };
-    let machine = send(client, args, from)?;
+    let machine = match is_ova(args.format, &args.file) {
+        true => {
+            let (stream, packing) = ova::convert(args, from)?.stream().map_err(CliError::Output)?;
+            let sent = send(client, args, Box::new(stream));
+            match packing.join() {
+                // What was not packed is why it was not taken. It also ends when nobody reads on.
+                Ok(Err(error)) if !matches!(error, ApplianceError::Write(_)) => {
+                    return Err(error.into());
+                }
+                _ => sent?,
+            }
+        }
+        false if args.kernel.is_some() || args.initrd.is_some() || args.append.is_some() => {
+            let text = "an appliance has its own kernel; --kernel is for an OVA";
+            return Err(CliError::Usage(text.into()));
+        }
+        false => send(client, args, from)?,
+    };
     print(&format!("{}\n", machine.name))?;
     if args.run {
         let path = routes::machine(&machine.name, Some("start"));

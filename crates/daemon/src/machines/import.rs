@@ -112,7 +112,7 @@ impl Machines {
 }
 
 fn cannot_go_on(error: &vmm::VmmError) -> berth_api::v1::error::ApiError {
-    let mut error = of_vmm("the appliance cannot go on here", error);
+    let mut error = of_vmm("the appliance", error);
     error.code = berth_api::v1::error::ErrorCode::Conflict;
     error.message.push_str("; --without-state takes its disks only");
     error

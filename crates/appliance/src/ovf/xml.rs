@@ -77,16 +77,22 @@ pub(super) fn parse(text: &str) -> Result<Element, OvfError> {
             Event::Start(start) => open.push(begun(&start)?),
             Event::Empty(start) => {
                 let element = begun(&start)?;
-                open.iter_mut().next_back().map(|parent| parent.children.push(element));
+                if let Some(parent) = open.last_mut() {
+                    parent.children.push(element);
+                }
             }
             // The reader compares the names.
             Event::End(_) => {
                 let Some(element) = open.pop() else { continue };
-                open.iter_mut().next_back().map(|parent| parent.children.push(element));
+                if let Some(parent) = open.last_mut() {
+                    parent.children.push(element);
+                }
             }
             Event::Text(text) => {
                 let text = text.decode().map_err(failed)?;
-                open.iter_mut().next_back().map(|element| element.text.push_str(&text));
+                if let Some(element) = open.last_mut() {
+                    element.text.push_str(&text);
+                }
             }
             Event::DocType(_) => return Err(OvfError("it has a document type".to_owned())),
             Event::Eof => break,

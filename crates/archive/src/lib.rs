@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod flat;
 pub mod limits;
 pub mod pack;
 pub mod place;

@@ -1,5 +1,6 @@
 //! The words of the command line. Help, completions and checks all come from here.
 
+pub mod appliance;
 pub mod machine;
 pub mod snapshots;
 
@@ -12,6 +13,7 @@ use clap_complete::Shell;
 
 use berth_api::size::Size;
 
+use crate::args::appliance::{ExportArgs, ImportArgs};
 use crate::args::machine::{MachineArgs, SetArgs, Variable};
 use crate::args::snapshots::{
     CheckStateArgs, CloneArgs, RestoreArgs, SnapshotArgs, SnapshotRmArgs, SnapshotsArgs,
@@ -185,6 +187,10 @@ pub enum VmCommand {
     SnapshotRm(SnapshotRmArgs),
     /// Make machines that begin as another one is; what is not changed is there once
     Clone(CloneArgs),
+    /// Pack a machine into one file, with disks and kernel; `import` starts it elsewhere
+    Export(ExportArgs),
+    /// Make a machine of such a file, or of an OVA
+    Import(ImportArgs),
     /// Remove machines with all their files
     Rm(RmArgs),
     /// List the machines

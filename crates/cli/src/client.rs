@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 
 use berth_api::v1::error::{ApiError, ErrorBody};
 use berth_daemon::tls::{TlsError, TlsFiles};
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Body, Bytes, Incoming};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::http::request::Builder;
 use hyper::http::uri::Authority;
 use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
@@ -110,6 +112,9 @@ pub enum ClientError {
     #[error("{0} failed")]
     System(&'static str, #[source] io::Error),
 }
+
+/// What goes to a daemon.
+type Sent = UnsyncBoxBody<Bytes, io::Error>;
 
 /// Where a daemon listens, and whether it may be started there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -334,7 +339,7 @@ impl Client {
     }
 
     /// A connection for one request.
-    async fn dial(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
+    async fn dial(&self) -> Result<SendRequest<Sent>, ClientError> {
         let absent = |source| ClientError::Absent { address: self.place.to_string(), source };
         // Errors of a connection are those of its request.
         match (&self.place, &self.tls) {
@@ -380,6 +385,23 @@ impl Client {
         }
     }
 
+    /// Sends a stream; the answer is JSON.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn upload<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: impl Body<Data = Bytes, Error = io::Error> + Send + 'static,
+    ) -> Result<T, ClientError> {
+        let bytes = self.runtime.block_on(async {
+            let request = Request::builder().method(Method::POST).uri(path);
+            let request = request.header(CONTENT_TYPE, "application/vnd.berth.appliance");
+            read(self.send_request(request, body.boxed_unsync()).await?).await
+        })?;
+        serde_json::from_slice(&bytes).map_err(ClientError::Strange)
+    }
+
     async fn send(
         &self,
         method: &Method,
@@ -387,12 +409,7 @@ impl Client {
         body: Option<Vec<u8>>,
         protocol: Option<&str>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let mut sender = self.dial().await?;
-        let host = match &self.place {
-            Place::Unix(_) => "berth",
-            Place::Tcp(authority) => authority.as_str(),
-        };
-        let mut request = Request::builder().method(method).uri(path).header(HOST, host);
+        let mut request = Request::builder().method(method).uri(path);
         if body.is_some() {
             request = request.header(CONTENT_TYPE, "application/json");
         }
@@ -400,7 +417,20 @@ impl Client {
             request = request.header(CONNECTION, "upgrade").header(UPGRADE, protocol);
         }
         let body = Full::new(Bytes::from(body.unwrap_or_default()));
-        let request = request.body(body);
+        self.send_request(request, body.map_err(|never| match never {}).boxed_unsync()).await
+    }
+
+    async fn send_request(
+        &self,
+        request: Builder,
+        body: Sent,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let mut sender = self.dial().await?;
+        let host = match &self.place {
+            Place::Unix(_) => "berth",
+            Place::Tcp(authority) => authority.as_str(),
+        };
+        let request = request.header(HOST, host).body(body);
         let request = request
             .map_err(|error| ClientError::System("making the request", io::Error::other(error)))?;
         // A daemon says what it thinks of our certificate when the handshake is over for us.

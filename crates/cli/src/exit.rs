@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use berth_appliance::error::ApplianceError;
 use berth_daemon::server::DaemonError;
 use berth_disk::error::DiskError;
 use berth_image::agent::NoAgent;
@@ -15,6 +16,7 @@ use crate::command::CommandError;
 use crate::copy::CopyError;
 use crate::machine::MachineError;
 use crate::plan::PlanError;
+use crate::vm::ova::OvaError;
 
 /// The program's exit statuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +80,26 @@ pub enum CliError {
     /// A copy.
     #[error(transparent)]
     Copy(#[from] CopyError),
+    /// An appliance.
+    #[error(transparent)]
+    Appliance(#[from] ApplianceError),
+    /// An OVA.
+    #[error(transparent)]
+    Ova(#[from] OvaError),
+    /// A file of this host that would be replaced.
+    #[error("{} is there already; --force replaces it", path.display())]
+    Exists {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A file of this host that is made.
+    #[error("cannot write {}", path.display())]
+    Make {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A file of this host.
     #[error("cannot read {}", path.display())]
     File {

@@ -113,6 +113,8 @@ fn kept(client: &Client, command: &VmCommand) -> Result<ExitCode, CliError> {
         VmCommand::Restore(restore) => vm::snapshots::restore(client, restore),
         VmCommand::SnapshotRm(remove) => vm::snapshots::remove(client, remove),
         VmCommand::Clone(clone) => vm::snapshots::clone(client, clone),
+        VmCommand::Export(export) => vm::appliance::export(client, export),
+        VmCommand::Import(import) => vm::appliance::import(client, import),
         VmCommand::Cp(paths) => copy::run(client, paths),
         VmCommand::Top(top) => top::run(client, top),
         VmCommand::Set(set) => vm::set(client, set),

@@ -1,6 +1,8 @@
 //! From the words of `berth vm run` to everything a machine needs, checked: files are there, sizes
 //! are possible, the image's throwaway disk and initramfs are made.
 
+mod own;
+
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
@@ -232,6 +234,10 @@ impl RunPlan {
         let net = network(args)?;
         let files = match &args.image {
             None => Boot { kernel: given_kernel(args)?, initrd: given_initrd(args)?, image: None },
+            // One that has its own needs no image any more.
+            Some(_) if shell == Shell::Always && args.machine.kernel.is_some() => {
+                Boot { kernel: given_kernel(args)?, initrd: given_initrd(args)?, image: None }
+            }
             Some(image) => image_boot(args, image, state)?,
         };
         let plan = Self {
@@ -277,8 +283,8 @@ impl RunPlan {
                 kept::Accel::Translate => Accel::Translate,
                 kept::Accel::Kvm => Accel::Kvm,
             },
-            kernel: config.kernel.clone(),
-            initrd: config.initrd.clone(),
+            kernel: config.kernel.as_ref().map(|kernel| folder.join(kernel)),
+            initrd: config.initrd.as_deref().map(|list| own::modules_in(folder, list)),
             append: config.append.clone(),
             net: Some(match &config.net {
                 kept::Net::User => NetArg::User,

@@ -1,5 +1,7 @@
 //! `berth vm ...` of kept machines: asks the daemon and prints.
 
+pub mod appliance;
+pub mod ova;
 pub mod snapshots;
 
 use std::io::{self, IsTerminal, Read, Write};

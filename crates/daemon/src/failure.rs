@@ -3,6 +3,7 @@
 use std::error::Error;
 
 use berth_api::v1::error::{ApiError, ErrorCode};
+use berth_appliance::error::ApplianceError;
 use berth_image::store::StoreError;
 
 use crate::folder::FolderError;
@@ -70,6 +71,17 @@ impl From<SnapshotError> for ApiError {
             error => Self { code, message: chain(&error) },
         }
     }
+}
+
+/// An error of an appliance that is packed or unpacked.
+pub fn of_appliance(error: &ApplianceError) -> ApiError {
+    let code = match error {
+        ApplianceError::Write(_) | ApplianceError::Source { .. } | ApplianceError::Place { .. } => {
+            ErrorCode::Failed
+        }
+        _ => ErrorCode::Invalid,
+    };
+    ApiError { code, message: chain(error) }
 }
 
 /// An error of the store of images.

@@ -19,6 +19,8 @@
 mod change;
 mod clone;
 mod create;
+mod export;
+pub mod import;
 mod load;
 mod snapshots;
 pub mod stats;

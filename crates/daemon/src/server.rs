@@ -3,6 +3,8 @@
 //! The OpenAPI document is made from the handlers and served at `/berth/v1/openapi.json`.
 
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
+mod appliance;
+#[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod change;
 mod extract;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]

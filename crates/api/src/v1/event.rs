@@ -46,6 +46,8 @@ pub enum EventKind {
     SnapshotRemoved,
     /// It was made as a clone; the detail is the name of the machine it was made of.
     Cloned,
+    /// It came out of an appliance; the detail is what the machine was called there.
+    Imported,
     /// It ended in order: powered off or stopped.
     Stopped,
     /// It ended otherwise; the detail says how.

@@ -13,7 +13,9 @@ pub fn snapshot(name: &str, tag: &str) -> String {
     format!("{}/{}", machine(name, Some("snapshots")), part(tag))
 }
 
-fn part(name: &str) -> String {
+/// A word as it can be in a path or a query: what cannot be in a name is written with `%`.
+#[must_use]
+pub fn part(name: &str) -> String {
     let byte = |byte| match byte {
         b'-' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => char::from(byte).to_string(),
         byte => format!("%{byte:02X}"),

@@ -1,6 +1,7 @@
 //! The `berth` program as scripts see it: status, standard output, standard error.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod appliances;
 mod attached;
 mod consoles;
 mod copy;

@@ -22,7 +22,7 @@ use uuid::Uuid;
 use crate::failure::{Result, chain, conflict, failed, invalid};
 use crate::folder::{self, Folder, Unnamed, VERSION, VmToml, link_or_copy, unsettled};
 use crate::machines::snapshots::{Memory, Taken, blocking, nothing_to_go_on};
-use crate::machines::{Entry, Machines, check_name, load};
+use crate::machines::{Entry, Machines, check_name, export, load};
 use crate::snapshot::restore::{link_state, note_copy};
 use crate::snapshot::{self, SnapshotToml, is_plain, layers};
 use crate::vmm;
@@ -297,6 +297,11 @@ impl Source {
     fn fill(&self, clone: &Folder) -> Result<()> {
         for disk in self.toml.machine.disks.iter().filter(|disk| disk.read_only) {
             self.share(clone, disk)?;
+        }
+        // An imported machine has its kernel in its folder.
+        for name in export::own_boot_files(&self.toml.machine) {
+            let (from, to) = (self.folder.file(&name), clone.file(&name));
+            link_or_copy(&from, &to).map_err(folder::failed("linking", &to))?;
         }
         for (file, layer) in self.toml.disks() {
             self.link(clone, Path::new(layer), Format::Qcow2)?;

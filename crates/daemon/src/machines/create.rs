@@ -39,6 +39,7 @@ impl Machines {
     pub async fn create(self: &Arc<Self>, request: CreateMachine) -> Result<Arc<Entry>> {
         check_name(&request.name)?;
         check(&request.config)?;
+        check_paths(&request.config)?;
         if self.all().contains_key(&request.name) {
             return Err(conflict(format!("there is a machine {} already", request.name)));
         }
@@ -161,7 +162,11 @@ pub(super) fn check(config: &MachineConfig) -> Result<()> {
     if config.kernel.is_none() && config.initrd.is_some() {
         return Err(invalid("an initrd needs a kernel"));
     }
-    check_env(config)?;
+    check_env(config)
+}
+
+/// What a client names is on the daemon's host.
+fn check_paths(config: &MachineConfig) -> Result<()> {
     for (file, role) in [(&config.kernel, "a kernel"), (&config.initrd, "an initrd")] {
         if let Some(file) = file
             && !file.is_absolute()

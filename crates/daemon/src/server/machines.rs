@@ -17,9 +17,9 @@ use utoipa_axum::routes;
 use crate::failure::{failed, invalid};
 use crate::machines::{Entry, Machines};
 use crate::server::extract::{Body, Failure, Path, Query};
-use crate::server::{Daemon, change, stats, stream};
+use crate::server::{Daemon, appliance, change, stats, stream};
 
-type Answer<T> = Result<T, Failure>;
+pub(super) type Answer<T> = Result<T, Failure>;
 
 /// How long a guest has to power off, unless the request says otherwise.
 const PATIENCE: f64 = 30.0;
@@ -30,6 +30,8 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
     OpenApiRouter::new()
         .routes(routes!(list, create))
         .routes(routes!(adopt))
+        .routes(routes!(appliance::import))
+        .routes(routes!(appliance::export))
         .routes(routes!(inspect, remove, change::change))
         .routes(routes!(start))
         .routes(routes!(stop))

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use berth_vmm::console::SerialConfig;
-use berth_vmm::machine::{Machine, MachineConfig, RunningMachine};
+use berth_vmm::machine::{Machine, MachineConfig, Resume, RunningMachine};
 use berth_vmm::outcome::Outcome;
 use berth_vmm::vcpu::probe::AccelChoice;
 
@@ -115,7 +115,7 @@ fn a_stored_machine_goes_on_as_the_same_or_as_another() {
     std::fs::create_dir(&stored).unwrap();
     machine.storer().unwrap().store(&stored).unwrap();
     drop((machine, stream));
-    config.resume = Some(stored);
+    config.resume = Some(Resume::Stored(stored));
     for (renew, told) in [(false, "1"), (true, "3")] {
         config.renew_generation = renew;
         let (machine, mut stream) = start(&mut config);

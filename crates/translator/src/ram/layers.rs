@@ -79,6 +79,22 @@ impl Bits {
         }
     }
 
+    /// Removes `count` pages from the first on.
+    fn clear(&self, first: u64, count: u64) {
+        let end = first + count;
+        if count == 0 {
+            return;
+        }
+        for word in first / 64..end.div_ceil(64) {
+            let (from, to) =
+                (first.max(word * 64) - word * 64, end.min(word * 64 + 64) - word * 64);
+            let bits = (!0u64 >> (64 - (to - from))) << from;
+            if let Some(word) = self.0.get(word as usize) {
+                word.fetch_and(!bits, Ordering::SeqCst);
+            }
+        }
+    }
+
     /// The pages in it.
     fn iter(&self) -> impl Iterator<Item = u64> + use<'_> {
         (0..).step_by(64).zip(&self.0).flat_map(|(first, word)| {
@@ -379,11 +395,10 @@ impl Ram {
         // Beyond the end of slots that makes no difference.
         self.layers.frozen.fill(|_| !0);
         for &(gpa, len) in &stays {
-            for gpa in (gpa..gpa + len).step_by(PAGE as usize) {
-                self.layers.frozen.set(gpa / PAGE, false);
-                if let Some(offset) = self.offset_of(gpa) {
-                    self.layers.set_number(offset, number);
-                }
+            self.layers.frozen.clear(gpa / PAGE, len / PAGE);
+            let first = self.offset_of(gpa).map_or(usize::MAX, |offset| (offset / PAGE) as usize);
+            for entry in self.layers.file_of.iter().skip(first).take((len / PAGE) as usize) {
+                entry.store(number, Ordering::Release);
             }
             self.map_in(&self.ro, gpa, len, READ)?;
             self.map_in(&self.raw, gpa, len, WRITE)?;
@@ -520,5 +535,29 @@ impl Ram {
             }
         });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Bits;
+
+    #[test]
+    fn ranges_are_cleared() {
+        for (first, count) in
+            [(0, 1), (0, 64), (3, 61), (63, 2), (5, 200), (64, 64), (127, 1), (10, 0)]
+        {
+            let bits = Bits::new(300);
+            bits.fill(|_| !0);
+            bits.clear(first, count);
+            for page in 0..300 {
+                assert_eq!(
+                    bits.get(page),
+                    !(first..first + count).contains(&page),
+                    "{first} {count}"
+                );
+            }
+            assert!(bits.iter().take_while(|page| *page < 300).count() as u64 == 300 - count);
+        }
     }
 }

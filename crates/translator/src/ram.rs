@@ -197,9 +197,7 @@ impl Ram {
         }
         let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         sys::mprotect(self.rw_addr(gpa), PAGE as usize, prot)?;
-        self.others(gpa)
-            .filter(|(_, rw)| *rw)
-            .try_for_each(|(at, _)| sys::mprotect(at, PAGE as usize, prot))
+        self.protect_others(gpa, prot)
     }
 
     /// Makes everything of the writable view writable again, but what is frozen. The caller holds the
@@ -217,6 +215,12 @@ impl Ram {
         let pairs = lock(&self.pairs).places.get(&gpa).cloned().unwrap_or_default();
         let guarded = [true, false].map(|rw| self.guarded_addr(gpa, rw).map(|at| (at, rw)));
         pairs.into_iter().chain(guarded.into_iter().flatten())
+    }
+
+    /// Changes what mappings of a page that are for writing, besides the views, allow.
+    fn protect_others(&self, gpa: u64, prot: i32) -> std::io::Result<()> {
+        let mut others = self.others(gpa).filter(|(_, rw)| *rw);
+        others.try_for_each(|(at, _)| sys::mprotect(at, PAGE as usize, prot))
     }
 
     fn guarded_at(&self, n: u32) -> u64 {

@@ -197,11 +197,11 @@ impl Shared {
         self.ram.origin()
     }
 
-    /// What was frozen is needed by nobody else any more. vCPUs may run.
+    /// What was frozen is not needed any more. Without this its files stay as they are. vCPUs may run.
     ///
     /// # Errors
     /// The system refuses; some pages stay frozen then, which does no harm.
-    pub fn unfreeze(&self, frozen: &Frozen) -> io::Result<()> {
+    pub fn unfreeze(&self, frozen: Frozen) -> io::Result<()> {
         self.ram.unfreeze(frozen)
     }
 

@@ -164,6 +164,8 @@ fn running_clones_are_machines_of_their_own() {
     seen.extend(guest.shell(facts).lines().map(ToOwned::to_owned));
     for round in 0..rounds().div_ceil(2) {
         cloud.ok(&format!("vm clone --running --count 2 a b{round}"));
+        // What they share with it stays as it was.
+        cloud.ok(&format!("vm snapshot --tag s{round} a"));
         for number in 1..=2 {
             let name = format!("b{round}-{number}");
             let clone = Box(&cloud, &name);

@@ -206,7 +206,7 @@ impl TranslatedBackend {
     fn freeze(&mut self) -> Result<(), TranslatedError> {
         let error = |source| TranslatedError::Ram { what: "freezing it", source };
         if let Some(before) = self.kept.take() {
-            self.shared.unfreeze(&before).map_err(error)?;
+            self.shared.unfreeze(before).map_err(error)?;
         }
         let kept = self.shared.freeze(ram_file()?).map_err(error)?;
         if self.progress.load(Ordering::Relaxed).is_multiple_of(4) {

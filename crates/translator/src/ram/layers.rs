@@ -47,13 +47,20 @@ pub struct Origin {
     pub of_page: Vec<u8>,
 }
 
-/// What RAM held when it was frozen.
+/// What RAM held when it was frozen. Unless it is given to [`Ram::unfreeze`], its files stay as they are.
 #[derive(Debug, Default)]
 pub struct Frozen {
     /// Where it is.
     pub origin: Origin,
     /// The numbers of these files here.
     numbers: Vec<u8>,
+}
+
+/// A file of RAM.
+struct Layer {
+    file: Arc<OwnedFd>,
+    /// Who needs what it holds: each [`Frozen`] that is in it, and whoever else it came from.
+    holders: usize,
 }
 
 /// A set of pages.
@@ -72,11 +79,9 @@ impl Bits {
         word.is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 != 0)
     }
 
-    /// Sets the words to what `word` says, given the number of the first of 64 pages.
-    fn fill(&self, word: impl Fn(u64) -> u64) {
-        for (first, to) in (0..).step_by(64).zip(&self.0) {
-            to.store(word(first), Ordering::Release);
-        }
+    /// Adds all of them.
+    fn fill(&self) {
+        self.0.iter().for_each(|word| word.store(!0, Ordering::SeqCst));
     }
 
     /// Removes `count` pages from the first on.
@@ -124,7 +129,7 @@ pub struct Layers {
     frozen: Bits,
     /// For each page, by its place in the files: the number of its file.
     file_of: Box<[AtomicU8]>,
-    files: Mutex<Vec<Option<Arc<OwnedFd>>>>,
+    files: Mutex<Vec<Option<Layer>>>,
     /// The number of the file that copies go to.
     own: AtomicU8,
     singles: AtomicUsize,
@@ -141,7 +146,10 @@ impl Layers {
     ) -> Self {
         let number = |page: usize| origin.and_then(|o| o.of_page.get(page)).copied().unwrap_or(0);
         let files = origin.map(|o| o.files.as_slice()).unwrap_or_default();
-        let files: Vec<_> = own.into_iter().chain(files).cloned().map(Some).collect();
+        let layer = |file: &Arc<_>, holders| Some(Layer { file: Arc::clone(file), holders });
+        let own = own.map(|file| layer(file, 0));
+        let files: Vec<_> =
+            own.into_iter().chain(files.iter().map(|file| layer(file, 1))).collect();
         let known = |number: u8| if usize::from(number) < files.len() { number } else { 0 };
         Self {
             any: AtomicBool::new(origin.is_some()),
@@ -167,7 +175,7 @@ impl Layers {
     }
 
     fn file(&self, number: u8) -> Option<Arc<OwnedFd>> {
-        lock(&self.files).get(usize::from(number))?.clone()
+        lock(&self.files).get(usize::from(number))?.as_ref().map(|layer| Arc::clone(&layer.file))
     }
 }
 
@@ -213,9 +221,9 @@ impl Ram {
         let _guard = lock(&self.mapping);
         let mut origin = Origin::default();
         let mut known = [0u8; 256];
-        for (number, file) in lock(&self.layers.files).iter().enumerate() {
-            if let Some(file) = file {
-                origin.files.push(Arc::clone(file));
+        for (number, layer) in lock(&self.layers.files).iter().enumerate() {
+            if let Some(layer) = layer {
+                origin.files.push(Arc::clone(&layer.file));
                 known[number] = origin.files.len() as u8;
             }
         }
@@ -226,7 +234,7 @@ impl Ram {
 
     /// The files it is in.
     pub fn files(&self) -> Vec<i32> {
-        lock(&self.layers.files).iter().flatten().map(|file| file.as_raw_fd()).collect()
+        lock(&self.layers.files).iter().flatten().map(|layer| layer.file.as_raw_fd()).collect()
     }
 
     /// The file of a page, and where in it the page is.
@@ -314,10 +322,9 @@ impl Ram {
             self.layers.set_number(offset, number);
         }
         // Everybody reads the copy before anybody can write to it.
-        let key = |gpa| (self.is_frozen(gpa), self.protected.get(gpa / PAGE));
         let mut runs: Vec<(u64, u64, bool)> = Vec::new();
         for gpa in pages() {
-            let (_, protected) = key(gpa);
+            let protected = self.protected.get(gpa / PAGE);
             match runs.last_mut() {
                 Some((first, len, last)) if *first + *len == gpa && *last == protected => {
                     *len += PAGE;
@@ -347,9 +354,7 @@ impl Ram {
         for at in writable {
             sys::mprotect(at, PAGE as usize, WRITE)?;
         }
-        for gpa in (start..end).step_by(PAGE as usize) {
-            self.layers.frozen.set(gpa / PAGE, false);
-        }
+        self.layers.frozen.clear(start / PAGE, (end - start) / PAGE);
         Ok(())
     }
 
@@ -374,12 +379,15 @@ impl Ram {
             if free == files.len() {
                 files.push(None);
             }
-            files[free] = Some(Arc::new(new));
+            files[free] = Some(Layer { file: Arc::new(new), holders: 0 });
             number
         };
         let own = self.layers.own.load(Ordering::SeqCst);
         self.layers.any.store(true, Ordering::SeqCst);
         let stays = self.empty_runs(own)?;
+        // Before anything is write-protected: what is, and is not frozen, would trap for ever. Beyond
+        // the end of slots it makes no difference.
+        self.layers.frozen.fill();
         for slot in &self.slots {
             sys::mprotect(self.rw_addr(slot.gpa), slot.size as usize, READ)?;
             // Whoever writes there has looked; tests make sure of that.
@@ -388,14 +396,9 @@ impl Ram {
             }
         }
         for page in self.covered.iter() {
-            for (at, _) in self.others(page * PAGE).filter(|(_, rw)| *rw) {
-                sys::mprotect(at, PAGE as usize, READ)?;
-            }
+            self.protect_others(page * PAGE, READ)?;
         }
-        // Beyond the end of slots that makes no difference.
-        self.layers.frozen.fill(|_| !0);
         for &(gpa, len) in &stays {
-            self.layers.frozen.clear(gpa / PAGE, len / PAGE);
             let first = self.offset_of(gpa).map_or(usize::MAX, |offset| (offset / PAGE) as usize);
             for entry in self.layers.file_of.iter().skip(first).take((len / PAGE) as usize) {
                 entry.store(number, Ordering::Release);
@@ -403,12 +406,14 @@ impl Ram {
             self.map_in(&self.ro, gpa, len, READ)?;
             self.map_in(&self.raw, gpa, len, WRITE)?;
             self.map_in(&self.rw, gpa, len, WRITE)?;
+            self.layers.frozen.clear(gpa / PAGE, len / PAGE);
         }
         let mut frozen = Frozen::default();
         let mut known = [0u8; 256];
-        for (old, file) in (0..=u8::MAX).zip(lock(&self.layers.files).iter()) {
-            if let Some(file) = file.as_ref().filter(|_| old != number) {
-                frozen.origin.files.push(Arc::clone(file));
+        for (old, layer) in (0..=u8::MAX).zip(lock(&self.layers.files).iter_mut()) {
+            if let Some(layer) = layer.as_mut().filter(|_| old != number) {
+                layer.holders += 1;
+                frozen.origin.files.push(Arc::clone(&layer.file));
                 frozen.numbers.push(old);
                 known[usize::from(old)] = frozen.numbers.len() as u8;
             }
@@ -451,17 +456,18 @@ impl Ram {
         Ok(runs)
     }
 
-    /// What was frozen is needed by nobody else: pages may be written where they are, and what they
-    /// held before they were copied is given back. vCPUs may run.
+    /// What was frozen is not needed any more. Where nobody else needs a file either, pages may be
+    /// written where they are, and what they held before they were copied is given back. vCPUs may run.
     ///
     /// # Errors
     /// The system refuses; then some pages stay frozen.
-    pub fn unfreeze(&self, frozen: &Frozen) -> io::Result<()> {
+    pub fn unfreeze(&self, frozen: Frozen) -> io::Result<()> {
         let _guard = lock(&self.mapping);
-        let ours = |number: Option<u8>| number.is_some_and(|n| frozen.numbers.contains(&n));
+        let free = self.let_go(&frozen);
         let key = |gpa: u64| {
             let (number, is_frozen) = self.file_key(gpa);
-            (is_frozen && ours(number), self.protected.get(gpa / PAGE))
+            let thaws = is_frozen && number.is_some_and(|number| free.contains(&number));
+            (thaws, self.protected.get(gpa / PAGE))
         };
         for (gpa, len, (thaws, protected)) in self.runs(key) {
             if !thaws {
@@ -470,28 +476,42 @@ impl Ram {
             if cfg!(debug_assertions) {
                 sys::mprotect(self.raw_addr(gpa), len as usize, WRITE)?;
             }
-            let pages = || (gpa..gpa + len).step_by(PAGE as usize);
-            pages().for_each(|gpa| self.layers.frozen.set(gpa / PAGE, false));
-            if protected {
-                continue;
-            }
-            sys::mprotect(self.rw_addr(gpa), len as usize, WRITE)?;
-            for gpa in pages().filter(|gpa| self.covered.get(gpa / PAGE)) {
-                for (at, _) in self.others(gpa).filter(|(_, rw)| *rw) {
-                    sys::mprotect(at, PAGE as usize, WRITE)?;
+            if !protected {
+                sys::mprotect(self.rw_addr(gpa), len as usize, WRITE)?;
+                for gpa in (gpa..gpa + len).step_by(PAGE as usize) {
+                    if self.covered.get(gpa / PAGE) {
+                        self.protect_others(gpa, WRITE)?;
+                    }
                 }
             }
+            // Last: who finds it frozen waits, who does not writes.
+            self.layers.frozen.clear(gpa / PAGE, len / PAGE);
         }
-        self.give_back(frozen)
+        self.give_back(&free)
     }
 
-    /// Frees what files hold in the place of pages that are elsewhere.
-    fn give_back(&self, frozen: &Frozen) -> io::Result<()> {
+    /// The numbers of those files that nobody needs any more when this is gone.
+    fn let_go(&self, frozen: &Frozen) -> Vec<u8> {
+        let mut files = lock(&self.layers.files);
+        let mut free = Vec::new();
+        for (&number, file) in frozen.numbers.iter().zip(&frozen.origin.files) {
+            let layer = files.get_mut(usize::from(number)).and_then(Option::as_mut);
+            // Its number may be another file's by now.
+            if let Some(layer) = layer.filter(|layer| Arc::ptr_eq(&layer.file, file)) {
+                layer.holders -= 1;
+                free.extend((layer.holders == 0).then_some(number));
+            }
+        }
+        free
+    }
+
+    /// Frees what files of our own hold in the place of pages that are elsewhere.
+    fn give_back(&self, free: &[u8]) -> io::Result<()> {
         let mut offset = 0;
         let all: Vec<u8> = self.layers.file_of.iter().map(|n| n.load(Ordering::SeqCst)).collect();
         for run in all.chunk_by(|a, b| a == b) {
             let len = run.len() as u64 * PAGE;
-            for &number in frozen.numbers.iter().filter(|number| **number != run[0]) {
+            for &number in free.iter().filter(|number| **number != run[0]) {
                 if let Some(file) = self.layers.file(number) {
                     sys::punch_hole(file.as_raw_fd(), offset, len)?;
                 }
@@ -499,9 +519,9 @@ impl Ram {
             offset += len;
         }
         let own = self.layers.own.load(Ordering::SeqCst);
-        for &number in frozen.numbers.iter().filter(|n| **n != own && !all.contains(*n)) {
-            if let Some(file) = lock(&self.layers.files).get_mut(usize::from(number)) {
-                *file = None;
+        for &number in free.iter().filter(|n| **n != own && !all.contains(*n)) {
+            if let Some(layer) = lock(&self.layers.files).get_mut(usize::from(number)) {
+                *layer = None;
             }
         }
         Ok(())
@@ -516,11 +536,9 @@ impl Ram {
                 continue;
             }
             for gpa in (gpa..gpa + len).step_by(PAGE as usize) {
-                sys::mprotect(self.rw_addr(gpa), PAGE as usize, READ)?;
-                for (at, _) in self.others(gpa).filter(|(_, rw)| *rw) {
-                    sys::mprotect(at, PAGE as usize, READ)?;
-                }
                 self.layers.frozen.set(gpa / PAGE, true);
+                sys::mprotect(self.rw_addr(gpa), PAGE as usize, READ)?;
+                self.protect_others(gpa, READ)?;
             }
             self.layers.singles.store(self.layers.singles_max, Ordering::SeqCst);
             for gpa in (gpa..gpa + len).step_by(PAGE as usize) {
@@ -529,9 +547,10 @@ impl Ram {
                 }
             }
         }
-        lock(&self.layers.files).iter_mut().zip(0..).for_each(|(file, number)| {
+        // Others who have them keep them open.
+        lock(&self.layers.files).iter_mut().zip(0..).for_each(|(layer, number)| {
             if number != own {
-                *file = None;
+                *layer = None;
             }
         });
         Ok(())
@@ -548,7 +567,7 @@ mod tests {
             [(0, 1), (0, 64), (3, 61), (63, 2), (5, 200), (64, 64), (127, 1), (10, 0)]
         {
             let bits = Bits::new(300);
-            bits.fill(|_| !0);
+            bits.fill();
             bits.clear(first, count);
             for page in 0..300 {
                 assert_eq!(

@@ -6,7 +6,9 @@ mod direct;
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
-use berth_translator::{Config, Exit, RamSlot, Shared, TranslatedVcpu, host_cpuid};
+use berth_translator::{
+    Config, Exit, Frozen, RamSlot, Reservation, Shared, TranslatedVcpu, host_cpuid,
+};
 use berth_x86::cpuid::{CpuidTable, Topology};
 use berth_x86::state::{Segment, cr0, cr4, efer};
 use berth_x86::{CpuState, Platform};
@@ -195,4 +197,52 @@ fn a_full_cache_is_emptied() {
     let (v, _) = run_with(&code, Config { code_cache_bytes: 4 << 20, ..Config::default() });
     assert_eq!(v.state().gpr[0], 2 * BLOCKS as u64);
     assert!(v.stats().cache_drops >= 2, "{:?}", v.stats());
+}
+
+/// Who holds what was frozen finds it so, whatever was frozen and let go of since.
+#[test]
+fn what_is_frozen_stays_as_long_as_it_is_held() {
+    use std::os::fd::AsRawFd;
+    const AT: u64 = 0x30_0000;
+    let fd = memfd();
+    let mapping = std::sync::Arc::new(Reservation::new(RAM as usize).unwrap());
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    mapping.map_file(0, RAM as usize, prot, fd.as_raw_fd(), 0).unwrap();
+    let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
+    let raw = Some(std::sync::Arc::clone(&mapping));
+    let shared = Shared::with_mapping(&slots, raw, None, Config::default()).unwrap();
+    let write = |at: u64, byte: u8| {
+        shared.before_write(at, 1);
+        // SAFETY: inside the mapping, which is writable there since that was said.
+        unsafe { ((mapping.addr() + at) as *mut u8).write_volatile(byte) };
+        shared.ram_written(at, 1);
+    };
+    let held = |frozen: &Frozen, at: u64| {
+        let number = usize::from(frozen.origin.of_page[(at / 4096) as usize]);
+        number.checked_sub(1).map_or(0, |file| get(&frozen.origin.files[file], at, 1)[0])
+    };
+    write(AT, 1);
+    write(AT + 4096, 1);
+    let first = shared.freeze(memfd()).unwrap();
+    write(AT, 2);
+    let second = shared.freeze(memfd()).unwrap();
+    write(AT, 3);
+    assert_eq!([held(&first, AT), held(&second, AT)], [1, 2]);
+    shared.unfreeze(second).unwrap();
+    write(AT, 4);
+    write(AT + 4096, 4);
+    assert_eq!([held(&first, AT), held(&first, AT + 4096)], [1, 1]);
+    let third = shared.freeze(memfd()).unwrap();
+    shared.unfreeze(first).unwrap();
+    write(AT + 4096, 5);
+    assert_eq!([held(&third, AT), held(&third, AT + 4096)], [4, 4]);
+    // One that nobody lets go of, as what clones have, through more files than are kept apart.
+    for round in 0..200 {
+        write(AT, round);
+        drop(shared.freeze(memfd()).unwrap());
+    }
+    assert_eq!([held(&third, AT), held(&third, AT + 4096)], [4, 4]);
+    shared.unfreeze(third).unwrap();
+    let last = shared.freeze(memfd()).unwrap();
+    assert_eq!([held(&last, AT), held(&last, AT + 4096)], [199, 5]);
 }

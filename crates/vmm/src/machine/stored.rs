@@ -75,7 +75,7 @@ impl FrozenMachine {
 
     /// Nobody needs it any more: the machine may write to its memory where it is.
     pub fn release(self) {
-        if let Err(error) = self.shared.unfreeze(&self.frozen) {
+        if let Err(error) = self.shared.unfreeze(self.frozen) {
             // It is copied when it is written, as before.
             tracing::warn!(%error, "memory of the machine stays write-protected");
         }

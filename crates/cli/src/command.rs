@@ -22,6 +22,10 @@ use crate::terminal::{self, RawTerminal};
 /// How long a guest may take from its start until its agent answers.
 pub const AGENT_WAIT: Duration = Duration::from_secs(120);
 const DIAL_POLL: Duration = Duration::from_millis(10);
+/// How late a guest's clock may be.
+const CLOCK_ERROR: Duration = Duration::from_millis(3);
+/// How often it is set on a host that is busy.
+const SET_TIME_TRIES: usize = 50;
 const STDIN_CHUNK_BYTES: usize = 16 << 10;
 
 /// Why the command did not run to its end.

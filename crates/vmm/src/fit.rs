@@ -2,8 +2,11 @@
 
 use std::path::Path;
 
+use berth_x86::CpuState;
+use berth_x86::state::XSAVE_SIZE;
+
 use crate::state::{MachineState, StateError};
-use crate::vcpu::probe::{Accel, AccelChoice, probe};
+use crate::vcpu::probe::{Accel, AccelChoice};
 
 /// What it would go on with.
 #[derive(Clone, Copy, Debug)]
@@ -22,17 +25,19 @@ impl Fit {
     /// # Errors
     /// [`StateError`] says why it cannot go on.
     pub fn check(self, directory: &Path) -> Result<(), StateError> {
-        let accel = match self.accel {
-            AccelChoice::Auto => probe().chosen,
-            AccelChoice::Translate => Accel::Translate,
-            AccelChoice::Kvm => Accel::Kvm,
-        };
-        if accel != Accel::Translate {
+        self.check_state(&MachineState::read(directory)?)
+    }
+
+    /// Looks at what was read.
+    ///
+    /// # Errors
+    /// [`StateError`] says why it cannot go on.
+    pub(crate) fn check_state(self, state: &MachineState) -> Result<(), StateError> {
+        if self.accel.resolve() != Accel::Translate {
             return Err(StateError::Unfit(
                 "only the translator can go on with it; try --accel translate".into(),
             ));
         }
-        let state = MachineState::read(directory)?;
         let (cpus, bytes) = (state.cpus.len(), state.memory_bytes);
         if cpus != self.cpus as usize || bytes != self.memory_bytes {
             return Err(StateError::Unfit(format!(
@@ -40,6 +45,22 @@ impl Fit {
                 self.cpus, self.memory_bytes
             )));
         }
-        state.check_processor(&berth_translator::host_cpuid())
+        state.check_processor(&berth_translator::host_cpuid())?;
+        state.cpus.iter().try_for_each(|cpu| check_extended(&cpu.state))
+    }
+}
+
+/// What the host would refuse to load: reserved bits of MXCSR and of the header of the XSAVE area
+/// (SDM vol. 1, 13.8.2 and 13.4.2).
+fn check_extended(cpu: &CpuState) -> Result<(), StateError> {
+    let area = &cpu.xsave.0;
+    let mxcsr_high = area.get(26..28) == Some(&[0, 0]);
+    let header = area.get(512..576).unwrap_or_default();
+    let header_sound = header.first().is_some_and(|bits| bits & !7 == 0)
+        && header.iter().skip(1).all(|&byte| byte == 0);
+    let sound = XSAVE_SIZE == area.len() && mxcsr_high && header_sound;
+    match sound && matches!(cpu.xcr0, 1 | 3 | 7) {
+        true => Ok(()),
+        false => Err(StateError::Unfit("its extended registers cannot be".into())),
     }
 }

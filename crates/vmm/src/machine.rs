@@ -48,7 +48,7 @@ use crate::timer::TimerThread;
 use crate::vcpu::kvm::vm::KvmVm;
 use crate::vcpu::mailbox::Mailbox;
 use crate::vcpu::platform::{Surroundings, VcpuPlatform};
-use crate::vcpu::probe::{Accel, AccelChoice, probe};
+use crate::vcpu::probe::{Accel, AccelChoice};
 use crate::vcpu::translated::{self, Translated};
 use crate::vcpu::{Vcpu, reset};
 
@@ -224,14 +224,10 @@ impl Machine {
         if config.cpus == 0 || config.cpus > CPUS_MAX {
             return Err(MachineError::Cpus(config.cpus));
         }
-        let accel = match config.accel {
-            AccelChoice::Auto => probe().chosen,
-            AccelChoice::Translate => Accel::Translate,
-            AccelChoice::Kvm => Accel::Kvm,
-        };
+        let accel = config.accel.resolve();
         let ram = GuestRam::new(config.memory_bytes)?;
         if let Some(resume) = &config.resume {
-            let state = stored::read(config, accel, resume)?;
+            let state = stored::read(config, resume)?;
             tracing::info!(cpus = config.cpus, "a stored machine goes on");
             return start_translated(
                 config,

@@ -4,14 +4,14 @@ use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::{Body, BodyDataStream, Bytes};
+use axum::body::{BodyDataStream, Bytes};
 use axum::extract::{Request, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderName, StatusCode};
 use axum::response::{IntoResponse, Response};
 use berth_api::v1::error::ErrorBody;
 use berth_api::v1::machine::Machine;
-use futures_util::{StreamExt, stream};
+use futures_util::StreamExt;
 use serde::Deserialize;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -22,6 +22,7 @@ use crate::machines::import::Import;
 use crate::server::Daemon;
 use crate::server::extract::{Failure, Path, Query};
 use crate::server::machines::{Answer, whole};
+use crate::server::stream::body_of;
 
 /// Bytes that are sent at once.
 const CHUNK: usize = 256 << 10;
@@ -74,11 +75,7 @@ pub(super) async fn export(
             let _ = to.blocking_send(Err(io::Error::other(error)));
         }
     });
-    let chunks = stream::unfold(from, |mut from| async {
-        let chunk = from.recv().await?;
-        Some((chunk, from))
-    });
-    Ok((TYPE, Body::from_stream(chunks)).into_response())
+    Ok((TYPE, body_of(from)).into_response())
 }
 
 /// The client, as something to write to.

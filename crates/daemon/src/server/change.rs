@@ -1,5 +1,7 @@
 //! `PATCH /machines/{name}`.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -7,9 +9,10 @@ use berth_api::v1::change::ChangeMachine;
 use berth_api::v1::error::ErrorBody;
 use berth_api::v1::machine::Machine;
 
+use crate::machines::Machines;
 use crate::server::Daemon;
 use crate::server::extract::{Body, Failure, Path};
-use crate::server::machines::whole;
+use crate::server::machines::changed;
 
 /// Changes what a machine is made of. One that runs goes on as it is, and is changed when it is
 /// started again.
@@ -30,12 +33,9 @@ pub(super) async fn change(
     Path(name): Path<String>,
     Body(request): Body<ChangeMachine>,
 ) -> Result<(StatusCode, Json<Machine>), Failure> {
-    let machine = whole(async move {
-        let entry = daemon.machines.find(&name).await?;
-        daemon.machines.change(&entry, request).await?;
-        Ok(entry.describe())
-    });
-    let machine = machine.await?;
+    let change =
+        |machines: Arc<Machines>, entry| async move { machines.change(&entry, request).await };
+    let machine = changed(daemon, name, change).await?;
     let status = if machine.state.is_up() { StatusCode::ACCEPTED } else { StatusCode::OK };
-    Ok((status, Json(machine)))
+    Ok((status, machine))
 }

@@ -64,7 +64,7 @@ pub(super) async fn whole<T: Send + 'static>(
 }
 
 /// Changes a machine as a whole; gives how it is then.
-async fn changed<F: Future<Output = Result<(), ApiError>> + Send>(
+pub(super) async fn changed<F: Future<Output = Result<(), ApiError>> + Send>(
     daemon: Daemon,
     name: String,
     change: impl FnOnce(Arc<Machines>, Arc<Entry>) -> F + Send + 'static,

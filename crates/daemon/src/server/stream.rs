@@ -115,11 +115,15 @@ pub(super) async fn logs(
             let _ = to.send(Err(error)).await;
         }
     });
-    let chunks = stream::unfold(from, |mut from| async {
+    Ok((BYTES, body_of(from)).into_response())
+}
+
+/// A body of what comes through a channel; an error cuts it off.
+pub(super) fn body_of(from: mpsc::Receiver<io::Result<Bytes>>) -> Body {
+    Body::from_stream(stream::unfold(from, |mut from| async {
         let chunk = from.recv().await?;
         Some((chunk, from))
-    });
-    Ok((BYTES, Body::from_stream(chunks)).into_response())
+    }))
 }
 
 async fn send_log(

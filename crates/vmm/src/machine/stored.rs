@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use berth_translator::{Frozen, Origin, Shared};
 use berth_x86::CpuState;
 use berth_x86::cpuid::{CpuidTable, Topology};
-use berth_x86::state::XSAVE_SIZE;
 
 use crate::chips::chipset::Chipset;
 use crate::chips::lapic::Lapic;
 use crate::chips::pit::Pit;
 use crate::clock::{Clock, HostClock};
+use crate::fit::Fit;
 use crate::machine::chips::StoredDevices;
 use crate::machine::handed::hand;
 use crate::machine::{MachineConfig, Resume};
@@ -24,7 +24,6 @@ use crate::pvclock::PvClock;
 use crate::state::{MachineState, Moment, Shift, StateError, StoredCpu, VERSION, stored_memory};
 use crate::vcpu::mailbox::Mailbox;
 use crate::vcpu::platform::ClockMsrs;
-use crate::vcpu::probe::Accel;
 
 /// What stores a machine.
 pub struct Storer {
@@ -108,48 +107,15 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 ///
 /// # Errors
 /// [`StateError`].
-pub(super) fn read(
-    config: &MachineConfig,
-    accel: Accel,
-    resume: &Resume,
-) -> Result<Box<Resumed>, StateError> {
-    if accel != Accel::Translate {
-        return Err(StateError::Unfit(
-            "only the translator can go on with it; try --accel translate".into(),
-        ));
-    }
+pub(super) fn read(config: &MachineConfig, resume: &Resume) -> Result<Box<Resumed>, StateError> {
     let (state, memory) = match resume {
         Resume::Stored(directory) => (MachineState::read(directory)?, stored_memory(directory)?),
         Resume::Handed(handed) => (handed.state.clone(), handed.memory.clone()),
     };
-    let (cpus, bytes) = (state.cpus.len(), state.memory_bytes);
-    if cpus != config.cpus as usize || bytes != config.memory_bytes {
-        return Err(StateError::Unfit(format!(
-            "it has {cpus} processors and {bytes} bytes of memory, and the machine {} and {}",
-            config.cpus, config.memory_bytes
-        )));
-    }
-    state.check_processor(&berth_translator::host_cpuid())?;
-    for cpu in &state.cpus {
-        check_extended(&cpu.state)?;
-    }
+    let (cpus, memory_bytes) = (config.cpus, config.memory_bytes);
+    Fit { accel: config.accel, cpus, memory_bytes }.check_state(&state)?;
     let shift = state.saved.shift_to(&Moment::now(&HostClock::new()));
     Ok(Box::new(Resumed { state, memory, shift }))
-}
-
-/// What the host would refuse to load: reserved bits of MXCSR and of the header of the XSAVE area
-/// (SDM vol. 1, 13.8.2 and 13.4.2).
-fn check_extended(cpu: &CpuState) -> Result<(), StateError> {
-    let area = &cpu.xsave.0;
-    let mxcsr_high = area.get(26..28) == Some(&[0, 0]);
-    let header = area.get(512..576).unwrap_or_default();
-    let header_sound = header.first().is_some_and(|bits| bits & !7 == 0)
-        && header.iter().skip(1).all(|&byte| byte == 0);
-    let sound = XSAVE_SIZE == area.len() && mxcsr_high && header_sound;
-    match sound && matches!(cpu.xcr0, 1 | 3 | 7) {
-        true => Ok(()),
-        false => Err(StateError::Unfit("its extended registers cannot be".into())),
-    }
 }
 
 impl Resumed {

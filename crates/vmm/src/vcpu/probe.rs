@@ -29,6 +29,18 @@ pub enum AccelChoice {
     Kvm,
 }
 
+impl AccelChoice {
+    /// The processor that this asks for on this host.
+    #[must_use]
+    pub fn resolve(self) -> Accel {
+        match self {
+            Self::Auto => probe().chosen,
+            Self::Translate => Accel::Translate,
+            Self::Kvm => Accel::Kvm,
+        }
+    }
+}
+
 impl std::str::FromStr for AccelChoice {
     type Err = String;
 

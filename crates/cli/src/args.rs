@@ -134,6 +134,9 @@ pub enum Command {
     /// The process of a kept machine
     #[command(hide = true)]
     Vmm {
+        /// What the time-stamp counter's frequency is known to be, in Hz
+        #[arg(long)]
+        tsc_hz: Option<u64>,
         /// The machine's folder
         folder: PathBuf,
     },

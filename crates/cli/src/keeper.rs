@@ -1,11 +1,18 @@
 //! `berth daemon`: from its words to the daemon's own crate.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use berth_daemon::server::{Config, Tcp};
+use berth_daemon::vmm::Program;
+use berth_vmm::clock::measure_tsc_hz;
 
 use crate::client::{Place, TlsGiven};
 use crate::exit::{CliError, ExitCode};
+
+/// How long the time-stamp counter is looked at.
+const TSC_TIME: Duration = Duration::from_millis(200);
 
 /// Runs a daemon until a signal ends it.
 ///
@@ -31,7 +38,13 @@ pub fn run(
     // What it makes, and what its machines make, is its user's alone.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let root = std::path::absolute(root).map_err(CliError::Output)?;
-    let program = std::env::current_exe().map_err(CliError::Output)?;
+    let path = std::env::current_exe().map_err(CliError::Output)?;
+    let program = Program { path, tsc_hz: Arc::default() };
+    let tsc_hz = Arc::clone(&program.tsc_hz);
+    // Machines that are started before that is known find it out themselves.
+    let _ = std::thread::Builder::new()
+        .name("tsc".into())
+        .spawn(move || tsc_hz.set(measure_tsc_hz(TSC_TIME)));
     let config = Config { root, socket, program, tcp };
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     let runtime = builder.worker_threads(2).enable_all().build().map_err(CliError::Output)?;

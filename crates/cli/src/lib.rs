@@ -25,6 +25,7 @@ use std::io::{self, IsTerminal, Write};
 use std::sync::Mutex;
 
 use berth_daemon::log::Stderr;
+use berth_vmm::clock::HostClock;
 use clap::{CommandFactory, Parser};
 
 use crate::args::{Args, Command, ImageCommand, LogFormat, VmCommand};
@@ -69,7 +70,7 @@ fn log_to_stderr(args: &Args) {
             let root = state::directory(args.root.as_deref()).ok();
             ("info", daemon.log_format, root.map(|root| root.join(client::DAEMON_LOG)))
         }
-        Command::Vmm { folder } => {
+        Command::Vmm { folder, .. } => {
             ("error", LogFormat::Text, Some(folder.join(berth_daemon::vmm::LOG)))
         }
         _ => ("error", LogFormat::Text, None),
@@ -141,7 +142,10 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
             let place: Result<Place, CliError> = place;
             keeper::run(&root()?, place?, daemon.listen.as_deref(), &tls, daemon.detached)
         }
-        Command::Vmm { folder } => Ok(vmm::run(&root()?, &folder)),
+        Command::Vmm { tsc_hz, folder } => {
+            tsc_hz.into_iter().for_each(HostClock::expect);
+            Ok(vmm::run(&root()?, &folder))
+        }
         Command::CheckState(check) => Ok(vmm::check(&check)),
         Command::Image(ImageCommand::Bootstrap(bootstrap)) => {
             images::bootstrap(&root()?, &bootstrap)

@@ -200,7 +200,7 @@ impl RunPlan {
     /// [`PlanError`]; nothing is left behind.
     pub fn new(args: &RunArgs, state: &Path) -> Result<Self, PlanError> {
         let shell = if args.command.is_empty() { Shell::Once } else { Shell::None };
-        let (mut plan, image) = Self::base(args, state, shell)?;
+        let (mut plan, image) = Self::base(args, state, shell, true)?;
         if let Some((image, store)) = &image {
             let disk = ThrowawayDisk::copy_of(&image.root_disk(), store)?;
             plan.disks
@@ -224,7 +224,12 @@ impl RunPlan {
     }
 
     /// What kept machines and others have in common: no root disk of an image, no console yet.
-    fn base(args: &RunArgs, state: &Path, shell: Shell) -> Result<(Self, FromImage), PlanError> {
+    fn base(
+        args: &RunArgs,
+        state: &Path,
+        shell: Shell,
+        boots: bool,
+    ) -> Result<(Self, FromImage), PlanError> {
         let name = machine_name(args)?;
         check_memory(args.machine.memory, host_memory_bytes())?;
         let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
@@ -233,6 +238,7 @@ impl RunPlan {
         let disks = user_disks(args)?;
         let net = network(args)?;
         let files = match &args.image {
+            _ if !boots => Boot { kernel: PathBuf::new(), initrd: None, image: None },
             None => Boot { kernel: given_kernel(args)?, initrd: given_initrd(args)?, image: None },
             // One that has its own needs no image any more.
             Some(_) if shell == Shell::Always && args.machine.kernel.is_some() => {
@@ -264,7 +270,8 @@ impl RunPlan {
         Ok((plan, files.image))
     }
 
-    /// What a kept machine needs, whose disks are in its folder. `console` is its serial port.
+    /// What a kept machine needs, whose disks are in its folder. `console` is its serial port. One that
+    /// does not boot, since it goes on, needs no kernel.
     ///
     /// # Errors
     /// [`PlanError`].
@@ -274,6 +281,7 @@ impl RunPlan {
         folder: &Path,
         state: &Path,
         console: Console,
+        boots: bool,
     ) -> Result<Self, PlanError> {
         let machine = MachineArgs {
             cpus: config.cpus,
@@ -313,7 +321,7 @@ impl RunPlan {
             image: config.image.clone(),
             ..RunArgs::default()
         };
-        let (plan, _) = Self::base(&args, state, Shell::Always)?;
+        let (plan, _) = Self::base(&args, state, Shell::Always, boots)?;
         Ok(Self { console, ..plan })
     }
 }

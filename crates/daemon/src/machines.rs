@@ -48,7 +48,7 @@ use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{Folder, VmToml};
 use crate::machines::stats::Counts;
 use crate::snapshot::verified::Verified;
-use crate::vmm::{self, VmmError};
+use crate::vmm::{self, Program, VmmError};
 
 /// How long a guest may take to power off by its button before its agent is asked too.
 const BUTTON_TIME: Duration = Duration::from_secs(5);
@@ -64,7 +64,7 @@ pub struct Machines {
     /// The state directory.
     root: PathBuf,
     /// The program that is the process of a machine.
-    program: PathBuf,
+    program: Program,
     /// Which boot of the host this is.
     boot: String,
     /// Snapshots that need not be read again.

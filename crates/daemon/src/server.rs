@@ -41,6 +41,7 @@ use crate::folder::{Folder, FolderError, FolderLock};
 use crate::machines::Machines;
 use crate::server::tcp::TlsListener;
 use crate::tls::{TlsError, TlsFiles};
+use crate::vmm::Program;
 
 /// Locked by the daemon of a state directory; the store of images has another lock.
 const LOCK: &str = "daemon.lock";
@@ -58,7 +59,7 @@ pub struct Config {
     /// Where it listens.
     pub socket: PathBuf,
     /// The program that is the process of a machine.
-    pub program: PathBuf,
+    pub program: Program,
     /// Where it listens besides.
     pub tcp: Option<Tcp>,
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use berth_api::v1::machine::{Accel, MachineConfig};
@@ -27,6 +28,16 @@ const START_TIME: Duration = Duration::from_secs(120);
 pub const LOG: &str = "vmm.log";
 /// How much of the log is shown when the process says nothing itself.
 const LOG_TAIL: u64 = 2048;
+
+/// What is started for each machine.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// Its file.
+    pub path: PathBuf,
+    /// How fast the host's time-stamp counter counts, in Hz, as soon as that is known. Machines that
+    /// are told start 20 ms sooner.
+    pub tsc_hz: Arc<OnceLock<u64>>,
+}
 
 /// Why a process cannot be spoken with.
 #[derive(Debug, thiserror::Error)]
@@ -144,7 +155,11 @@ pub async fn freeze(
 ///
 /// # Errors
 /// [`VmmError::NotStarted`] with the reason why not.
-pub async fn check(program: &Path, config: &MachineConfig, state: &Path) -> Result<(), VmmError> {
+pub async fn check(
+    program: &Program,
+    config: &MachineConfig,
+    state: &Path,
+) -> Result<(), VmmError> {
     let not = |error: &dyn std::fmt::Display| VmmError::NotStarted(error.to_string());
     let accel = match config.accel {
         Accel::Auto => "auto",
@@ -152,7 +167,7 @@ pub async fn check(program: &Path, config: &MachineConfig, state: &Path) -> Resu
         Accel::Kvm => "kvm",
     };
     let (cpus, bytes) = (config.cpus, config.memory.bytes());
-    let mut command = Command::new(program);
+    let mut command = Command::new(&program.path);
     command.args(["check-state", "--accel", accel, "--cpus", &cpus.to_string()]);
     command.args(["--memory", &bytes.to_string()]).arg(state);
     let ran = command.stdin(Stdio::null()).kill_on_drop(true).output();
@@ -180,23 +195,25 @@ pub async fn watch(folder: &Folder) -> Result<(UnixStream, Status), VmmError> {
 ///
 /// # Errors
 /// [`VmmError::NotStarted`] with the reason it gave.
-pub async fn start(program: &Path, root: &Path, folder: &Folder) -> Result<(), VmmError> {
+pub async fn start(program: &Program, root: &Path, folder: &Folder) -> Result<(), VmmError> {
     let not = |what: &str, error: &dyn std::fmt::Display| {
         VmmError::NotStarted(format!("{what}: {error}"))
     };
     let path = folder.file(LOG);
     let log =
         crate::log::for_process(&path).map_err(|error| not(&path.display().to_string(), &error))?;
-    let mut child = Command::new(program)
+    let known = program.tsc_hz.get().map(|hz| format!("--tsc-hz={hz}"));
+    let mut child = Command::new(&program.path)
         .arg("--root")
         .arg(root)
         .arg("vmm")
+        .args(known)
         .arg(folder.path())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)
         .spawn()
-        .map_err(|error| not(&program.display().to_string(), &error))?;
+        .map_err(|error| not(&program.path.display().to_string(), &error))?;
     let Some(mut greetings) = child.stdout.take() else {
         return Err(VmmError::NotStarted("its standard output is missing".into()));
     };

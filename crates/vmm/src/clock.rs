@@ -23,13 +23,30 @@ pub struct HostClock {
     tsc_hz: u64,
 }
 
+/// What [`HostClock::expect`] was told.
+static EXPECTED: OnceLock<u64> = OnceLock::new();
+
 impl HostClock {
-    /// Finds the frequency of the time-stamp counter (once for the process; at most 25 ms).
+    /// Finds the frequency of the time-stamp counter (once for the process; at most 25 ms, 2 if it is
+    /// known).
     #[must_use]
     pub fn new() -> Self {
         static HZ: OnceLock<u64> = OnceLock::new();
         Self { tsc_hz: *HZ.get_or_init(tsc_frequency) }
     }
+
+    /// Tells what the frequency was a while ago, before anybody asks for it. It is looked at whether
+    /// that still holds: a host that is a guest itself may have moved.
+    pub fn expect(tsc_hz: u64) {
+        // Told twice, the first one holds.
+        let _ = EXPECTED.set(tsc_hz);
+    }
+}
+
+/// Measures how fast the time-stamp counter counts, for so long.
+#[must_use]
+pub fn measure_tsc_hz(time: Duration) -> u64 {
+    measure(time)
 }
 
 impl Default for HostClock {
@@ -66,6 +83,12 @@ fn rdtsc() -> u64 {
 /// By CPUID 0x15 (crystal and ratio), by a hypervisor's 0x4000_0010 (kHz), or measured.
 fn tsc_frequency() -> u64 {
     let exact = frequency_by_cpuid();
+    if let Some(expected) = EXPECTED.get().copied().filter(|_| exact.is_none()) {
+        let measured = measure(Duration::from_millis(1));
+        if expected.abs_diff(measured) < measured / 1000 {
+            return expected;
+        }
+    }
     let measured = measure(Duration::from_millis(20));
     // A leaf that is far from what the counter does is a leaf not to trust.
     match exact {

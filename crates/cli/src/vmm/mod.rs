@@ -125,7 +125,7 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     folder.note_start()?;
     let goes_on = folder.file(ORIGIN).exists() || folder.file(SUSPENDED).is_dir();
-    let begun = begin(root, &folder, &toml, &name);
+    let begun = begin(root, &folder, &toml, &name, goes_on);
     let begun = begun.map(|(machine, plan, told, hub)| Run {
         machine,
         plan,
@@ -155,10 +155,11 @@ fn begin(
     folder: &Folder,
     toml: &VmToml,
     name: &str,
+    goes_on: bool,
 ) -> Result<(RunningMachine, RunPlan, Told, Arc<Hub>), Failure> {
     let (near, far) = UnixStream::pair()?;
     let console = Console::Stream(Arc::new(far));
-    let plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console)?;
+    let plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console, !goes_on)?;
     let mut parts = devices(&plan);
     parts.mac = Some(mac(toml.id));
     // What needs the host's network is made before it is left.

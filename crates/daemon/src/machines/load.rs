@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,11 +15,11 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::events::Events;
-use crate::failure::{Result, conflict, error, invalid};
+use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{self, Folder, FolderError, unsettled};
 use crate::machines::{Entry, Machines, check_name, clone};
 use crate::snapshot;
-use crate::vmm::{self, VmmError};
+use crate::vmm::{self, Program, VmmError};
 
 /// How long a process that has just ended may keep its lock, and one that starts needs until it
 /// listens.
@@ -85,7 +85,7 @@ impl Machines {
     ///
     /// # Errors
     /// The state directory cannot be used.
-    pub async fn load(root: &Path, program: PathBuf, events: Events) -> Result<Arc<Self>> {
+    pub async fn load(root: &Path, program: Program, events: Events) -> Result<Arc<Self>> {
         let directory = root.join("machines");
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
@@ -253,7 +253,10 @@ impl Machines {
         if !path.is_absolute() {
             return Err(invalid(format!("{} is no absolute path", path.display())));
         }
-        let path = fs::canonicalize(&path).map_err(folder::failed("finding", &path))?;
+        // What is wrong with the folder is wrong with the request.
+        let wrong = |error: FolderError| invalid(chain(&error));
+        let path = fs::canonicalize(&path).map_err(folder::failed("finding", &path));
+        let path = path.map_err(wrong)?;
         let own = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let name = request.name.unwrap_or_else(|| own.to_owned());
         check_name(&name)?;
@@ -262,7 +265,7 @@ impl Machines {
         let is_here = path.parent() == Some(&home);
         let folder = Folder::at(&path);
         // Nothing is made in a folder that is no machine.
-        folder.config()?;
+        folder.config().map_err(wrong)?;
         let lock = folder.lock()?;
         snapshot::settle(&folder, &lock)?;
         unsettled::settle_with_all(&folder)?;

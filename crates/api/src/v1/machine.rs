@@ -164,6 +164,7 @@ pub enum NewDisk {
 #[serde(deny_unknown_fields)]
 pub struct CreateMachine {
     /// Its name: letters, digits and `-`, 63 at most.
+    #[schema(pattern = r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")]
     pub name: String,
     /// What it is made of. With an image a copy of the image's disk comes before all other disks.
     #[serde(default)]
@@ -178,10 +179,11 @@ pub struct CreateMachine {
 #[serde(deny_unknown_fields)]
 pub struct AdoptMachine {
     /// An absolute path. A folder elsewhere stays there.
-    #[schema(value_type = String)]
+    #[schema(value_type = String, pattern = "^/")]
     pub folder: PathBuf,
     /// The machine's name; without one, the folder's.
     #[serde(default)]
+    #[schema(pattern = r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")]
     pub name: Option<String>,
 }
 
@@ -190,6 +192,7 @@ pub struct AdoptMachine {
 #[serde(deny_unknown_fields)]
 pub struct RenameMachine {
     /// What it is to be called.
+    #[schema(pattern = r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")]
     pub name: String,
 }
 

@@ -25,6 +25,7 @@ pub fn is_tag(text: &str) -> bool {
 pub struct TakeSnapshot {
     /// What it is called; the time, when absent.
     #[serde(default)]
+    #[schema(pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     pub tag: Option<String>,
     /// Only the disks, also of a machine that runs: as if its power had failed then.
     #[serde(default)]
@@ -57,6 +58,7 @@ pub struct Snapshot {
 #[serde(deny_unknown_fields)]
 pub struct RestoreSnapshot {
     /// Which snapshot.
+    #[schema(pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     pub tag: String,
     /// Also a machine that runs or is suspended, which is lost.
     #[serde(default)]
@@ -68,6 +70,7 @@ pub struct RestoreSnapshot {
 #[serde(deny_unknown_fields)]
 pub struct CloneMachine {
     /// The clone's name; with a count what their names begin with.
+    #[schema(pattern = r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")]
     pub name: String,
     /// So many, called NAME-1, NAME-2 and so on: all of them or none.
     #[serde(default)]
@@ -78,6 +81,7 @@ pub struct CloneMachine {
     pub running: bool,
     /// Of this snapshot; when absent, of the machine as it is now.
     #[serde(default)]
+    #[schema(pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     pub tag: Option<String>,
 }
 

@@ -3,6 +3,7 @@
 
 mod appliances;
 mod attached;
+mod conformance;
 mod consoles;
 mod copy;
 mod debian;

@@ -58,15 +58,15 @@ impl Authority {
 }
 
 /// A daemon on TCP at 127.0.0.1 and on its socket.
-struct Remote {
-    cloud: Cloud,
+pub(crate) struct Remote {
+    pub(crate) cloud: Cloud,
     ours: Authority,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
     daemon: Running,
 }
 
 impl Remote {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let cloud = Cloud::new();
         let ours = Authority::new(cloud.root(), "ours");
         ours.sign("host", &["127.0.0.1", "localhost"]);
@@ -85,6 +85,11 @@ impl Remote {
         let address = info["addresses"][1].as_str().unwrap().strip_prefix("tcp://").unwrap();
         let address = address.parse().unwrap();
         Self { cloud, ours, address, daemon }
+    }
+
+    /// The authority's certificate, and that of one who may ask with its key.
+    pub(crate) fn files(&self) -> [PathBuf; 3] {
+        ["ca.pem", "me.pem", "me.key"].map(|name| self.ours.file(name))
     }
 
     fn words(&self, flags: &str, words: &str) -> std::process::Command {

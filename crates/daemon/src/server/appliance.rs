@@ -20,7 +20,7 @@ use utoipa::IntoParams;
 use crate::failure::chain;
 use crate::machines::import::Import;
 use crate::server::Daemon;
-use crate::server::extract::{Failure, Path, Query};
+use crate::server::extract::{Failure, MachinePath, Path, Query};
 use crate::server::machines::{Answer, whole};
 use crate::server::stream::body_of;
 
@@ -47,7 +47,7 @@ pub(super) struct ExportQuery {
 #[utoipa::path(
     get,
     path = "/machines/{name}/export",
-    params(("name", description = "its name"), ExportQuery),
+    params(MachinePath, ExportQuery),
     responses(
         (status = 200, body = String, content_type = "application/vnd.berth.appliance"),
         (status = "4XX", body = ErrorBody),

@@ -11,7 +11,7 @@ use berth_api::v1::machine::Machine;
 
 use crate::machines::Machines;
 use crate::server::Daemon;
-use crate::server::extract::{Body, Failure, Path};
+use crate::server::extract::{Body, Failure, MachinePath, Path};
 use crate::server::machines::changed;
 
 /// Changes what a machine is made of. One that runs goes on as it is, and is changed when it is
@@ -19,7 +19,7 @@ use crate::server::machines::changed;
 #[utoipa::path(
     patch,
     path = "/machines/{name}",
-    params(("name", description = "its name")),
+    params(MachinePath),
     request_body = ChangeMachine,
     responses(
         (status = 200, body = Machine, description = "it is changed"),

@@ -5,6 +5,8 @@ use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts};
 use axum::response::{IntoResponse, Response};
 use berth_api::v1::error::ApiError;
+use serde::Deserialize;
+use utoipa::IntoParams;
 
 use crate::failure::invalid;
 
@@ -55,3 +57,23 @@ pub struct Query<T>(pub T);
 #[derive(FromRequestParts)]
 #[from_request(via(axum::extract::Path), rejection(Failure))]
 pub struct Path<T>(pub T);
+
+/// Which machine.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "a description; handlers take the name alone")]
+pub struct MachinePath {
+    /// The machine's name.
+    #[param(pattern = r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")]
+    name: String,
+}
+
+/// Which of its snapshots.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "a description; handlers take both names at once")]
+pub struct TagPath {
+    /// The snapshot's tag.
+    #[param(pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    tag: String,
+}

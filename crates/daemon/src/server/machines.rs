@@ -16,7 +16,7 @@ use utoipa_axum::routes;
 
 use crate::failure::{failed, invalid};
 use crate::machines::{Entry, Machines};
-use crate::server::extract::{Body, Failure, Path, Query};
+use crate::server::extract::{Body, Failure, MachinePath, Path, Query, TagPath};
 use crate::server::{Daemon, appliance, change, stats, stream};
 
 pub(super) type Answer<T> = Result<T, Failure>;
@@ -143,7 +143,7 @@ async fn adopt(
 }
 
 /// A machine.
-#[utoipa::path(get, path = "/machines/{name}", params(("name", description = "its name")), responses(
+#[utoipa::path(get, path = "/machines/{name}", params(MachinePath), responses(
     (status = 200, body = Machine),
     (status = "4XX", body = ErrorBody),
 ))]
@@ -155,7 +155,7 @@ async fn inspect(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answ
 #[utoipa::path(
     delete,
     path = "/machines/{name}",
-    params(("name", description = "its name"), Force),
+    params(MachinePath, Force),
     responses(
         (status = 204),
         (status = "4XX", body = ErrorBody),
@@ -179,7 +179,7 @@ async fn remove(
 #[utoipa::path(
     post,
     path = "/machines/{name}/start",
-    params(("name", description = "its name")),
+    params(MachinePath),
     responses(
         (status = 200, body = Machine),
         (status = "4XX", body = ErrorBody),
@@ -195,7 +195,7 @@ async fn start(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer
 #[utoipa::path(
     post,
     path = "/machines/{name}/stop",
-    params(("name", description = "its name"), Patience),
+    params(MachinePath, Patience),
     responses(
         (status = 200, body = Machine),
         (status = "4XX", body = ErrorBody),
@@ -220,7 +220,7 @@ async fn stop(
 #[utoipa::path(
     post,
     path = "/machines/{name}/kill",
-    params(("name", description = "its name")),
+    params(MachinePath),
     responses(
         (status = 200, body = Machine),
         (status = "4XX", body = ErrorBody),
@@ -235,7 +235,7 @@ async fn kill(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer<
 #[utoipa::path(
     post,
     path = "/machines/{name}/restart",
-    params(("name", description = "its name"), Patience),
+    params(MachinePath, Patience),
     responses(
         (status = 200, body = Machine),
         (status = "4XX", body = ErrorBody),
@@ -260,7 +260,7 @@ async fn restart(
 #[utoipa::path(
     post,
     path = "/machines/{name}/pause",
-    params(("name", description = "its name")),
+    params(MachinePath),
     responses(
         (status = 200, body = Machine),
         (status = "4XX", body = ErrorBody),
@@ -276,7 +276,7 @@ async fn pause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answer
 #[utoipa::path(
     post,
     path = "/machines/{name}/unpause",
-    params(("name", description = "its name")),
+    params(MachinePath),
     responses(
         (status = 200, body = Machine),
         (status = "4XX", body = ErrorBody),
@@ -292,7 +292,7 @@ async fn unpause(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answ
 #[utoipa::path(
     post,
     path = "/machines/{name}/rename",
-    params(("name", description = "its name")),
+    params(MachinePath),
     request_body = RenameMachine,
     responses(
         (status = 200, body = Machine),
@@ -315,7 +315,7 @@ async fn rename(
 #[utoipa::path(
     post,
     path = "/machines/{name}/suspend",
-    params(("name", description = "its name")),
+    params(MachinePath),
     responses(
         (status = 200, body = Machine),
         (status = "4XX", body = ErrorBody),
@@ -331,7 +331,7 @@ async fn suspend(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answ
 #[utoipa::path(
     post,
     path = "/machines/{name}/resume",
-    params(("name", description = "its name")),
+    params(MachinePath),
     responses(
         (status = 200, body = Machine),
         (status = "4XX", body = ErrorBody),
@@ -346,7 +346,7 @@ async fn resume(State(daemon): State<Daemon>, Path(name): Path<String>) -> Answe
 #[utoipa::path(
     get,
     path = "/machines/{name}/snapshots",
-    params(("name", description = "its name")),
+    params(MachinePath),
     responses(
         (status = 200, body = Vec<Snapshot>),
         (status = "4XX", body = ErrorBody),
@@ -365,7 +365,7 @@ async fn snapshots(
 #[utoipa::path(
     post,
     path = "/machines/{name}/snapshots",
-    params(("name", description = "its name")),
+    params(MachinePath),
     request_body = TakeSnapshot,
     responses(
         (status = 201, body = Snapshot),
@@ -389,7 +389,7 @@ async fn take_snapshot(
 #[utoipa::path(
     delete,
     path = "/machines/{name}/snapshots/{tag}",
-    params(("name", description = "the machine's name"), ("tag", description = "the snapshot's")),
+    params(MachinePath, TagPath),
     responses(
         (status = 204),
         (status = "4XX", body = ErrorBody),
@@ -412,7 +412,7 @@ async fn remove_snapshot(
 #[utoipa::path(
     post,
     path = "/machines/{name}/restore",
-    params(("name", description = "its name")),
+    params(MachinePath),
     request_body = RestoreSnapshot,
     responses(
         (status = 200, body = Machine),
@@ -437,7 +437,7 @@ async fn restore(
 #[utoipa::path(
     post,
     path = "/machines/{name}/clone",
-    params(("name", description = "its name")),
+    params(MachinePath),
     request_body = CloneMachine,
     responses(
         (status = 201, body = Vec<Machine>),

@@ -17,7 +17,7 @@ use utoipa::IntoParams;
 use crate::failure::invalid;
 use crate::machines::Machines;
 use crate::server::Daemon;
-use crate::server::extract::{Failure, Path, Query};
+use crate::server::extract::{Failure, MachinePath, Path, Query};
 use crate::server::stream::JSON_LINES;
 
 /// Seconds between two lines, unless the request says otherwise.
@@ -52,7 +52,7 @@ pub(super) async fn all_stats(State(daemon): State<Daemon>) -> Result<Json<Vec<S
 #[utoipa::path(
     get,
     path = "/machines/{name}/stats",
-    params(("name", description = "its name"), Often),
+    params(MachinePath, Often),
     responses(
         (status = 200, body = Stats, description = "with `stream` a line of JSON each"),
         (status = "4XX", body = ErrorBody),

@@ -29,7 +29,7 @@ use crate::failure::invalid;
 use crate::log::BEFORE;
 use crate::machines::Entry;
 use crate::server::Daemon;
-use crate::server::extract::{Failure, Path, Query};
+use crate::server::extract::{Failure, MachinePath, Path, Query};
 
 /// How often a log that is followed is looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -69,6 +69,7 @@ pub(super) async fn events(State(daemon): State<Daemon>) -> Response {
 pub(super) struct Logs {
     /// What the guest printed, or what its process did.
     #[serde(default)]
+    #[param(inline)]
     source: Source,
     /// Only so many of the last lines.
     tail: Option<usize>,
@@ -92,7 +93,7 @@ enum Source {
 #[utoipa::path(
     get,
     path = "/machines/{name}/logs",
-    params(("name", description = "its name"), Logs),
+    params(MachinePath, Logs),
     responses(
         (status = 200, body = String, content_type = "application/octet-stream"),
         (status = "4XX", body = ErrorBody),
@@ -221,7 +222,7 @@ fn last_lines(text: &[u8], lines: usize) -> usize {
     get,
     path = "/machines/{name}/console",
     params(
-        ("name", description = "its name"),
+        MachinePath,
         ("backlog" = Option<u32>, Query, description = "so many of the last bytes first"),
     ),
     responses(
@@ -254,7 +255,7 @@ pub(super) struct Backlog {
 #[utoipa::path(
     get,
     path = "/machines/{name}/agent",
-    params(("name", description = "its name")),
+    params(MachinePath),
     responses(
         (status = 101, description = "the agent's protocol"),
         (status = "4XX", body = ErrorBody),

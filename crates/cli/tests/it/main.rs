@@ -11,6 +11,7 @@ mod frozen;
 mod guest;
 mod kept;
 mod kernels;
+mod killed;
 mod remote;
 mod rubbish;
 mod snapshots;

@@ -27,7 +27,7 @@ fn start(config: &mut MachineConfig) -> (RunningMachine, UnixStream) {
 }
 
 /// Reads what a guest prints until there is this in it.
-fn expect(stream: &mut UnixStream, wanted: &str) -> String {
+pub fn expect(stream: &mut UnixStream, wanted: &str) -> String {
     let began = Instant::now();
     let mut text = String::new();
     while !text.contains(wanted) {
@@ -42,7 +42,7 @@ fn expect(stream: &mut UnixStream, wanted: &str) -> String {
 
 /// Line 20 through the I/O APIC, level-triggered; each interrupt prints the register as a
 /// digit.
-fn listener() -> String {
+pub fn listener() -> String {
     format!(
         "{}{MULTIBOOT}
         gate 0x40, happened

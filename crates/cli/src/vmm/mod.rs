@@ -80,6 +80,8 @@ fn greet(greeting: &Greeting) {
     let _ = io::stdout().write_all(&line).and_then(|()| io::stdout().flush());
 }
 
+/// What a machine went on from, until it is removed.
+const RESUMED: &str = "state/.resumed";
 /// Bytes that say where a clone begins.
 const ORIGIN_MAX: u64 = 16 << 10;
 /// How long the process of another machine may take to hand it over.
@@ -145,7 +147,13 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
     } else {
         // The guest does not wait for it. Without a thread it lasts by and by.
         let thread = std::thread::Builder::new().name("note".into());
-        let _ = thread.spawn(move || folder.sync_last_exit());
+        let _ = thread.spawn(move || {
+            let synced = folder.sync_last_exit();
+            // Not before nobody can find it by its old name, even after a loss of power.
+            if synced.is_ok() {
+                let _ = std::fs::remove_dir_all(folder.file(RESUMED));
+            }
+        });
     }
     begun
 }
@@ -191,7 +199,12 @@ fn begin(
     let machine = Machine::start_with(&config, Some(parts.into_attach(&ends)))?;
     // From here on it is not what would go on.
     match config.resume {
-        Some(Resume::Stored(_)) => std::fs::remove_dir_all(&suspended)?,
+        Some(Resume::Stored(_)) => {
+            let aside = folder.file(RESUMED);
+            // Of a process that was killed before it was removed.
+            let _ = std::fs::remove_dir_all(&aside);
+            std::fs::rename(&suspended, &aside)?;
+        }
         Some(Resume::Handed(_)) => std::fs::remove_file(&origin)?,
         None => {}
     }

@@ -91,11 +91,7 @@ impl Server {
     pub(super) fn set_attributes(&mut self, mut request: Request<'_>) -> Answer {
         let wanted = Wanted::parse(&mut request.args)?;
         let file = self.nodes.get(request.node)?;
-        if wanted.has(set::MODE) {
-            let (folder, name) = self.nodes.by_name(file.as_fd());
-            let mode = Mode::from_raw_mode(wanted.mode & 0o7777);
-            rustix::fs::chmodat(folder, name, mode, AtFlags::empty())?;
-        }
+        // First: it takes set-user-id away, which a mode may give back.
         if wanted.has(set::UID | set::GID) {
             let uid = wanted.has(set::UID).then_some(wanted.uid);
             let gid = wanted.has(set::GID).then_some(wanted.gid);
@@ -103,6 +99,11 @@ impl Server {
             let changed = rustix::fs::chownat(&file, c"", uid, gid, AtFlags::EMPTY_PATH);
             // Numbers that the user namespace of a machine without privileges does not have.
             changed.map_err(|errno| if errno == Errno::INVAL { Errno::PERM } else { errno })?;
+        }
+        if wanted.has(set::MODE) {
+            let (folder, name) = self.nodes.by_name(file.as_fd());
+            let mode = Mode::from_raw_mode(wanted.mode & 0o7777);
+            rustix::fs::chmodat(folder, name, mode, AtFlags::empty())?;
         }
         if wanted.has(set::SIZE) {
             self.set_size(request.node, file.as_fd(), &wanted)?;

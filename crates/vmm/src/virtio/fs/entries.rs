@@ -136,7 +136,7 @@ impl Server {
         let args = &mut request.args;
         let (handle, offset, size) = (args.u64()?, args.u64()?, args.u32()?);
         let room = request.room.min(u64::from(size)).min(FS_FOLDER_BYTES_MAX as u64) as usize;
-        let known = self.nodes.get(request.node)?;
+        let known = if plus { Some(self.nodes.get(request.node)?) } else { None };
         let folder = self.handles.get(Kind::Folder, handle)?;
         rustix::fs::seek(folder, SeekFrom::Start(offset))?;
         let mut results = Results::default();
@@ -154,10 +154,9 @@ impl Server {
             if results.0.len() + len > room {
                 break;
             }
-            if plus {
-                let itself = name == c"." || name == c"..";
+            if let Some(known) = &known {
                 // One that is gone, or not to be had, has no number.
-                let found = match itself {
+                let found = match name == c"." || name == c".." {
                     true => None,
                     false => self.nodes.look_up(known.as_fd(), name).ok(),
                 };

@@ -247,6 +247,26 @@ fn kept_machines_share_one_folder() {
     cloud.fails("vm start a", &["other", "a shared folder", "No such file"]);
 }
 
+/// More files than the process may have open, and folders above them that are renamed: what was closed
+/// was once taken for gone.
+#[test]
+fn few_descriptors_are_enough_for_many_files() {
+    let Some(debian) = Debian::take() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let script =
+        "set -e; cd /s; cp -a /usr/share/doc x; diff -r /usr/share/doc x; mkdir -p q/r; cd x
+                  mv ../x ../y; cat */copyright > /tmp/a; mv ../y ../q/r/z; cd /s
+                  cat /usr/share/doc/*/copyright | cmp - /tmp/a; diff -r /usr/share/doc q/r/z
+                  ls -lR q/r/z > /tmp/a; ls -lR q/r/z | cmp - /tmp/a; rm -r q; ls; echo done";
+    let word = share(dir.path(), "/s");
+    let guest = debian.command(&["--net", "none", "--share", &word], &["sh", "-c", script]);
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "ulimit -n 800; exec \"$@\"", "sh"]).arg(guest.get_program());
+    let ran = run(command.args(guest.get_args()), b"");
+    assert_eq!((ran.check(0).text().as_str(), ran.stderr.as_str()), ("done\n", ""));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
 #[test]
 fn a_folder_that_cannot_be_mounted_stops_the_guest() {
     let Some(debian) = Debian::take() else { return };
@@ -267,7 +287,7 @@ fn a_guest_with_its_own_kernel_mounts_by_tag() {
     let init = dir.path().join("init");
     fs::write(
         &init,
-        "#!/bin/sh\ncat /proc/cmdline > /mnt/out; sync; echo o > /proc/sysrq-trigger\n",
+        "#!/bin/sh\ncat /proc/cmdline > /mnt/out; sync; echo o > /proc/sysrq-trigger; sleep 60\n",
     )
     .unwrap();
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();

@@ -67,8 +67,8 @@ pub const FS_NODES_MAX: usize = 1 << 20;
 pub const FS_PATH_BYTES_MAX: usize = 1024;
 /// Bytes of the paths of all of them.
 pub const FS_PATHS_BYTES_MAX: usize = 64 << 20;
-/// Descriptors for one shared folder, where the system gives so many: half for files that the guest
-/// knows, half for those it has open.
+/// Descriptors for one shared folder, where the system gives so many: a third for files that the
+/// guest has open, the rest for those that it knows.
 pub const FS_FILES_MAX: u64 = 32 << 10;
 /// Descriptors for one shared folder at least.
 pub const FS_FILES_MIN: u64 = 128;

@@ -1,6 +1,6 @@
 //! Open files: what is in them.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, ResolveFlags, SeekFrom};
 use rustix::io::Errno;
@@ -48,7 +48,14 @@ impl Server {
             _ => return Err(Errno::NXIO),
         }
         let open = self.nodes.reopen(file.as_fd(), flags)?;
-        self.handles.add(Kind::File, open)
+        self.opened(Kind::File, node, open)
+    }
+
+    /// The handle of a node that was opened.
+    pub(super) fn opened(&mut self, kind: Kind, node: u64, open: OwnedFd) -> Result<u64, Errno> {
+        let handle = self.handles.add(kind, node, open)?;
+        self.nodes.pin(node);
+        Ok(handle)
     }
 
     pub(super) fn create(&mut self, mut request: Request<'_>) -> Answer {
@@ -66,23 +73,18 @@ impl Server {
             rustix::fs::openat2(&*folder, name, flags | new, mode, resolve)
         };
         let made = match made {
-            Ok(file) => Some(self.handles.add(Kind::File, file)?),
+            Ok(file) => Some(file),
             // Somebody was faster; what it is decides whether it can be opened.
             Err(Errno::EXIST) if asked & OFlags::EXCL.bits() == 0 => None,
             Err(errno) => return Err(errno),
         };
-        let told = self.nodes.look_up(folder.as_fd(), name);
-        let opened = told.and_then(|(node, stat)| {
-            let handle = match made {
-                Some(handle) => handle,
-                None => self.open_node(node, flags).inspect_err(|_| self.nodes.forget(node, 1))?,
-            };
-            Ok((node, stat, handle))
-        });
-        let (node, stat, handle) = opened.inspect_err(|_| {
-            // The guest is not told of it.
-            let _ = made.map(|handle| self.handles.close(handle));
-        })?;
+        let (node, stat) = self.nodes.look_up(folder.as_fd(), name)?;
+        let handle = match made {
+            Some(file) => self.opened(Kind::File, node, file),
+            None => self.open_node(node, flags),
+        };
+        // If it cannot be opened the guest is not told of it.
+        let handle = handle.inspect_err(|_| self.nodes.forget(node, 1))?;
         let mut results = Results::default();
         results.entry(node, Some(&stat));
         results.opened(handle);
@@ -90,7 +92,8 @@ impl Server {
     }
 
     pub(super) fn release(&mut self, mut request: Request<'_>) -> Answer {
-        self.handles.close(request.args.u64()?)?;
+        let node = self.handles.close(request.args.u64()?)?;
+        self.nodes.unpin(node);
         done()
     }
 

@@ -127,7 +127,7 @@ impl Server {
         }
         let open = self.nodes.reopen(folder.as_fd(), OFlags::RDONLY | OFlags::DIRECTORY)?;
         let mut results = Results::default();
-        results.opened(self.handles.add(Kind::Folder, open)?);
+        results.opened(self.opened(Kind::Folder, request.node, open)?);
         Ok(Reply::Results(results))
     }
 

@@ -16,7 +16,7 @@ pub(super) enum Kind {
 
 /// The open files.
 pub(super) struct Handles {
-    open: HashMap<u64, (Kind, OwnedFd)>,
+    open: HashMap<u64, (Kind, u64, OwnedFd)>,
     next: u64,
     max: usize,
 }
@@ -32,26 +32,26 @@ impl Handles {
         if self.open.len() < self.max { Ok(()) } else { Err(Errno::NFILE) }
     }
 
-    /// The number of one that was opened.
-    pub fn add(&mut self, kind: Kind, file: OwnedFd) -> Result<u64, Errno> {
+    /// The number of one that was opened, of the node with that number.
+    pub fn add(&mut self, kind: Kind, node: u64, file: OwnedFd) -> Result<u64, Errno> {
         self.check_room()?;
         let number = self.next;
         self.next += 1;
-        self.open.insert(number, (kind, file));
+        self.open.insert(number, (kind, node, file));
         Ok(number)
     }
 
     /// One of that kind.
     pub fn get(&self, kind: Kind, number: u64) -> Result<&OwnedFd, Errno> {
         match self.open.get(&number) {
-            Some((found, file)) if *found == kind => Ok(file),
+            Some((found, _, file)) if *found == kind => Ok(file),
             _ => Err(Errno::BADF),
         }
     }
 
-    /// Closes one.
-    pub fn close(&mut self, number: u64) -> Result<(), Errno> {
-        self.open.remove(&number).map(drop).ok_or(Errno::BADF)
+    /// Closes one; gives its node.
+    pub fn close(&mut self, number: u64) -> Result<u64, Errno> {
+        self.open.remove(&number).map(|(_, node, _)| node).ok_or(Errno::BADF)
     }
 
     /// Closes all.

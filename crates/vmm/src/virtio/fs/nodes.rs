@@ -10,6 +10,9 @@
 //!                                                  looks it up anew
 //! ```
 //!
+//! A file that the guest has open is not closed here, and folders are the last: a path finds nothing any
+//! more when a folder above it was renamed, and whoever works in it would not look it up anew.
+//!
 //! A file is opened by one name in an open folder, or by such a path beneath the shared one; links
 //! are never followed in either.
 
@@ -70,6 +73,8 @@ struct Node {
     lookups: u64,
     /// Since it was last considered for being closed.
     used: bool,
+    /// How often the guest has it open.
+    pins: u32,
 }
 
 /// The files that the guest knows.
@@ -120,7 +125,7 @@ impl Nodes {
         (self.open, self.path_bytes) = (0, 0);
         let identity = Identity::of(&stat(&self.root)?);
         let place = Place::Open(Arc::clone(&self.root));
-        self.nodes.insert(ROOT, Node { identity, place, lookups: 1, used: true });
+        self.nodes.insert(ROOT, Node { identity, place, lookups: 1, used: true, pins: 0 });
         self.numbers.insert(identity, ROOT);
         Ok(())
     }
@@ -133,11 +138,29 @@ impl Nodes {
             Place::Open(file) => return Ok(Arc::clone(file)),
             Place::Closed(path) => path,
         };
-        let file = open_beneath(&self.root, &**path)?;
+        let file = open_beneath(&self.root, &**path).map_err(|errno| match errno {
+            Errno::NFILE | Errno::MFILE | Errno::NOMEM => errno,
+            // Whatever is wrong with the path, the file is not gone: the guest looks it up anew.
+            _ => Errno::STALE,
+        })?;
         if Identity::of(&stat(&file)?) != node.identity {
             return Err(Errno::STALE);
         }
         self.opened(number, file)
+    }
+
+    /// The guest has opened a file.
+    pub fn pin(&mut self, number: u64) {
+        if let Some(node) = self.nodes.get_mut(&number) {
+            node.pins = node.pins.saturating_add(1);
+        }
+    }
+
+    /// It has closed it.
+    pub fn unpin(&mut self, number: u64) {
+        if let Some(node) = self.nodes.get_mut(&number) {
+            node.pins = node.pins.saturating_sub(1);
+        }
     }
 
     /// The kind of a file that the guest knows.
@@ -174,7 +197,7 @@ impl Nodes {
         let number = self.next;
         self.next += 1;
         let place = Place::Open(Arc::new(file));
-        self.nodes.insert(number, Node { identity, place, lookups: 1, used: false });
+        self.nodes.insert(number, Node { identity, place, lookups: 1, used: false, pins: 0 });
         self.numbers.insert(identity, number);
         self.clock.push_back(number);
         self.open += 1;
@@ -230,8 +253,9 @@ impl Nodes {
 
     /// Closes what was not used lately until there is room for one more.
     fn make_room(&mut self) -> Result<(), Errno> {
-        // Twice around: the first time may only find what was used.
-        let mut left = 2 * self.clock.len();
+        // Three times around: the first may only find what was used, the second only folders.
+        let around = self.clock.len();
+        let mut left = 3 * around;
         while self.open >= self.open_max {
             if left == 0 {
                 return Err(Errno::NFILE);
@@ -240,10 +264,9 @@ impl Nodes {
             let Some(number) = self.clock.pop_front() else { return Err(Errno::NFILE) };
             let Some(node) = self.nodes.get_mut(&number) else { continue };
             let Place::Open(file) = &node.place else { continue };
-            let path = match std::mem::take(&mut node.used) {
-                true => None,
-                false => path_below(&self.root, file),
-            };
+            let is_late = node.identity.kind == libc::S_IFDIR && left >= around;
+            let stays = std::mem::take(&mut node.used) || node.pins > 0 || is_late;
+            let path = if stays { None } else { path_below(&self.root, file) };
             match path.filter(|path| self.path_bytes + path.len() <= FS_PATHS_BYTES_MAX) {
                 Some(path) => {
                     self.path_bytes += path.len();
@@ -344,6 +367,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_open_and_folders_are_closed_last() {
+        let (dir, mut nodes) = share(3);
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir(path("d")).unwrap();
+        ["a", "b", "c", "e"].iter().for_each(|name| std::fs::write(path(name), name).unwrap());
+        let d = look_up(&mut nodes, ROOT, c"d").unwrap();
+        let a = look_up(&mut nodes, ROOT, c"a").unwrap();
+        nodes.pin(a);
+        let b = look_up(&mut nodes, ROOT, c"b").unwrap();
+        look_up(&mut nodes, ROOT, c"c").unwrap();
+        let is_open = |nodes: &Nodes, number| nodes.nodes[&number].is_open();
+        assert_eq!([d, a, b].map(|number| is_open(&nodes, number)), [true, true, false]);
+        let c = look_up(&mut nodes, ROOT, c"c").unwrap();
+        nodes.pin(c);
+        look_up(&mut nodes, ROOT, c"e").unwrap();
+        assert_eq!([d, a, c].map(|number| is_open(&nodes, number)), [false, true, true]);
+        nodes.unpin(a);
+        nodes.get(d).unwrap();
+    }
+
+    #[test]
     fn what_was_closed_and_is_another_file_by_now_is_stale() {
         let (dir, mut nodes) = share(1);
         let path = |name: &str| dir.path().join(name);
@@ -355,6 +399,7 @@ mod tests {
         std::fs::rename(path("c"), path("a")).unwrap();
         assert_eq!(nodes.get(a).unwrap_err(), Errno::STALE);
         std::fs::remove_file(path("a")).unwrap();
+        assert_eq!(nodes.get(a).unwrap_err(), Errno::STALE);
         std::os::unix::fs::symlink("/etc/passwd", path("a")).unwrap();
         assert_eq!(nodes.get(a).unwrap_err(), Errno::STALE);
     }

@@ -66,10 +66,11 @@ pub(super) struct Server {
 impl Server {
     /// Serves a folder that was opened with O_PATH, with at most `files_max` descriptors.
     pub fn new(root: OwnedFd, read_only: bool, files_max: usize) -> Result<Self, Errno> {
-        let half = (files_max / 2).max(1);
+        // What is open takes two: so a third is left for files that are only known.
+        let third = (files_max / 3).max(1);
         Ok(Self {
-            nodes: Nodes::new(root, half)?,
-            handles: Handles::new(half),
+            nodes: Nodes::new(root, 2 * third)?,
+            handles: Handles::new(third),
             read_only,
             entries: vec![MaybeUninit::uninit(); FS_FOLDER_BYTES_MAX],
         })

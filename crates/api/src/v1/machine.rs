@@ -158,10 +158,11 @@ impl DiskFormat {
 #[serde(deny_unknown_fields)]
 pub struct Share {
     /// The folder: an absolute path of the host on which the machine runs.
-    #[schema(value_type = String)]
+    #[schema(value_type = String, pattern = "^/")]
     pub host: PathBuf,
     /// Where it is in a guest of an image: an absolute path. Without an image, the tag by which the
     /// guest can mount it: 1 to 36 bytes without `/`.
+    #[schema(min_length = 1, max_length = 512)]
     pub guest: String,
     /// The guest may not change anything in it; the host sees to that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

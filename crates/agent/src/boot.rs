@@ -9,11 +9,15 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Dir, FileType};
 use rustix::mount::{MountFlags, mount, mount_move};
 
+use crate::cmdline::Share;
+
 /// How long the root device may take to appear after the modules are loaded.
 const ROOT_DEVICE_WAIT: Duration = Duration::from_secs(10);
 const ROOT_DEVICE_POLL: Duration = Duration::from_millis(2);
 const NEW_ROOT: &str = "/newroot";
 const MODULE_LIST: &str = "/modules/order";
+/// A guest without shared folders starts sooner without these.
+const SHARE_MODULES: [&str; 2] = ["fuse.ko", "virtiofs.ko"];
 
 /// Why the guest could not be brought up.
 #[derive(Debug, thiserror::Error)]
@@ -68,15 +72,17 @@ pub fn mount_kernel_interfaces() -> Result<(), BootError> {
     mount_new("sysfs", "/sys", plain | MountFlags::NODEV, "")
 }
 
-/// Loads the modules the host put into the initramfs, in the order it computed.
-pub fn load_modules() -> Result<(), BootError> {
+/// Loads the modules the host put into the initramfs, in the order it computed; those for shared
+/// folders only where there are some.
+pub fn load_modules(shares: bool) -> Result<(), BootError> {
     let order = match fs::read_to_string(MODULE_LIST) {
         Ok(order) => order,
         // A kernel with everything built in has no list.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(BootError::Module { path: MODULE_LIST.into(), source }),
     };
-    for name in order.lines().filter(|line| !line.is_empty()) {
+    let wanted = |name: &&str| !name.is_empty() && (shares || !SHARE_MODULES.contains(name));
+    for name in order.lines().filter(wanted) {
         let path = Path::new("/modules").join(name);
         let loaded = File::open(&path)
             .and_then(|file| Ok(rustix::system::finit_module(&file, c"", 0)?))
@@ -191,6 +197,23 @@ pub fn finish_mounts(root_is_writable: bool) {
     ] {
         let _ = std::os::unix::fs::symlink(target, link);
     }
+}
+
+/// Mounts the folders of the host. A guest that lacks one does not start: what runs in it could write
+/// to the wrong place.
+pub fn mount_shares(shares: &[Share]) -> Result<(), BootError> {
+    for share in shares {
+        let (tag, path) = (share.tag.as_str(), share.path.as_str());
+        let failed = |source: io::Error| BootError::Mount {
+            what: format!("the shared folder {tag}"),
+            on: path.to_owned(),
+            source,
+        };
+        fs::create_dir_all(path).map_err(failed)?;
+        let flags = if share.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+        mount(tag, path, "virtiofs", flags, None).map_err(|errno| failed(errno.into()))?;
+    }
+    Ok(())
 }
 
 /// Sets the host name; a name the kernel refuses is said and left.

@@ -29,6 +29,32 @@ pub struct CommandLine {
     pub size: Option<TerminalSize>,
     /// `berth.env=NAME=VALUE`, any number of them: variables of everything that is started.
     pub env: Vec<(String, String)>,
+    /// `berth.share=TAG=PATH` or `berth.share=TAG,ro=PATH`, any number of them: folders of the host.
+    pub shares: Vec<Share>,
+}
+
+/// A folder of the host that is to be mounted before anything is started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Its virtio-fs tag.
+    pub tag: String,
+    /// Where; an absolute path.
+    pub path: String,
+    /// Not for writing, which the host refuses anyway.
+    pub read_only: bool,
+}
+
+impl Share {
+    fn parse(value: &str) -> Option<Self> {
+        let (tag, path) = value.split_once('=')?;
+        let (tag, read_only) = match tag.strip_suffix(",ro") {
+            Some(tag) => (tag, true),
+            None => (tag, false),
+        };
+        let path = environment::decode(path)?;
+        let good = !tag.is_empty() && path.starts_with('/') && !path.contains('\0');
+        good.then(|| Self { tag: tag.to_owned(), path, read_only })
+    }
 }
 
 /// What is on the console.
@@ -60,6 +86,7 @@ impl CommandLine {
             term: None,
             size: None,
             env: Vec::new(),
+            shares: Vec::new(),
         };
         for word in text.split_ascii_whitespace() {
             let Some((key, value)) = word.strip_prefix("berth.").and_then(|w| w.split_once('='))
@@ -92,6 +119,7 @@ impl CommandLine {
                     line.size = Some(size.ok_or_else(wrong)?);
                 }
                 "env" => line.env.push(environment::parse(value).ok_or_else(wrong)?),
+                "share" => line.shares.push(Share::parse(value).ok_or_else(wrong)?),
                 _ => return Err(wrong()),
             }
         }
@@ -126,7 +154,8 @@ mod tests {
     fn words_are_found_among_the_kernels_own() {
         let line = CommandLine::parse(
             "console=ttyS0 quiet berth.root=/dev/vda berth.rw=1 berth.shell=1 root=/dev/sda \
-             berth.hostname=box berth.size=50x120 berth.agent=vsock:7 berth.env=A=b%20c\n",
+             berth.hostname=box berth.size=50x120 berth.agent=vsock:7 berth.env=A=b%20c \
+             berth.share=share0,ro=/a%20b berth.share=share1=/c\n",
         )
         .unwrap();
         assert_eq!(line.root.as_deref(), Some("/dev/vda"));
@@ -137,6 +166,12 @@ mod tests {
         assert_eq!(line.port, 7);
         assert_eq!(line.env, [("A".to_owned(), "b c".to_owned())]);
         assert_eq!(line.init, None);
+        let share = |tag: &str, path: &str, read_only| Share {
+            tag: tag.to_owned(),
+            path: path.to_owned(),
+            read_only,
+        };
+        assert_eq!(line.shares, [share("share0", "/a b", true), share("share1", "/c", false)]);
     }
 
     #[test]
@@ -148,6 +183,9 @@ mod tests {
             "berth.agent=tcp:1",
             "berth.size=80",
             "berth.env=A",
+            "berth.share=share0",
+            "berth.share=share0=relative",
+            "berth.share==/a",
         ] {
             let error = CommandLine::parse(&format!("quiet {word} x")).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");

@@ -23,7 +23,8 @@ pub fn parse(word: &str) -> Option<(String, String)> {
     good.then_some((name, value))
 }
 
-fn decode(text: &str) -> Option<String> {
+/// A text in which bytes may be written as `%2F`; `None` if that is wrong, or it is no text then.
+pub fn decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {

@@ -86,11 +86,12 @@ fn bring_up() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
     boot::say("init");
     let line = CommandLine::read()?;
     environment::set(line.env.clone());
-    boot::load_modules()?;
+    boot::load_modules(!line.shares.is_empty())?;
     if let Some(device) = &line.root {
         boot::enter_root(device, line.writable)?;
     }
     boot::finish_mounts(line.root.is_some() && line.writable);
+    boot::mount_shares(&line.shares)?;
     if let Some(name) = &line.hostname {
         boot::set_hostname(name);
     }

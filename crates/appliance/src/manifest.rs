@@ -136,7 +136,8 @@ impl Manifest {
             return Err(refused("the machine's name is none"));
         }
         let machine = &self.machine;
-        if machine.kernel.is_some() || machine.initrd.is_some() || !machine.disks.is_empty() {
+        let boots = machine.kernel.is_some() || machine.initrd.is_some();
+        if boots || !machine.disks.is_empty() || !machine.shares.is_empty() {
             return Err(refused("it names files of a host"));
         }
         let sorted = self.files.is_sorted_by_key(|file| file.role);

@@ -3,7 +3,7 @@
 use std::io;
 
 use berth_api::size::Size;
-use berth_api::v1::machine::MachineConfig;
+use berth_api::v1::machine::{MachineConfig, Share};
 use jiff::Timestamp;
 use uuid::Uuid;
 
@@ -249,6 +249,8 @@ fn impossible_manifests_are_refused() {
     check(&|m| m.files[2].read_only = true, "read-only");
     check(&|m| m.name = "../x".into(), "name");
     check(&|m| m.machine.kernel = Some("/etc/shadow".into()), "files of a host");
+    let share = Share { host: "/".into(), guest: "/host".into(), read_only: false };
+    check(&|m| m.machine.shares.push(share.clone()), "files of a host");
     let text = String::from_utf8(two()).unwrap();
     let unknown = text.replacen('{', "{\"path\":\"/etc\",", 1);
     assert!(unpack(&forge(unknown.as_bytes(), &[])).is_err());

@@ -219,6 +219,7 @@ pub(crate) fn devices(plan: &RunPlan) -> Devices {
             .iter()
             .map(|d| DiskFile { path: d.path.clone(), format: d.format, read_only: d.read_only })
             .collect(),
+        shares: plan.shares.clone(),
         net: match &plan.net {
             NetPlan::Absent => NetConfig::None,
             NetPlan::User => NetConfig::User,

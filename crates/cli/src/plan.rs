@@ -2,6 +2,8 @@
 //! are possible, the image's throwaway disk and initramfs are made.
 
 mod own;
+mod share;
+mod words;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -23,6 +25,7 @@ use berth_image::store::{Image, ImageName, Store, StoreError};
 use berth_vmm::boot::{self, Module};
 use berth_vmm::limits::MEMORY_BYTES_MIN;
 use berth_vmm::vcpu::translated::Optimizations;
+use berth_vmm::virtio::fs::device::FolderShare;
 
 use crate::args::machine::{Accel, MachineArgs, NetArg, Variable};
 use crate::args::{ConsoleArg, DiskArg, RunArgs};
@@ -66,6 +69,8 @@ pub struct RunPlan {
     pub command_line: String,
     /// The disks in the order the guest sees them.
     pub disks: Vec<DiskPlan>,
+    /// Folders of the host.
+    pub shares: Vec<FolderShare>,
     /// The network card.
     pub net: NetPlan,
     /// Whether port 0xf4 ends the machine.
@@ -234,6 +239,7 @@ impl RunPlan {
         check_memory(args.machine.memory, host_memory_bytes())?;
         let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         check_open_files(u64::from(args.machine.cpus) + args.disks.len() as u64, open_files)?;
+        let shares = share::checked(&args.machine.shares, args.image.is_some())?;
         check_combination(args)?;
         let disks = user_disks(args)?;
         let net = network(args)?;
@@ -248,6 +254,7 @@ impl RunPlan {
         };
         let plan = Self {
             command_line: command_line(args, &name, shell)?,
+            shares,
             name,
             cpus: args.machine.cpus,
             memory_bytes: args.machine.memory.bytes(),
@@ -305,6 +312,7 @@ impl RunPlan {
                 .iter()
                 .map(|(name, value)| Variable { name: name.clone(), value: value.clone() })
                 .collect(),
+            shares: config.shares.iter().map(share::kept).collect(),
         };
         let disk = |disk: &kept::Disk| DiskArg {
             path: folder.join(&disk.file),
@@ -591,11 +599,12 @@ fn command_line(args: &RunArgs, name: &str, shell: Shell) -> Result<String, Plan
             Shell::None => {}
             Shell::Once => {
                 words.push("berth.shell=1".to_owned());
-                words.extend(terminal_words());
+                words.extend(words::terminal());
             }
             Shell::Always => words.push("berth.shell=always".to_owned()),
         }
-        words.extend(args.machine.env.iter().map(environment_word));
+        words.extend(args.machine.env.iter().map(words::variable));
+        words.extend(args.machine.shares.iter().enumerate().map(words::share));
     }
     let panic_said = args.machine.append.split_whitespace().any(|word| word.starts_with("panic="));
     if args.image.is_none()
@@ -611,43 +620,12 @@ fn command_line(args: &RunArgs, name: &str, shell: Shell) -> Result<String, Plan
     let line = words.join(" ");
     if line.len() > COMMAND_LINE_BYTES_MAX || line.contains('\0') {
         return Err(PlanError::Usage(format!(
-            "the kernel command line has {} bytes with all of --append and --env; Linux takes \
+            "the kernel command line has {} bytes with all --append, --env and --share; Linux takes \
              {COMMAND_LINE_BYTES_MAX}",
             line.len()
         )));
     }
     Ok(line)
-}
-
-/// A variable as the agent reads it: bytes that could mean something else are written as `%2F`.
-fn environment_word(variable: &Variable) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./:,+@".contains(&byte);
-    let written = |text: &str| -> String {
-        let bytes = text.bytes().map(|byte| match byte {
-            byte if plain(byte) => char::from(byte).to_string(),
-            byte => format!("%{byte:02x}"),
-        });
-        bytes.collect()
-    };
-    format!("berth.env={}={}", written(&variable.name), written(&variable.value))
-}
-
-fn terminal_words() -> Vec<String> {
-    let mut words = Vec::new();
-    if !terminal::is_interactive() {
-        return words;
-    }
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '+');
-    if let Ok(term) = std::env::var("TERM")
-        && !term.is_empty()
-        && term.chars().all(plain)
-    {
-        words.push(format!("berth.term={term}"));
-    }
-    if let Some(size) = terminal::size() {
-        words.push(format!("berth.size={}x{}", size.rows, size.cols));
-    }
-    words
 }
 
 fn unnamed_file(store: &Store) -> Result<File, PlanError> {

@@ -21,7 +21,7 @@ use berth_vmm::console::EscapeFilter;
 use hyper::Method;
 use jiff::{SpanRound, Timestamp, Unit};
 
-use crate::args::machine::{Accel, NetArg, SetArgs, Variable};
+use crate::args::machine::{Accel, NetArg, SetArgs, ShareArg, Variable};
 use crate::args::{
     AdoptArgs, ConsoleArgs, CreateArgs, ExecArgs, KeptDisk, LogsArgs, RenameArgs, RmArgs, StopArgs,
 };
@@ -72,6 +72,11 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
             }
         });
     }
+    let share = |share: &ShareArg| {
+        let (guest, read_only) = (share.guest.clone(), share.read_only);
+        Ok(api::Share { host: absolute(&share.host)?, guest, read_only })
+    };
+    let shares = machine.shares.iter().map(share).collect::<Result<_, CliError>>()?;
     let request = CreateMachine {
         name: args.name.clone(),
         config: MachineConfig {
@@ -86,6 +91,7 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
             env: machine.env.iter().cloned().map(Variable::into_pair).collect(),
             net,
             disks: Vec::new(),
+            shares,
         },
         disks,
     };

@@ -16,6 +16,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 pub enum Kind {
     /// Serves a device: reads what the guest wrote into rings, and moves bytes.
     Device,
+    /// Serves a shared folder, besides what devices do.
+    Files,
     /// Runs guest code; starts and traces the processes that execute user code for it.
     Vcpu,
 }
@@ -107,6 +109,34 @@ const DEVICE: &[i64] = &[
     libc::SYS_writev,
 ];
 
+/// Besides what devices need: files by descriptors and names below them, and other users' for root.
+const FILES: &[i64] = &[
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_copy_file_range,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_fstatfs,
+    libc::SYS_getdents64,
+    libc::SYS_geteuid,
+    libc::SYS_linkat,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_openat2,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_renameat2,
+    libc::SYS_setfsgid,
+    libc::SYS_setfsuid,
+    libc::SYS_symlinkat,
+    libc::SYS_syncfs,
+    libc::SYS_umask,
+    libc::SYS_unlinkat,
+    libc::SYS_unshare,
+    libc::SYS_utimensat,
+];
+
 /// Besides what devices need, whose threads it starts.
 const VCPU: &[i64] = &[
     libc::SYS_arch_prctl,
@@ -134,6 +164,7 @@ const VCPU: &[i64] = &[
 
 struct Filters {
     device: BpfProgram,
+    files: BpfProgram,
     vcpu: BpfProgram,
 }
 
@@ -146,14 +177,19 @@ fn filter(more: &[i64]) -> Result<BpfProgram, seccompiler::BackendError> {
     SeccompFilter::new(rules, refuse, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
-/// Threads that are started from here on are confined. Children cannot gain privileges any more.
+/// Threads that are started from here on are confined. Children cannot gain privileges any more. Without
+/// `shares` no folder is shared, and nobody needs what [`Kind::Files`] does.
 ///
 /// # Errors
 /// The kernel does not do that; then nothing is confined.
-pub fn prepare() -> Result<(), ConfineError> {
-    let build =
-        || Ok::<_, seccompiler::BackendError>((filter(DEVICE)?, filter(&[VCPU, DEVICE].concat())?));
-    let (device, vcpu) = build().map_err(|error| ConfineError(error.into()))?;
+pub fn prepare(shares: bool) -> Result<(), ConfineError> {
+    let build = || {
+        // A vCPU's thread starts those of devices, which inherit what it is refused.
+        let files = [DEVICE, if shares { FILES } else { &[] }].concat();
+        let vcpu = filter(&[VCPU, &files].concat())?;
+        Ok::<_, seccompiler::BackendError>((filter(DEVICE)?, filter(&files)?, vcpu))
+    };
+    let (device, files, vcpu) = build().map_err(|error| ConfineError(error.into()))?;
     // Whether it can be done is found out on a thread that ends.
     let trial = device.clone();
     let tried = std::thread::spawn(move || seccompiler::apply_filter(&trial)).join();
@@ -163,7 +199,7 @@ pub fn prepare() -> Result<(), ConfineError> {
         Err(_) => return Err(ConfineError("a thread panicked".into())),
     }
     // A second call changes nothing.
-    let _ = FILTERS.set(Filters { device, vcpu });
+    let _ = FILTERS.set(Filters { device, files, vcpu });
     Ok(())
 }
 
@@ -175,6 +211,7 @@ pub(crate) fn enter(kind: Kind) {
     let Some(filters) = FILTERS.get() else { return };
     let filter = match kind {
         Kind::Device => &filters.device,
+        Kind::Files => &filters.files,
         Kind::Vcpu => &filters.vcpu,
     };
     seccompiler::apply_filter(filter).expect("a filter that was installed before");

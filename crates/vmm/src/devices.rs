@@ -13,6 +13,7 @@ use crate::virtio::block::device::Block;
 use crate::virtio::block::disk::{DiskConfig, DiskError};
 use crate::virtio::block::live::DiskSwitch;
 use crate::virtio::console::device::{Console as ConsoleDevice, ConsoleSize};
+use crate::virtio::fs::device::{Folder, FolderShare, ShareError, files_for_each};
 use crate::virtio::net::device::{Mac, Net};
 use crate::virtio::net::passt::{self, Passt, PasstConfig, PasstError};
 use crate::virtio::net::tap::{Tap, TapError};
@@ -55,6 +56,8 @@ enum Link {
 pub struct Devices {
     /// In the order the guest numbers them.
     pub disks: Vec<DiskFile>,
+    /// Folders of the host.
+    pub shares: Vec<FolderShare>,
     /// The network card.
     pub net: NetConfig,
     /// Its address; without one it gets a random one.
@@ -77,6 +80,9 @@ pub enum DevicesError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A shared folder.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// passt.
     #[error(transparent)]
     Passt(#[from] PasstError),
@@ -158,6 +164,10 @@ impl Devices {
         }
         // A machine is started once; a second attempt keeps the first handles.
         let _ = ends.disks.set(switches);
+        let files = if self.shares.is_empty() { 0 } else { files_for_each(self.shares.len()) };
+        for share in &self.shares {
+            attach(&mut root, Arc::clone(&memory), Box::new(Folder::new(share, files)?))?;
+        }
         if self.link.0.is_none() {
             self.connect()?;
         }

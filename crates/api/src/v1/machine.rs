@@ -62,6 +62,9 @@ pub struct MachineConfig {
     /// Its disks, in the order the guest numbers them.
     #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    /// Folders of the host that the guest has, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<Share>,
 }
 
 fn one() -> u8 {
@@ -86,6 +89,7 @@ impl Default for MachineConfig {
             net: Net::default(),
             env: BTreeMap::new(),
             disks: Vec::new(),
+            shares: Vec::new(),
         }
     }
 }
@@ -147,6 +151,87 @@ impl DiskFormat {
     fn is_raw(&self) -> bool {
         *self == Self::Raw
     }
+}
+
+/// A folder of the host that the guest has, too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    /// The folder: an absolute path of the host on which the machine runs.
+    #[schema(value_type = String, pattern = "^/")]
+    pub host: PathBuf,
+    /// Where it is in a guest of an image: an absolute path. Without an image, the tag by which the
+    /// guest can mount it: 1 to 36 bytes without `/`.
+    #[schema(min_length = 1, max_length = 512)]
+    pub guest: String,
+    /// The guest may not change anything in it; the host sees to that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+}
+
+/// Most folders that a machine shares with its host.
+pub const SHARES_MAX: usize = 8;
+/// Most bytes of a path in the guest; the kernel command line carries it.
+const SHARE_PATH_MAX: usize = 512;
+/// Most bytes of a tag (virtio 1.2, 5.11.4).
+const SHARE_TAG_MAX: usize = 36;
+/// What a guest cannot be without.
+const SHARE_NOT_ON: [&str; 4] = ["", "/dev", "/proc", "/sys"];
+
+impl Share {
+    /// By what name the guest mounts the share that is at `index` among its machine's.
+    #[must_use]
+    pub fn tag(&self, index: usize, has_image: bool) -> String {
+        if has_image { format!("share{index}") } else { self.guest.clone() }
+    }
+
+    fn check(&self, has_image: bool) -> Result<(), String> {
+        let (host, guest) = (self.host.display(), &self.guest);
+        if !self.host.is_absolute() {
+            return Err(format!("cannot share {host}: it is no absolute path"));
+        }
+        if !has_image {
+            let fits = (1..=SHARE_TAG_MAX).contains(&guest.len()) && !guest.contains(['/', '\0']);
+            return if fits {
+                Ok(())
+            } else {
+                Err(format!(
+                    "cannot share {host} as `{guest}`: a guest without an image mounts it itself, by a \
+                     tag of 1 to {SHARE_TAG_MAX} bytes without `/`; try HOSTDIR:TAG"
+                ))
+            };
+        }
+        let plain = guest.split('/').all(|part| part != "." && part != "..");
+        let free = !SHARE_NOT_ON.contains(&guest.trim_end_matches('/'));
+        let fits = guest.len() <= SHARE_PATH_MAX && !guest.contains('\0');
+        if guest.starts_with('/') && plain && free && fits {
+            return Ok(());
+        }
+        Err(format!(
+            "cannot share {host} on `{guest}` in the guest: that must be an absolute path of at most \
+             {SHARE_PATH_MAX} bytes without `..`, and none of /, /dev, /proc and /sys; try HOSTDIR:/DIR"
+        ))
+    }
+}
+
+/// Whether a machine, which was made from an image or not, can have these shares. Whether the folders
+/// are there is for the host to say.
+///
+/// # Errors
+/// What is wrong with which, for people.
+pub fn check_shares(shares: &[Share], has_image: bool) -> Result<(), String> {
+    if shares.len() > SHARES_MAX {
+        return Err(format!("{} shared folders; {SHARES_MAX} are the most", shares.len()));
+    }
+    for (index, share) in shares.iter().enumerate() {
+        share.check(has_image)?;
+        let place = share.guest.trim_end_matches('/');
+        let before = shares.get(..index).unwrap_or_default();
+        if before.iter().any(|other| other.guest.trim_end_matches('/') == place) {
+            return Err(format!("two folders are shared on {} in the guest", share.guest));
+        }
+    }
+    Ok(())
 }
 
 /// A disk of a machine that is to be created.
@@ -285,5 +370,34 @@ mod tests {
         for bad in ["", "-a", "a/b", "..", "a.b", "a b", "é", &"x".repeat(64)] {
             assert!(!is_name(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn shares_are_checked() {
+        let share = |host: &str, guest: &str| Share {
+            host: host.into(),
+            guest: guest.into(),
+            read_only: false,
+        };
+        let check = |guest: &str, has_image| check_shares(&[share("/a", guest)], has_image);
+        for good in ["/data", "/a b/ü/", "/srv/..x"] {
+            assert_eq!(check(good, true), Ok(()), "{good}");
+        }
+        for bad in ["", "data", "/", "//", "/a/../b", "/./a", "/proc/", "/dev", "/a\0"] {
+            assert!(check(bad, true).is_err(), "{bad}");
+        }
+        assert!(check("data", false).is_ok() && check(&"x".repeat(36), false).is_ok());
+        for bad in ["", "/data", "a/b", &"x".repeat(37)] {
+            let error = check(bad, false).unwrap_err();
+            assert!(error.contains("HOSTDIR:TAG"), "{error}");
+        }
+        assert!(
+            check_shares(&[share("a", "/a")], true).is_err_and(|error| error.contains("absolute"))
+        );
+        let twice = check_shares(&[share("/a", "/x"), share("/b", "/x/")], true);
+        assert!(twice.is_err_and(|error| error.contains("two folders")));
+        assert!(check_shares(&vec![share("/a", "/x"); 9], true).is_err_and(|e| e.contains("9")));
+        assert_eq!(share("/a", "t").tag(3, false), "t");
+        assert_eq!(share("/a", "/t").tag(3, true), "share3");
     }
 }

@@ -37,6 +37,11 @@ pub struct MachineArgs {
     /// the guest can read it, and all together have about 1,900 bytes. May be repeated
     #[arg(long, short, value_name = "NAME=VALUE", requires = "image")]
     pub env: Vec<Variable>,
+    /// A folder of the host that the guest has at GUESTDIR, an absolute path that is made where it is
+    /// missing; with `:ro` the guest cannot change anything in it. Without an image GUESTDIR is a tag by
+    /// which the guest can mount it (`mount -t virtiofs TAG DIR`). May be repeated
+    #[arg(long = "share", value_name = "HOSTDIR:GUESTDIR[:ro]")]
+    pub shares: Vec<ShareArg>,
 }
 
 /// `berth vm set`.
@@ -109,6 +114,35 @@ impl std::str::FromStr for Variable {
     }
 }
 
+/// `HOSTDIR:GUESTDIR[:ro]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShareArg {
+    /// A folder of the host.
+    pub host: PathBuf,
+    /// Where the guest has it, or its tag.
+    pub guest: String,
+    /// The guest cannot write.
+    pub read_only: bool,
+}
+
+impl std::str::FromStr for ShareArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (both, read_only) = match text.strip_suffix(":ro") {
+            Some(both) => (both, true),
+            None => (text, false),
+        };
+        // The host's path may have colons, the guest's not.
+        match both.rsplit_once(':') {
+            Some((host, guest)) if !host.is_empty() && !guest.is_empty() => {
+                Ok(Self { host: host.into(), guest: guest.to_owned(), read_only })
+            }
+            _ => Err("a shared folder is HOSTDIR:GUESTDIR or HOSTDIR:GUESTDIR:ro".into()),
+        }
+    }
+}
+
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Accel {
@@ -145,6 +179,25 @@ impl std::str::FromStr for NetArg {
                 Ok(Self::Tap(name.to_owned()))
             }
             _ => Err("expected `user`, `tap=INTERFACE` or `none`".into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ShareArg;
+
+    #[test]
+    fn shares_are_told_apart_from_their_places() {
+        let of = |text: &str| {
+            let share = text.parse::<ShareArg>().unwrap();
+            (share.host.display().to_string(), share.guest, share.read_only)
+        };
+        assert_eq!(of("a:/b"), ("a".into(), "/b".into(), false));
+        assert_eq!(of("/x:y/z:/b c:ro"), ("/x:y/z".into(), "/b c".into(), true));
+        assert_eq!(of(".:tag"), (".".into(), "tag".into(), false));
+        for bad in ["", "a", "a:", ":/b", "a:ro", ":ro"] {
+            assert!(bad.parse::<ShareArg>().is_err(), "{bad}");
         }
     }
 }

@@ -36,6 +36,14 @@ pub fn export(client: &Client, args: &ExportArgs) -> Done {
         let text = "an OVA cannot hold memory; try without --with-state, or a .berth file";
         return Err(CliError::Usage(text.into()));
     }
+    let machine: Machine =
+        client.call(&Method::GET, &routes::machine(&args.name, None), NOTHING)?;
+    if !machine.config.shares.is_empty() {
+        let name = &args.name;
+        eprintln!(
+            "berth: the folders that {name} shares with its host are not in what is exported"
+        );
+    }
     let path = routes::machine(&args.name, Some("export"));
     let path = format!("{path}?with_state={}", args.with_state);
     let get = |to: &mut dyn Write, failed: &dyn Fn(io::Error) -> CliError| match is_ova {

@@ -17,7 +17,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use berth_vmm::confine::leave_network;
+use berth_vmm::confine::{leave_network, prepare};
 
 use crate::plan::RunPlan;
 
@@ -65,7 +65,6 @@ const REFUSED: &[i64] = &[
     libc::SYS_swapon,
     libc::SYS_syslog,
     libc::SYS_umount2,
-    libc::SYS_unshare,
     libc::SYS_userfaultfd,
     libc::SYS_vhangup,
 ];
@@ -76,7 +75,7 @@ pub(super) fn confine(folder: &Folder, root: &Path, plan: &RunPlan) {
         ("a network namespace of its own", leave_network().map_err(Into::into)),
         ("the view of the file system", restrict_files(folder, root, plan)),
         ("the calls of all threads", refuse_calls()),
-        ("the calls of each kind of thread", berth_vmm::confine::prepare().map_err(Into::into)),
+        ("the calls of each kind of thread", prepare(!plan.shares.is_empty()).map_err(Into::into)),
     ];
     for (what, result) in steps {
         if let Err(error) = result {
@@ -86,7 +85,7 @@ pub(super) fn confine(folder: &Folder, root: &Path, plan: &RunPlan) {
     }
 }
 
-/// Landlock: the folder, the disks that are elsewhere, and kernels and images to read.
+/// Landlock: the folder, the disks and shared folders that are elsewhere, and kernels and images to read.
 fn restrict_files(folder: &Folder, root: &Path, plan: &RunPlan) -> Result<(), Failure> {
     let abi = ABI::V5;
     let (all, read) = (AccessFs::from_all(abi), AccessFs::from_read(abi));
@@ -116,6 +115,12 @@ fn restrict_files(folder: &Folder, root: &Path, plan: &RunPlan) -> Result<(), Fa
     for disk in &plan.disks {
         allow(&disk.path, if disk.read_only { read } else { all })?;
     }
+    let writes =
+        all & !(AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::IoctlDev);
+    let reads = AccessFs::ReadFile | AccessFs::ReadDir;
+    for share in &plan.shares {
+        allow(&share.path, if share.read_only { reads } else { writes })?;
+    }
     ruleset.restrict_self()?;
     Ok(())
 }
@@ -127,6 +132,10 @@ fn refuse_calls() -> Result<(), Failure> {
     let unix = libc::AF_UNIX as u64;
     let other = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, unix)?;
     rules.insert(libc::SYS_socket, vec![SeccompRule::new(vec![other])?]);
+    // The thread of a shared folder has a umask of its own; nothing else gets other namespaces.
+    let files = libc::CLONE_FS as u64;
+    let other = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::Ne, files)?;
+    rules.insert(libc::SYS_unshare, vec![SeccompRule::new(vec![other])?]);
     let refuse = SeccompAction::Errno(libc::EPERM as u32);
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64)?;
     let program: BpfProgram = filter.try_into()?;

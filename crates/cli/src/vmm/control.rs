@@ -238,8 +238,19 @@ impl Control {
         }
     }
 
+    /// Whether memory of this machine is of use to another process.
+    fn check_storable(&self) -> Result<(), String> {
+        if self.config.shares.is_empty() {
+            return Ok(());
+        }
+        Err("a guest with shared folders has files of the host open, which cannot be stored with its \
+             memory; stop it first, or take a snapshot with --disk-only, or clone without --running"
+            .into())
+    }
+
     /// Stores the machine, which then stands still; if that fails, it is as before.
     fn suspend(&self) -> Result<(), String> {
+        self.check_storable()?;
         let Some(storer) = &self.storer else {
             return Err("a machine under KVM cannot be stored yet; try --accel translate".into());
         };
@@ -254,6 +265,9 @@ impl Control {
 
     /// Freezes the disks and the machine, at one instant, and stores or keeps it.
     fn snapshot(&self, into: Option<&str>, keep: bool) -> Result<Frozen, String> {
+        if into.is_some() || keep {
+            self.check_storable()?;
+        }
         let storer = match (into.is_some() || keep, &self.storer) {
             (false, _) => None,
             (true, Some(storer)) => Some(storer),

@@ -14,6 +14,7 @@ mod kernels;
 mod killed;
 mod remote;
 mod rubbish;
+mod shares;
 mod snapshots;
 mod terminal;
 mod usage;

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use berth_api::v1::error::ApiError;
 use berth_api::v1::event::EventKind;
-use berth_api::v1::machine::{CreateMachine, Disk, DiskFormat, MachineConfig, NewDisk};
+use berth_api::v1::machine::{
+    CreateMachine, Disk, DiskFormat, MachineConfig, NewDisk, check_shares,
+};
 use berth_disk::chain::describe;
 use berth_disk::format::Format;
 use berth_disk::tools::{self, Backing};
@@ -162,6 +164,7 @@ pub(super) fn check(config: &MachineConfig) -> Result<()> {
     if config.kernel.is_none() && config.initrd.is_some() {
         return Err(invalid("an initrd needs a kernel"));
     }
+    check_shares(&config.shares, config.image.is_some()).map_err(invalid)?;
     check_env(config)
 }
 
@@ -172,6 +175,18 @@ fn check_paths(config: &MachineConfig) -> Result<()> {
             && !file.is_absolute()
         {
             return Err(invalid(format!("{} as {role} is no absolute path", file.display())));
+        }
+    }
+    for share in &config.shares {
+        let shown = share.host.display();
+        match share.host.metadata() {
+            Ok(meta) if meta.is_dir() => {}
+            Ok(_) => {
+                let message =
+                    format!("cannot share {shown}: it is no folder; share the one that it is in");
+                return Err(invalid(message));
+            }
+            Err(error) => return Err(invalid(format!("cannot share {shown}: {error}"))),
         }
     }
     Ok(())

@@ -141,8 +141,14 @@ impl Machines {
         if let Some(state) = &frozen.state {
             opened.file(Role::Memory, &state.join(MEMORY_FILE), "")?;
         }
-        let machine =
-            MachineConfig { kernel: None, initrd: None, disks: Vec::new(), ..frozen.machine };
+        // Folders of this host are none of the machine's own.
+        let machine = MachineConfig {
+            kernel: None,
+            initrd: None,
+            disks: Vec::new(),
+            shares: Vec::new(),
+            ..frozen.machine
+        };
         let manifest = Manifest {
             id: Uuid::new_v4(),
             name,

@@ -10,6 +10,7 @@ use thiserror::Error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::confine::Kind;
 use crate::memory::Memory;
 use crate::virtio::interrupt::Interrupter;
 use crate::virtio::queue::{QueueError, QueuePosition, Virtqueue};
@@ -79,6 +80,10 @@ pub trait Device: Send + 'static {
     fn info(&self) -> Info;
     /// Its configuration space.
     fn config(&self) -> Arc<DeviceConfig>;
+    /// What its thread may ask of the kernel.
+    fn confinement(&self) -> Kind {
+        Kind::Device
+    }
     /// The driver is ready: register descriptors, start what needs starting.
     ///
     /// # Errors

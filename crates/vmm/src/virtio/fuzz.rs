@@ -16,6 +16,7 @@ use crate::virtio::queue::{QueueConfig, Virtqueue};
 use crate::virtio::rng::device::Rng;
 use crate::virtio::transport_pci::attach;
 
+pub use crate::virtio::fs::fuzz_requests as fs_requests;
 pub use crate::virtio::fuzz_devices::devices;
 pub use crate::virtio::vsock::fuzz_packets as vsock_packets;
 

@@ -51,6 +51,31 @@ pub const VSOCK_HANDSHAKE_LINE: usize = 32;
 /// Calls of `connect` that wait for the device to take them.
 pub const VSOCK_CALLS_MAX: usize = 256;
 
+/// Bytes of one read or write of a file in a shared folder.
+pub const FS_TRANSFER_MAX: u32 = 1 << 20;
+/// Bytes of a request's arguments: two names, or a name and the target of a link.
+pub const FS_ARGUMENTS_MAX: usize = 8 << 10;
+/// Files forgotten by one request.
+pub const FS_FORGETS_MAX: usize = 4096;
+/// Bytes of entries of a folder in one answer.
+pub const FS_FOLDER_BYTES_MAX: usize = 64 << 10;
+/// Bytes that one request copies on the host.
+pub const FS_COPY_MAX: u64 = 16 << 20;
+/// Files of a shared folder that the guest may know at the same time.
+pub const FS_NODES_MAX: usize = 1 << 20;
+/// Bytes of the path of one that is not open.
+pub const FS_PATH_BYTES_MAX: usize = 1024;
+/// Bytes of the paths of all of them.
+pub const FS_PATHS_BYTES_MAX: usize = 64 << 20;
+/// Descriptors for one shared folder, where the system gives so many: a third for files that the
+/// guest has open, the rest for those that it knows.
+pub const FS_FILES_MAX: u64 = 32 << 10;
+/// Descriptors for one shared folder at least.
+pub const FS_FILES_MIN: u64 = 128;
+/// Descriptors left for everything else in the process.
+pub const FS_FILES_RESERVED: u64 = 512;
+
 const _: () = assert!(VSOCK_PACKET_MAX <= VSOCK_BUFFER);
 const _: () = assert!(BLOCK_REQUESTS_MAX <= u16::MAX as usize);
 const _: () = assert!(NET_FRAME_MAX + 4 <= NET_RECEIVE_BUFFER);
+const _: () = assert!(FS_TRANSFER_MAX as usize / 4096 + 4 <= CHAIN_DESCRIPTORS_MAX);

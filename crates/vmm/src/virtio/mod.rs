@@ -5,7 +5,7 @@
 //! * `worker`: the thread of a device, between DRIVER_OK and reset.
 //! * `queue`, `chain`: split virtqueues with every address and length checked.
 //! * `interrupt`: MSI-X or the interrupt pin, and the status the worker can change.
-//! * `block`, `net`, `rng`, `console`, `vsock`: the devices.
+//! * `block`, `net`, `rng`, `console`, `vsock`, `fs`: the devices.
 //!
 //! Everything in guest memory is hostile. A malformed ring or chain stops the device and sets
 //! DEVICE_NEEDS_RESET; nothing the guest writes makes this module panic, loop without end or touch
@@ -15,6 +15,7 @@ pub mod block;
 pub mod chain;
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod fuzz;
 mod fuzz_devices;
 pub mod interrupt;

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::confine::{self, Kind};
+use crate::confine;
 use crate::virtio::device::{Context, DEVICE_TOKENS, Device, DeviceError};
 use crate::virtio::interrupt::Interrupter;
 use crate::virtio::may_warn;
@@ -90,7 +90,7 @@ impl Worker {
             let taken = inside.lock().unwrap_or_else(PoisonError::into_inner).take();
             let mut device = taken.expect("the slot was filled before the thread started");
             block_signals();
-            confine::enter(Kind::Device);
+            confine::enter(device.confinement());
             run(device.as_mut(), context, &watched, &wanted);
             device
         };

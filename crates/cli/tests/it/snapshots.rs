@@ -328,6 +328,12 @@ fn clones_go_on_by_themselves() {
     cloud.ok("vm clone b-1 c");
     assert_eq!((cloud.state("c").as_str(), cloud.read_disk("c")), ("stopped", 20));
     cloud.ok("vm rename c d");
+    let outside = cloud.root().join("outside");
+    fs::write(&outside, [0; 512]).unwrap();
+    let toml = cloud.folder("d").join("vm.toml");
+    let config = fs::read_to_string(&toml).unwrap();
+    let disk = format!("[[machine.disk]]\nfile = {outside:?}\nread_only = true\n");
+    fs::write(&toml, format!("{config}\n{disk}")).unwrap();
     cloud.ok("vm start d");
     cloud.add("d", 1, 1);
     cloud.ok("vm clone d e");
@@ -341,9 +347,8 @@ fn clones_go_on_by_themselves() {
     cloud.fails("vm clone --count 3 --running d f", &["f-2", "there already"]);
     fs::remove_dir(cloud.folder("f-2")).unwrap();
     assert_eq!(cloud.names(), before);
-    let kernel = cloud.root().join("a.elf");
-    fs::rename(&kernel, cloud.root().join("gone")).unwrap();
-    cloud.fails("vm clone --count 2 --running d f", &["cannot be started", "a.elf"]);
+    fs::remove_file(&outside).unwrap();
+    cloud.fails("vm clone --count 2 --running d f", &["cannot be started", "outside"]);
     assert_eq!(cloud.names(), before, "those that cannot start are not left");
     cloud.kill_daemon();
     assert_eq!(cloud.names(), before);

@@ -109,6 +109,7 @@ fn kept(client: &Client, command: &VmCommand) -> Result<ExitCode, CliError> {
         VmCommand::Logs(logs) => vm::logs(client, logs),
         VmCommand::Console(console) => vm::console(client, console),
         VmCommand::Exec(exec) => vm::exec(client, exec),
+        VmCommand::Port(port) => vm::ports::list(client, port),
         VmCommand::Snapshot(snapshot) => vm::snapshots::take(client, snapshot),
         VmCommand::Snapshots(list) => vm::snapshots::list(client, list),
         VmCommand::Restore(restore) => vm::snapshots::restore(client, restore),

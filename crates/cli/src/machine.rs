@@ -221,8 +221,9 @@ pub(crate) fn devices(plan: &RunPlan) -> Devices {
             .collect(),
         net: match &plan.net {
             NetPlan::Absent => NetConfig::None,
-            NetPlan::User => NetConfig::User,
+            NetPlan::User(ports) => NetConfig::User(ports.clone()),
             NetPlan::Tap(name) => NetConfig::Tap(name.clone()),
+            NetPlan::Handed => NetConfig::Handed,
         },
         mac: None,
         link: Default::default(),

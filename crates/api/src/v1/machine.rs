@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::size::Size;
+use crate::v1::network::Port;
 
 /// Most characters of a name; it is the guest's host name too (RFC 1123).
 pub const NAME_MAX: usize = 63;
@@ -62,6 +63,9 @@ pub struct MachineConfig {
     /// Its disks, in the order the guest numbers them.
     #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    /// Ports of the host that lead to the guest. They need a network card of `user` or in a network.
+    #[serde(default, rename = "port", skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
 }
 
 fn one() -> u8 {
@@ -86,6 +90,7 @@ impl Default for MachineConfig {
             net: Net::default(),
             env: BTreeMap::new(),
             disks: Vec::new(),
+            ports: Vec::new(),
         }
     }
 }
@@ -111,6 +116,8 @@ pub enum Net {
     User,
     /// A tap interface of this name.
     Tap(String),
+    /// In this network of the daemon's.
+    Network(String),
     /// No card.
     #[default]
     None,

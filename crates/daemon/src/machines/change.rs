@@ -66,7 +66,7 @@ fn fixed(change: &ChangeMachine) -> Option<&'static str> {
 }
 
 fn apply(config: &mut MachineConfig, change: ChangeMachine) {
-    let ChangeMachine { cpus, memory, accel, append, net, debug_exit, env } = change;
+    let ChangeMachine { cpus, memory, accel, append, net, ports, debug_exit, env } = change;
     config.cpus = cpus.unwrap_or(config.cpus);
     config.memory = memory.unwrap_or(config.memory);
     config.accel = accel.unwrap_or(config.accel);
@@ -76,6 +76,9 @@ fn apply(config: &mut MachineConfig, change: ChangeMachine) {
     }
     if let Some(net) = net {
         config.net = net;
+    }
+    if let Some(ports) = ports {
+        config.ports = ports;
     }
     for (name, value) in env {
         match value {

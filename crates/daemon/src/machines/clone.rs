@@ -225,7 +225,8 @@ impl Machines {
                 version: VERSION,
                 id: Uuid::new_v4(),
                 created: Timestamp::now(),
-                machine: source.toml.machine.clone(),
+                // A port of the host leads to one machine.
+                machine: MachineConfig { ports: Vec::new(), ..source.toml.machine.clone() },
             };
             let (machines, boot) = (&self.directory, &self.boot);
             let unnamed =

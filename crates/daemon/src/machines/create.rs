@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use berth_api::v1::error::ApiError;
 use berth_api::v1::event::EventKind;
-use berth_api::v1::machine::{CreateMachine, Disk, DiskFormat, MachineConfig, NewDisk};
+use berth_api::v1::machine::{CreateMachine, Disk, DiskFormat, MachineConfig, Net, NewDisk};
+use berth_api::v1::network::{PORTS_MAX, is_network_name};
 use berth_disk::chain::describe;
 use berth_disk::format::Format;
 use berth_disk::tools::{self, Backing};
@@ -162,6 +163,7 @@ pub(super) fn check(config: &MachineConfig) -> Result<()> {
     if config.kernel.is_none() && config.initrd.is_some() {
         return Err(invalid("an initrd needs a kernel"));
     }
+    check_ports(config)?;
     check_env(config)
 }
 
@@ -172,6 +174,34 @@ fn check_paths(config: &MachineConfig) -> Result<()> {
             && !file.is_absolute()
         {
             return Err(invalid(format!("{} as {role} is no absolute path", file.display())));
+        }
+    }
+    Ok(())
+}
+
+fn check_ports(config: &MachineConfig) -> Result<()> {
+    if config.ports.len() > PORTS_MAX {
+        let count = config.ports.len();
+        return Err(invalid(format!("{count} ports to publish; {PORTS_MAX} are the most")));
+    }
+    if let Net::Network(name) = &config.net
+        && !is_network_name(name)
+    {
+        return Err(invalid(format!("`{name}` is no name of a network")));
+    }
+    let Some(first) = config.ports.first() else { return Ok(()) };
+    if !matches!(config.net, Net::User | Net::Network(_)) {
+        return Err(invalid(format!(
+            "publishing {first} needs a network card of `user` or in a network"
+        )));
+    }
+    for (index, port) in config.ports.iter().enumerate() {
+        if port.host == 0 || port.guest == 0 {
+            return Err(invalid(format!("{port}: ports are 1 to 65535")));
+        }
+        let others = config.ports.iter().skip(index + 1);
+        if let Some(other) = others.into_iter().find(|other| port.collides(other)) {
+            return Err(invalid(format!("{port} and {other} would be the same port of the host")));
         }
     }
     Ok(())

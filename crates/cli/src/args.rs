@@ -16,7 +16,7 @@ use berth_api::size::Size;
 
 use crate::args::appliance::{ExportArgs, ImportArgs};
 use crate::args::machine::{MachineArgs, SetArgs, Variable};
-use crate::args::network::PortArgs;
+use crate::args::network::{NetworkCommand, PortArgs};
 use crate::args::snapshots::{
     CheckStateArgs, CloneArgs, RestoreArgs, SnapshotArgs, SnapshotRmArgs, SnapshotsArgs,
 };
@@ -120,6 +120,9 @@ pub enum Command {
     /// Virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Networks that kept machines can be in
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Images machines are started from
     #[command(subcommand)]
     Image(ImageCommand),

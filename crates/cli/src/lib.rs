@@ -13,6 +13,7 @@ pub mod exit;
 pub mod images;
 pub mod keeper;
 pub mod machine;
+pub mod network;
 pub mod plan;
 pub mod state;
 pub mod table;
@@ -137,6 +138,7 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
             Ok(machine::run_machine(&plan)?)
         }
         Command::Vm(command) => kept(&client()?, &command),
+        Command::Network(command) => network::run(&client()?, &command),
         Command::Events => vm::events(&client()?),
         Command::Daemon(daemon) => {
             let place = daemon.socket.map_or_else(|| Ok(address()?.place), |s| Ok(Place::Unix(s)));

@@ -159,7 +159,7 @@ pub fn adopt(client: &Client, args: &AdoptArgs) -> Done {
 }
 
 /// Asks for the same of each machine; goes on after one for which it cannot be done.
-fn each(names: &[String], mut act: impl FnMut(&str) -> Result<(), ClientError>) -> Done {
+pub(crate) fn each(names: &[String], mut act: impl FnMut(&str) -> Result<(), ClientError>) -> Done {
     let mut code = ExitCode::Success;
     for name in names {
         match act(name) {
@@ -429,12 +429,12 @@ fn type_in(mut to: &UnixStream, escape: bool) {
     }
 }
 
-fn print(text: &str) -> Done {
+pub(crate) fn print(text: &str) -> Done {
     io::stdout().write_all(text.as_bytes()).map_err(CliError::Output)?;
     Ok(ExitCode::Success)
 }
 
-fn print_json(value: &impl serde::Serialize) -> Done {
+pub(crate) fn print_json(value: &impl serde::Serialize) -> Done {
     let text = serde_json::to_string_pretty(value).map_err(CliError::Json)?;
     print(&(text + "\n"))
 }

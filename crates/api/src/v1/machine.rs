@@ -1,6 +1,7 @@
 //! Machines.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
@@ -225,6 +226,10 @@ pub struct Machine {
     pub last_exit: Option<Exit>,
     /// Where it is.
     pub folder: String,
+    /// Its address in the network it is in.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub address: Option<Ipv4Addr>,
     /// What it is made of.
     pub config: MachineConfig,
 }

@@ -30,6 +30,9 @@ impl Machines {
                  first"
             )));
         }
+        if let Some(net) = &change.net {
+            self.check_network(net).await?;
+        }
         let changed = Arc::clone(entry);
         let work = move || {
             let folder = changed.folder();
@@ -48,6 +51,9 @@ impl Machines {
             Ok(())
         };
         tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))??;
+        if !state.is_up() {
+            self.join_network(entry).await?;
+        }
         self.tell(EventKind::Changed, entry, None);
         Ok(())
     }

@@ -44,10 +44,15 @@ impl Machines {
         if self.all().contains_key(&request.name) {
             return Err(conflict(format!("there is a machine {} already", request.name)));
         }
+        self.check_network(&request.config.net).await?;
         let machines = Arc::clone(self);
         // Copying a disk takes its time, where it cannot be linked.
         let made = tokio::task::spawn_blocking(move || machines.make(request));
         let entry = made.await.map_err(|error| failed(&error))??;
+        if let Err(error) = self.join_network(&entry).await {
+            let removed = self.remove(&entry, false).await;
+            return Err(removed.err().unwrap_or(error));
+        }
         self.tell(EventKind::Created, &entry, None);
         Ok(entry)
     }

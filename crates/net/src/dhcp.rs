@@ -82,13 +82,7 @@ fn wanted(request: &Message) -> Option<Ipv4Addr> {
     }
 }
 
-fn reply(
-    request: &Message,
-    kind: MessageType,
-    host: &Host,
-    view: &View,
-    informs: bool,
-) -> Message {
+fn reply(request: &Message, kind: MessageType, host: &Host, view: &View, informs: bool) -> Message {
     let subnet = view.subnet;
     let mut reply = Message::default();
     reply.set_opcode(Opcode::BootReply);
@@ -166,10 +160,8 @@ mod tests {
             get(OptionCode::DomainNameServer),
             Some(DhcpOption::DomainNameServer(vec![gateway]))
         );
-        let wanted = vec![
-            DhcpOption::RequestedIpAddress(OWN),
-            DhcpOption::ServerIdentifier(gateway),
-        ];
+        let wanted =
+            vec![DhcpOption::RequestedIpAddress(OWN), DhcpOption::ServerIdentifier(gateway)];
         let ack = answer(&request(MessageType::Request, &MAC, wanted), &view()).unwrap();
         assert_eq!(decoded(&ack).opts().msg_type(), Some(MessageType::Ack));
     }

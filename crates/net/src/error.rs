@@ -84,7 +84,9 @@ pub enum NetError {
     #[error("nft does not take the rules of the networks: {0}")]
     Rules(String),
     /// A server of a network cannot listen.
-    #[error("the network {network} has no {what} server at {at}; does another program have the port?")]
+    #[error(
+        "the network {network} has no {what} server at {at}; does another program have the port?"
+    )]
     Listen {
         /// Which network.
         network: String,

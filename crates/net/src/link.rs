@@ -84,10 +84,14 @@ impl Links {
 
     /// The bridges whose names begin so.
     pub(crate) async fn bridges(&self, prefix: &str) -> Result<Vec<String>> {
-        let all: Vec<_> = self.handle.link().get().execute().try_collect().await.map_err(failed(
-            "listing",
-            "interfaces",
-        ))?;
+        let all: Vec<_> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(failed("listing", "interfaces"))?;
         let bridges = all.iter().filter(|link| is_bridge(link)).filter_map(name);
         Ok(bridges.filter(|name| name.starts_with(prefix)).map(str::to_owned).collect())
     }
@@ -107,7 +111,12 @@ impl Links {
     }
 
     /// Gives an interface its address and turns it on.
-    pub(crate) async fn set_up(&self, interface: &str, address: Ipv4Addr, net: Subnet) -> Result<()> {
+    pub(crate) async fn set_up(
+        &self,
+        interface: &str,
+        address: Ipv4Addr,
+        net: Subnet,
+    ) -> Result<()> {
         let index = self.index(interface).await?;
         let mut add = self.handle.address().add(index, IpAddr::V4(address), net.prefix());
         let message = add.message_mut();
@@ -144,9 +153,14 @@ impl Links {
     /// The IPv4 subnets that the host knows a way to, but the way to everything.
     pub(crate) async fn routes(&self) -> Result<Vec<Subnet>> {
         let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes: Vec<_> = self.handle.route().get(all).execute().try_collect().await.map_err(
-            failed("listing", "routes"),
-        )?;
+        let routes: Vec<_> = self
+            .handle
+            .route()
+            .get(all)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(failed("listing", "routes"))?;
         let mut subnets = Vec::new();
         for route in routes {
             let prefix = route.header.destination_prefix_length;

@@ -59,8 +59,7 @@ impl RootId {
 }
 
 fn digits(bytes: &[u8], count: usize) -> String {
-    let mut text: String =
-        Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut text: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     text.truncate(count);
     text
 }

@@ -341,7 +341,9 @@ impl Networks {
     fn join_in(&self, inner: &mut Inner, joining: &Joining) -> Result<Ipv4Addr> {
         if !is_label(&joining.name) {
             let name = &joining.name;
-            return Err(NetError::Invalid(format!("`{name}` is no name for a member of a network")));
+            return Err(NetError::Invalid(format!(
+                "`{name}` is no name for a member of a network"
+            )));
         }
         inner.live(&joining.network)?;
         self.leave_but(inner, joining.id, Some(&joining.network))?;
@@ -509,11 +511,7 @@ impl Networks {
 
 fn describe(live: &Live) -> Description {
     let ports = live.up.iter().map(|(id, up)| (*id, up.ports.clone()));
-    Description {
-        network: live.file.clone(),
-        bridge: live.bridge.clone(),
-        ports: ports.collect(),
-    }
+    Description { network: live.file.clone(), bridge: live.bridge.clone(), ports: ports.collect() }
 }
 
 fn check_ports(network: &Network, ports: &[Port]) -> Result<()> {

@@ -35,12 +35,14 @@ pub(crate) async fn apply(commands: &Value) -> Result<()> {
         child.wait_with_output().await
     };
     let ran = timeout(NFT_TIME, run).await;
-    let ran = ran.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(NetError::NoNft)?;
+    let ran =
+        ran.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(NetError::NoNft)?;
     match ran.status.success() {
         true => Ok(()),
         false => {
             let said = String::from_utf8_lossy(&ran.stderr);
-            let said: String = said.lines().next().unwrap_or_default().chars().take(SAID_MAX).collect();
+            let said: String =
+                said.lines().next().unwrap_or_default().chars().take(SAID_MAX).collect();
             if said.contains("Operation not permitted") {
                 return Err(NetError::Privilege("changing nftables"));
             }

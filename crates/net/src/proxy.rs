@@ -42,7 +42,9 @@ impl Proxy {
             for address in addresses(port) {
                 let at = SocketAddr::new(address, port.host);
                 match (listen(at, port.transport), port.address) {
-                    (Ok(Listener::Tcp(listener)), _) => drop(tasks.spawn(serve_tcp(listener, guest))),
+                    (Ok(Listener::Tcp(listener)), _) => {
+                        drop(tasks.spawn(serve_tcp(listener, guest)))
+                    }
                     (Ok(Listener::Udp(socket)), _) => drop(tasks.spawn(serve_udp(socket, guest))),
                     (Err(source), _) if source.kind() == ErrorKind::AddrInUse => {
                         return Err(NetError::Taken { port: port.clone() });
@@ -109,8 +111,7 @@ async fn serve_tcp(listener: TcpListener, guest: SocketAddr) {
             continue;
         };
         connections.spawn(async move {
-            if let Ok(Ok(mut server)) =
-                timeout(PROXY_CONNECT_TIME, TcpStream::connect(guest)).await
+            if let Ok(Ok(mut server)) = timeout(PROXY_CONNECT_TIME, TcpStream::connect(guest)).await
             {
                 // How it ends both ends know.
                 let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
@@ -128,9 +129,8 @@ async fn serve_udp(socket: UdpSocket, guest: SocketAddr) {
     let peers = Peers::default();
     let mut answers = JoinSet::new();
     let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
-    let known = |from: &SocketAddr| {
-        peers.lock().unwrap_or_else(PoisonError::into_inner).get(from).cloned()
-    };
+    let known =
+        |from: &SocketAddr| peers.lock().unwrap_or_else(PoisonError::into_inner).get(from).cloned();
     loop {
         while answers.try_join_next().is_some() {}
         let Ok((len, from)) = socket.recv_from(&mut buffer).await else {

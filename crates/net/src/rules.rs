@@ -159,8 +159,13 @@ fn input(net: &Net, all: &[Net]) -> Vec<Value> {
         rules.push(json!([from(), ip("daddr", "==", json!({ "set": others })), drop()]));
     }
     if net.internal {
-        let asked = |protocol, ports: Value| json!([from(), destination_port(protocol, ports), accept()]);
-        rules.push(json!([from(), connection("state", json!(["established", "related"])), accept()]));
+        let asked =
+            |protocol, ports: Value| json!([from(), destination_port(protocol, ports), accept()]);
+        rules.push(json!([
+            from(),
+            connection("state", json!(["established", "related"])),
+            accept()
+        ]));
         rules.push(asked("udp", json!({ "set": [53, 67] })));
         rules.push(asked("tcp", json!(53)));
         rules.push(json!([from(), ip("protocol", "==", json!("icmp")), accept()]));

@@ -44,7 +44,8 @@ impl Servers {
         let failed = |what, at: String| {
             move |source| NetError::Listen { network: network.to_owned(), what, at, source }
         };
-        let dhcp = dhcp_socket(bridge).map_err(failed("DHCP", format!("{bridge}:{DHCP_SERVER}")))?;
+        let dhcp =
+            dhcp_socket(bridge).map_err(failed("DHCP", format!("{bridge}:{DHCP_SERVER}")))?;
         let at = SocketAddr::new(IpAddr::V4(gateway), DNS);
         let udp = UdpSocket::bind(at).await.map_err(failed("DNS", at.to_string()))?;
         let tcp = TcpListener::bind(at).await.map_err(failed("DNS", at.to_string()))?;

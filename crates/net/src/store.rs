@@ -199,10 +199,8 @@ impl Store {
             internal: network.internal,
             members: network.members.iter().map(RawMember::of).collect(),
         };
-        let text = toml::to_string(&raw).map_err(|error| NetError::Config {
-            path: path.clone(),
-            reason: error.to_string(),
-        })?;
+        let text = toml::to_string(&raw)
+            .map_err(|error| NetError::Config { path: path.clone(), reason: error.to_string() })?;
         replace(&path, text.as_bytes())
     }
 

@@ -19,8 +19,7 @@ const DEVICE: &str = "/dev/net/tun";
 /// # Errors
 /// [`NetError::Tap`]: there is one already, or this is not allowed.
 pub(crate) fn make(name: &str) -> Result<OwnedFd> {
-    let failed =
-        |action| move |source| NetError::Tap { action, name: name.to_owned(), source };
+    let failed = |action| move |source| NetError::Tap { action, name: name.to_owned(), source };
     let mut options = OpenOptions::new();
     let opened = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE);
     let file: File = opened.map_err(failed("opening /dev/net/tun"))?;

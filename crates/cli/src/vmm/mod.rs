@@ -221,7 +221,13 @@ fn begin(
         net: toml.machine.net.clone(),
         ports: toml.machine.ports.clone(),
     };
-    let kept = Kept { folder, toml, name, mac: Mac(hardware_address(toml.id)), is_copy: config.renew_generation };
+    let kept = Kept {
+        folder,
+        toml,
+        name,
+        mac: Mac(hardware_address(toml.id)),
+        is_copy: config.renew_generation,
+    };
     Control::start(kept, &machine, ends, Arc::clone(&hub), status.clone())?;
     greet(&Greeting::Started(status));
     Ok((machine, plan, told, hub))

@@ -56,7 +56,10 @@ fn wire_port(port: &Port) -> wire::Port {
 fn described(description: Description) -> Network {
     let Description { network, bridge, ports } = description;
     let members = network.members.into_iter().map(|member| Member {
-        ports: ports.get(&member.id).map(|ports| ports.iter().map(wire_port).collect()).unwrap_or_default(),
+        ports: ports
+            .get(&member.id)
+            .map(|ports| ports.iter().map(wire_port).collect())
+            .unwrap_or_default(),
         name: member.name,
         address: member.address,
         mac: mac_text(member.mac),
@@ -109,7 +112,8 @@ impl Machines {
                 wire::NETWORK_NAME_MAX
             )));
         }
-        let subnet = subnet.map(|subnet| subnet.parse()).transpose().map_err(|why: String| invalid(why))?;
+        let subnet =
+            subnet.map(|subnet| subnet.parse()).transpose().map_err(|why: String| invalid(why))?;
         let made = self.networks.create(&name, subnet, internal).await;
         made.map(described).map_err(|error| of_net(&error))
     }
@@ -161,7 +165,11 @@ impl Machines {
     /// A machine has another name by now.
     pub(super) async fn renamed_in_network(&self, entry: &Entry, name: &str) {
         if let Err(error) = self.networks.rename(entry.id(), name).await {
-            tracing::error!(machine = name, error = chain(&error), "its name in its network is as before");
+            tracing::error!(
+                machine = name,
+                error = chain(&error),
+                "its name in its network is as before"
+            );
         }
     }
 
@@ -193,7 +201,11 @@ impl Machines {
             Ok(address) => entry.live().address = Some(address),
             Err(error) => {
                 let error = chain(&error);
-                tracing::error!(machine = entry.name(), error, "its network is not as it should be");
+                tracing::error!(
+                    machine = entry.name(),
+                    error,
+                    "its network is not as it should be"
+                );
             }
         }
     }
@@ -201,7 +213,11 @@ impl Machines {
     /// A machine has ended, or was not started. What it is in from now on its `vm.toml` says.
     pub(super) async fn unplug(&self, entry: &Entry) {
         if let Err(error) = self.networks.down(entry.id()).await {
-            tracing::error!(machine = entry.name(), error = chain(&error), "its ports are published on");
+            tracing::error!(
+                machine = entry.name(),
+                error = chain(&error),
+                "its ports are published on"
+            );
         }
         if let Err(error) = self.join_network(entry).await {
             tracing::warn!(machine = entry.name(), error = error.message, "it has no address");

@@ -192,6 +192,8 @@ fn ports_lead_into_a_guest_through_passt() {
     cloud.fails(&format!("vm create --net none -p {port}:80 x debian:bookworm"), &["network card"]);
     cloud.fails("vm create -p 1:1 -p 127.0.0.1:1:2 x debian:bookworm", &["same port"]);
     cloud.fails("vm create --net lab x debian:bookworm", &["no network lab"]);
+    cloud.ok("vm kill box");
+    assert!(TcpStream::connect(("127.0.0.1", port)).is_err(), "the port goes with the machine");
     cloud.ok("vm set --publish-none box");
     assert_eq!(cloud.ok("vm port box"), "");
 }

@@ -227,11 +227,11 @@ mod tests {
             assert!(matches!(error, ForwardError::Taken { .. }), "{error}");
             assert!(error.to_string().contains(&port.to_string()), "{error}");
         }
-        let forward = forward(Some("127.0.0.1"), port, Transport::Tcp);
-        assert!(forward.is_served().unwrap());
+        let own = forward(Some("127.0.0.1"), port, Transport::Tcp);
+        assert!(own.is_served().unwrap());
         drop(taken);
-        assert!(forward.check_free().is_ok());
-        let elsewhere = super::tests::forward(Some("203.0.113.9"), port, Transport::Tcp);
+        assert!(own.check_free().is_ok());
+        let elsewhere = forward(Some("203.0.113.9"), port, Transport::Tcp);
         assert!(matches!(elsewhere.check_free(), Err(ForwardError::Other { .. })));
     }
 

@@ -240,9 +240,11 @@ impl Machines {
             tracing::error!(error = chain(&error), "addresses of machines that are gone are kept");
         }
         for entry in entries.iter().filter(|entry| members.contains_key(&entry.id())) {
-            if !entry.state().is_up()
-                && let Err(error) = self.join_network(entry).await
-            {
+            let running = entry.live().run.as_ref().map(|run| run.status.clone());
+            if let Some(status) = running {
+                // It is looked for on a task of its own, too; requests see it as it is.
+                self.found_in(entry, &status.net, &status.ports).await;
+            } else if let Err(error) = self.join_network(entry).await {
                 tracing::error!(machine = entry.name(), error = error.message, "it has no address");
             }
         }

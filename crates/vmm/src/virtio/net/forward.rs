@@ -14,6 +14,9 @@ use thiserror::Error;
 
 /// How long passt may take until it listens.
 const LISTEN_TIME: Duration = Duration::from_secs(5);
+/// How long a port may be in use before that is an error.
+const FREE_TIME: Duration = Duration::from_secs(1);
+const FREE_POLL: Duration = Duration::from_millis(20);
 const LISTEN_POLL: Duration = Duration::from_millis(2);
 /// Bytes of what it says that are read.
 const SAID_MAX: u64 = 4096;
@@ -113,6 +116,19 @@ impl Forward {
             // A host without IPv6.
             Err(ForwardError::Other { .. }) => Ok(()),
             other => other,
+        }
+    }
+
+    /// The same, with patience for the passt of a machine that has just been ended.
+    pub(super) fn await_free(&self) -> Result<(), ForwardError> {
+        let began = Instant::now();
+        loop {
+            match self.check_free() {
+                Err(ForwardError::Taken { .. }) if began.elapsed() < FREE_TIME => {
+                    std::thread::sleep(FREE_POLL);
+                }
+                other => return other,
+            }
         }
     }
 

@@ -89,7 +89,7 @@ impl Passt {
         command.args(["--foreground", "--quiet", "--fd", "0"]);
         command.arg("--mtu").arg(MTU.to_string());
         for forward in &config.ports {
-            forward.check_free()?;
+            forward.await_free()?;
             command.args(forward.option());
         }
         command.stdin(OwnedFd::from(far)).stdout(Stdio::null()).stderr(Stdio::piped());

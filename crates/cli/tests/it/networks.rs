@@ -212,7 +212,9 @@ fn machines_in_networks() {
         lab.start("b", "--net lab");
         let c = lab.start("c", "--net other");
         assert_eq!(c, "10.77.0.2");
-        assert!(lab.sh("a", &format!("setsid sh -c '{}'", SERVER.replace('\'', "'\\''"))).0);
+        let server = format!("setsid sh -c '{}'", SERVER.replace('\'', "'\\''"));
+        let ready = "until ss -tln | grep -q ':80 '; do sleep 0.1; done";
+        assert!(lab.sh("a", &format!("{server}; {ready}")).0);
         names_resolve(&lab, &a);
         networks_are_apart(&lab, &a);
         ports_are_published(&lab, &a);

@@ -36,4 +36,4 @@ lint:
 
 packages:
 	scripts/install-packages gcc:cc libc6-dev:/usr/include/stdio.h mmdebstrap:mmdebstrap \
-		e2fsprogs:mke2fs passt:passt
+		e2fsprogs:mke2fs passt:passt nftables:nft

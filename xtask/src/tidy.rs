@@ -13,7 +13,7 @@ const LINES_MAX: usize = 800;
 const LONG_FILES: [(&str, &str); 1] =
     [("crates/translator/src/vcpu.rs", "FIXME: to be split by role; it grew while it was written")];
 /// Crates that may depend on tokio.
-const TOKIO_CRATES: [&str; 2] = ["cli", "daemon"];
+const TOKIO_CRATES: [&str; 3] = ["cli", "daemon", "net"];
 /// Crates that may start threads; the others are driven by their callers.
 const THREAD_CRATES: [&str; 5] = ["agent", "bench-guest", "cli", "difftest", "vmm"];
 /// First words of paths that a document means as paths in this repository.

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::v1::machine::{MachineConfig, MachineState};
+use crate::v1::machine::{MachineConfig, MachineState, Net};
+use crate::v1::network::Port;
 
 /// The socket's name.
 pub const SOCKET: &str = "state/vmm.sock";
@@ -139,6 +140,12 @@ pub struct Status {
     /// Bytes of the guest's memory.
     #[serde(default)]
     pub memory_bytes: u64,
+    /// The network card it was started with.
+    #[serde(default)]
+    pub net: Net,
+    /// Ports of the host that lead to it.
+    #[serde(default)]
+    pub ports: Vec<Port>,
 }
 
 /// The first line of a machine's process on its standard output.

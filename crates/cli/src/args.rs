@@ -2,6 +2,7 @@
 
 pub mod appliance;
 pub mod machine;
+pub mod network;
 pub mod snapshots;
 
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use berth_api::size::Size;
 
 use crate::args::appliance::{ExportArgs, ImportArgs};
 use crate::args::machine::{MachineArgs, SetArgs, Variable};
+use crate::args::network::{NetworkCommand, PortArgs};
 use crate::args::snapshots::{
     CheckStateArgs, CloneArgs, RestoreArgs, SnapshotArgs, SnapshotRmArgs, SnapshotsArgs,
 };
@@ -118,6 +120,9 @@ pub enum Command {
     /// Virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Networks that kept machines can be in
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Images machines are started from
     #[command(subcommand)]
     Image(ImageCommand),
@@ -207,6 +212,8 @@ pub enum VmCommand {
     Console(ConsoleArgs),
     /// Run a command in a guest
     Exec(ExecArgs),
+    /// List the ports of this host that lead to a guest
+    Port(PortArgs),
     /// Copy files and folders between this host and a guest
     Cp(CopyArgs),
     /// Print what machines use of this host, again and again

@@ -44,6 +44,7 @@ pub fn run(root: &Path, json: bool) -> Result<ExitCode, CliError> {
         direct(),
         kvm(),
         program("passt", "passt", "network for guests without privileges"),
+        program("nft", "nftables", "networks of machines, which root can have"),
         program("mmdebstrap", "mmdebstrap", "making images"),
         program("mke2fs", "e2fsprogs", "making images"),
         agent_program(),

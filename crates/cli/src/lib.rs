@@ -13,6 +13,7 @@ pub mod exit;
 pub mod images;
 pub mod keeper;
 pub mod machine;
+pub mod network;
 pub mod plan;
 pub mod state;
 pub mod table;
@@ -109,6 +110,7 @@ fn kept(client: &Client, command: &VmCommand) -> Result<ExitCode, CliError> {
         VmCommand::Logs(logs) => vm::logs(client, logs),
         VmCommand::Console(console) => vm::console(client, console),
         VmCommand::Exec(exec) => vm::exec(client, exec),
+        VmCommand::Port(port) => vm::ports::list(client, port),
         VmCommand::Snapshot(snapshot) => vm::snapshots::take(client, snapshot),
         VmCommand::Snapshots(list) => vm::snapshots::list(client, list),
         VmCommand::Restore(restore) => vm::snapshots::restore(client, restore),
@@ -136,6 +138,7 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
             Ok(machine::run_machine(&plan)?)
         }
         Command::Vm(command) => kept(&client()?, &command),
+        Command::Network(command) => network::run(&client()?, &command),
         Command::Events => vm::events(&client()?),
         Command::Daemon(daemon) => {
             let place = daemon.socket.map_or_else(|| Ok(address()?.place), |s| Ok(Place::Unix(s)));

@@ -222,8 +222,9 @@ pub(crate) fn devices(plan: &RunPlan) -> Devices {
         shares: plan.shares.clone(),
         net: match &plan.net {
             NetPlan::Absent => NetConfig::None,
-            NetPlan::User => NetConfig::User,
+            NetPlan::User(ports) => NetConfig::User(ports.clone()),
             NetPlan::Tap(name) => NetConfig::Tap(name.clone()),
+            NetPlan::Handed => NetConfig::Handed,
         },
         mac: None,
         link: Default::default(),

@@ -1,6 +1,7 @@
 //! From the words of `berth vm run` to everything a machine needs, checked: files are there, sizes
 //! are possible, the image's throwaway disk and initramfs are made.
 
+mod network;
 mod own;
 mod share;
 mod words;
@@ -26,8 +27,9 @@ use berth_vmm::boot::{self, Module};
 use berth_vmm::limits::MEMORY_BYTES_MIN;
 use berth_vmm::vcpu::translated::Optimizations;
 use berth_vmm::virtio::fs::device::FolderShare;
+use berth_vmm::virtio::net::forward::Forward;
 
-use crate::args::machine::{Accel, MachineArgs, NetArg, Variable};
+use crate::args::machine::{Accel, MachineArgs, Variable};
 use crate::args::{ConsoleArg, DiskArg, RunArgs};
 use crate::terminal;
 
@@ -101,10 +103,12 @@ pub struct DiskPlan {
 pub enum NetPlan {
     /// None.
     Absent,
-    /// Connected to a passt process of its own.
-    User,
+    /// Connected to a passt process of its own, which listens at these ports.
+    User(Vec<Forward>),
     /// On a tap interface.
     Tap(String),
+    /// On a tap interface in a network of the daemon's, which hands it over.
+    Handed,
 }
 
 /// Where a console goes.
@@ -242,7 +246,7 @@ impl RunPlan {
         let shares = share::checked(&args.machine.shares, args.image.is_some())?;
         check_combination(args)?;
         let disks = user_disks(args)?;
-        let net = network(args)?;
+        let net = network::plan(&args.machine, args.image.is_some(), shell)?;
         let files = match &args.image {
             _ if !boots => Boot { kernel: PathBuf::new(), initrd: None, image: None },
             None => Boot { kernel: given_kernel(args)?, initrd: given_initrd(args)?, image: None },
@@ -301,11 +305,8 @@ impl RunPlan {
             kernel: config.kernel.as_ref().map(|kernel| folder.join(kernel)),
             initrd: config.initrd.as_deref().map(|list| own::modules_in(folder, list)),
             append: config.append.clone(),
-            net: Some(match &config.net {
-                kept::Net::User => NetArg::User,
-                kept::Net::Tap(name) => NetArg::Tap(name.clone()),
-                kept::Net::None => NetArg::None,
-            }),
+            net: Some(network::kept(&config.net)),
+            publish: config.ports.clone(),
             debug_exit: config.debug_exit,
             env: config
                 .env
@@ -544,24 +545,6 @@ fn user_disks(args: &RunArgs) -> Result<Vec<DiskPlan>, PlanError> {
         disks.push(DiskPlan { path, format, read_only: disk.read_only });
     }
     Ok(disks)
-}
-
-fn network(args: &RunArgs) -> Result<NetPlan, PlanError> {
-    match &args.machine.net {
-        Some(NetArg::None) => Ok(NetPlan::Absent),
-        Some(NetArg::Tap(name)) if Path::new("/sys/class/net").join(name).exists() => {
-            Ok(NetPlan::Tap(name.clone()))
-        }
-        Some(NetArg::Tap(name)) => Err(PlanError::NoInterface(name.clone())),
-        Some(NetArg::User) if has_program("passt") => Ok(NetPlan::User),
-        Some(NetArg::User) => Err(PlanError::NoPasst),
-        None if args.image.is_none() => Ok(NetPlan::Absent),
-        None if has_program("passt") => Ok(NetPlan::User),
-        None => {
-            eprintln!("berth: the guest has no network, since passt is not installed");
-            Ok(NetPlan::Absent)
-        }
-    }
 }
 
 /// Whether a program is in `PATH`.

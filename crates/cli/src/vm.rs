@@ -2,6 +2,7 @@
 
 pub mod appliance;
 pub mod ova;
+pub mod ports;
 pub mod snapshots;
 
 use std::io::{self, IsTerminal, Read, Write};
@@ -28,7 +29,7 @@ use crate::args::{
 use crate::client::{Client, ClientError};
 use crate::command::{self, CommandError, Dial};
 use crate::exit::{CliError, ExitCode};
-use crate::plan::has_program;
+use crate::plan::{PlanError, has_program};
 use crate::table;
 use crate::terminal::{self, RawTerminal};
 
@@ -50,10 +51,11 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
     let machine = &args.machine;
     let net = match (&machine.net, &args.image) {
         (Some(net), _) => net_of(net),
-        (None, None) => api::Net::None,
+        (None, None) if machine.publish.is_empty() => api::Net::None,
         // What is on the daemon's host is not known from elsewhere: a start says it.
-        (None, Some(_)) if client.is_remote() || has_program("passt") => api::Net::User,
-        (None, Some(_)) => {
+        _ if client.is_remote() || has_program("passt") => api::Net::User,
+        _ if !machine.publish.is_empty() => return Err(PlanError::NoPasst.into()),
+        _ => {
             eprintln!("berth: the guest gets no network, since passt is not installed");
             api::Net::None
         }
@@ -90,6 +92,7 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
             debug_exit: machine.debug_exit,
             env: machine.env.iter().cloned().map(Variable::into_pair).collect(),
             net,
+            ports: machine.publish.clone(),
             disks: Vec::new(),
             shares,
         },
@@ -104,6 +107,7 @@ fn net_of(net: &NetArg) -> api::Net {
     match net {
         NetArg::User => api::Net::User,
         NetArg::Tap(name) => api::Net::Tap(name.clone()),
+        NetArg::Network(name) => api::Net::Network(name.clone()),
         NetArg::None => api::Net::None,
     }
 }
@@ -129,6 +133,7 @@ pub fn set(client: &Client, args: &SetArgs) -> Done {
         accel: args.accel.map(accel_of),
         append: args.append.clone(),
         net: args.net.as_ref().map(net_of),
+        ports: (args.publish_none || !args.publish.is_empty()).then(|| args.publish.clone()),
         debug_exit: args.debug_exit,
         env: unset.chain(set.map(|(name, value)| (name, Some(value)))).collect(),
     };
@@ -160,7 +165,7 @@ pub fn adopt(client: &Client, args: &AdoptArgs) -> Done {
 }
 
 /// Asks for the same of each machine; goes on after one for which it cannot be done.
-fn each(names: &[String], mut act: impl FnMut(&str) -> Result<(), ClientError>) -> Done {
+pub(crate) fn each(names: &[String], mut act: impl FnMut(&str) -> Result<(), ClientError>) -> Done {
     let mut code = ExitCode::Success;
     for name in names {
         match act(name) {
@@ -430,12 +435,12 @@ fn type_in(mut to: &UnixStream, escape: bool) {
     }
 }
 
-fn print(text: &str) -> Done {
+pub(crate) fn print(text: &str) -> Done {
     io::stdout().write_all(text.as_bytes()).map_err(CliError::Output)?;
     Ok(ExitCode::Success)
 }
 
-fn print_json(value: &impl serde::Serialize) -> Done {
+pub(crate) fn print_json(value: &impl serde::Serialize) -> Done {
     let text = serde_json::to_string_pretty(value).map_err(CliError::Json)?;
     print(&(text + "\n"))
 }

@@ -22,6 +22,7 @@ use jiff::Timestamp;
 use rustix::fs::{FlockOperation, OFlags};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 /// The version of `vm.toml` that is written.
@@ -47,6 +48,18 @@ pub struct VmToml {
     pub created: Timestamp,
     /// What it is made of.
     pub machine: MachineConfig,
+}
+
+/// The hardware address of a machine's network card: of its identity, so that it stays and no other machine
+/// has it.
+#[must_use]
+pub fn hardware_address(id: Uuid) -> [u8; 6] {
+    let hash = Sha256::digest(id.as_bytes());
+    let mut bytes = [0; 6];
+    bytes.iter_mut().zip(hash).for_each(|(to, from)| *to = from);
+    // Locally administered, unicast.
+    bytes[0] = bytes[0] & 0xfc | 0x02;
+    bytes
 }
 
 /// Why a folder is of no use.
@@ -640,5 +653,13 @@ mod tests {
         assert!(matches!(folder.lock(), Err(FolderError::Locked { .. })));
         drop(lock);
         folder.lock().unwrap();
+    }
+
+    #[test]
+    fn hardware_addresses_stay_and_differ() {
+        let ids = [Uuid::from_u128(1), Uuid::from_u128(2)];
+        assert_eq!(hardware_address(ids[0]), hardware_address(ids[0]));
+        assert_ne!(hardware_address(ids[0]), hardware_address(ids[1]));
+        assert_eq!(hardware_address(ids[0])[0] & 3, 2);
     }
 }

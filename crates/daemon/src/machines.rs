@@ -22,10 +22,12 @@ mod create;
 mod export;
 pub mod import;
 mod load;
+mod network;
 mod snapshots;
 pub mod stats;
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,6 +37,7 @@ use berth_api::v1::error::{ApiError, ErrorCode};
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{Exit, Machine, MachineState, is_name};
 use berth_api::vmm::{Answer, Request, SUSPENDED, Status, UNFINISHED};
+use berth_net::networks::Networks;
 use jiff::Timestamp;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::AsyncReadExt;
@@ -70,6 +73,8 @@ pub struct Machines {
     /// Snapshots that need not be read again.
     verified: Arc<Verified>,
     events: Events,
+    /// The networks they can be in.
+    networks: Networks,
     all: Mutex<BTreeMap<String, Arc<Entry>>>,
 }
 
@@ -89,6 +94,8 @@ struct Live {
     run: Option<Run>,
     last_exit: Option<Exit>,
     counts: Counts,
+    /// In the network it is in.
+    address: Option<Ipv4Addr>,
 }
 
 /// A process of a machine.
@@ -114,6 +121,7 @@ impl Entry {
                 run: None,
                 last_exit,
                 counts: Counts::default(),
+                address: None,
             }),
         })
     }
@@ -157,6 +165,7 @@ impl Entry {
             pid: live.run.as_ref().map(|run| run.status.pid),
             last_exit: live.last_exit.clone().filter(|_| live.run.is_none()),
             folder: live.folder.path().display().to_string(),
+            address: live.address,
             config: live.config.machine.clone(),
         }
     }
@@ -247,13 +256,16 @@ impl Machines {
             return Err(conflict(format!("the folder of {name} is another machine's now")));
         }
         entry.live().config = config;
-        let started = vmm::start(&self.program, &self.root, &folder).await;
+        let tap = self.plug(entry).await?;
+        let started = vmm::start(&self.program, &self.root, &folder, tap).await;
         if started.is_err() {
+            self.unplug(entry).await;
             // It says there what is told here.
             entry.live().last_exit = folder.last_exit();
         }
         started.map_err(|error| of_vmm(&format!("{name} cannot be started"), &error))?;
         if !self.find_process(entry).await {
+            self.unplug(entry).await;
             let message = format!("{name} was started, and its process does not answer");
             return Err(error(ErrorCode::Failed, message));
         }
@@ -268,6 +280,7 @@ impl Machines {
         let paused = status.state == MachineState::Paused;
         let peer = stream.peer_cred().ok().and_then(|peer| peer.pid()).and_then(Pid::from_raw);
         let process = peer.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).map(Arc::new);
+        let (net, ports) = (status.net.clone(), status.ports.clone());
         let mut live = entry.live();
         if live.run.is_some() {
             // Found twice at the same time.
@@ -277,9 +290,11 @@ impl Machines {
         drop(live);
         let (machines, entry) = (Arc::clone(self), Arc::clone(entry));
         tokio::spawn(async move {
+            machines.found_in(&entry, &net, &ports).await;
             // Nothing comes but the end.
             let mut nothing = [0; 64];
             while matches!(stream.read(&mut nothing).await, Ok(count) if count > 0) {}
+            machines.unplug(&entry).await;
             machines.ended(&entry);
             let _ = over.send(true);
         });
@@ -500,6 +515,14 @@ impl Machines {
     pub async fn rename(&self, entry: &Arc<Entry>, name: &str) -> Result<()> {
         check_name(name)?;
         let _changing = entry.changing.lock().await;
+        let before = self.rename_now(entry, name)?;
+        self.renamed_in_network(entry, name).await;
+        self.tell(EventKind::Renamed, entry, Some(before));
+        Ok(())
+    }
+
+    /// Gives it the name; what it was called before.
+    fn rename_now(&self, entry: &Arc<Entry>, name: &str) -> Result<String> {
         let before = entry.name();
         let mut all = self.all();
         if all.contains_key(name) {
@@ -511,9 +534,7 @@ impl Machines {
         drop(live);
         all.remove(&before);
         all.insert(name.to_owned(), Arc::clone(entry));
-        drop(all);
-        self.tell(EventKind::Renamed, entry, Some(before));
-        Ok(())
+        Ok(before)
     }
 
     /// Removes a machine with all its files; `force` ends one that runs.
@@ -540,6 +561,7 @@ impl Machines {
         let result = removed.await.map_err(|error| crate::failure::failed(&error))?;
         if result.is_ok() || !entry.folder().path().exists() {
             self.all().remove(&name);
+            self.leave_network(entry).await;
             self.tell(EventKind::Removed, entry, None);
         }
         Ok(result?)

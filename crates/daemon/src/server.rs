@@ -11,6 +11,8 @@ mod extract;
 mod machines;
 mod metrics;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
+mod networks;
+#[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod stats;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod stream;
@@ -251,7 +253,8 @@ fn router(daemon: Daemon) -> Router {
                 .routes(routes!(info))
                 .routes(routes!(metrics::metrics))
                 .routes(routes!(stream::events))
-                .merge(machines::router()),
+                .merge(machines::router())
+                .merge(networks::router()),
         )
         .split_for_parts();
     let document = Arc::new(document);

@@ -191,11 +191,17 @@ pub async fn watch(folder: &Folder) -> Result<(UnixStream, Status), VmmError> {
     }
 }
 
-/// Starts the process of a machine; returns once the guest runs.
+/// Starts the process of a machine, and hands it the tap interface of its network card if that is in a
+/// network; returns once the guest runs.
 ///
 /// # Errors
 /// [`VmmError::NotStarted`] with the reason it gave.
-pub async fn start(program: &Program, root: &Path, folder: &Folder) -> Result<(), VmmError> {
+pub async fn start(
+    program: &Program,
+    root: &Path,
+    folder: &Folder,
+    tap: Option<OwnedFd>,
+) -> Result<(), VmmError> {
     let not = |what: &str, error: &dyn std::fmt::Display| {
         VmmError::NotStarted(format!("{what}: {error}"))
     };
@@ -209,7 +215,7 @@ pub async fn start(program: &Program, root: &Path, folder: &Folder) -> Result<()
         .arg("vmm")
         .args(known)
         .arg(folder.path())
-        .stdin(Stdio::null())
+        .stdin(tap.map_or_else(Stdio::null, Stdio::from))
         .stdout(Stdio::piped())
         .stderr(log)
         .spawn()

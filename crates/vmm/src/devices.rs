@@ -15,6 +15,7 @@ use crate::virtio::block::live::DiskSwitch;
 use crate::virtio::console::device::{Console as ConsoleDevice, ConsoleSize};
 use crate::virtio::fs::device::{Folder, FolderShare, ShareError, files_for_each};
 use crate::virtio::net::device::{Mac, Net};
+use crate::virtio::net::forward::Forward;
 use crate::virtio::net::passt::{self, Passt, PasstConfig, PasstError};
 use crate::virtio::net::tap::{Tap, TapError};
 use crate::virtio::rng::device::Rng;
@@ -39,10 +40,12 @@ pub enum NetConfig {
     /// No card.
     #[default]
     None,
-    /// The host's network through passt, without privileges.
-    User,
+    /// The host's network through passt, without privileges; these ports of the host lead to the guest.
+    User(Vec<Forward>),
     /// A tap interface of this name.
     Tap(String),
+    /// A tap interface that somebody else has attached to: standard input.
+    Handed,
 }
 
 /// The host's end of a network card.
@@ -136,8 +139,12 @@ impl Devices {
     pub fn connect(&mut self) -> Result<(), DevicesError> {
         self.link.0 = match &self.net {
             NetConfig::None => None,
-            NetConfig::User => Some(Link::User(Passt::begin(&PasstConfig::default())?)),
+            NetConfig::User(ports) => {
+                let config = PasstConfig { ports: ports.clone(), ..PasstConfig::default() };
+                Some(Link::User(Passt::begin(&config)?))
+            }
             NetConfig::Tap(name) => Some(Link::Tap(Tap::open(name)?)),
+            NetConfig::Handed => Some(Link::Tap(Tap::handed()?)),
         };
         Ok(())
     }

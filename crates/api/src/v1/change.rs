@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 
 use crate::size::Size;
 use crate::v1::machine::{Accel, Net};
+use crate::v1::network::Port;
 
 /// `PATCH /machines/{name}`: what is to be otherwise; what is absent stays. It takes effect at the next
 /// start.
@@ -29,6 +30,9 @@ pub struct ChangeMachine {
     /// The network card.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Net>,
+    /// Ports of the host that lead to the guest, instead of those before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ports: Option<Vec<Port>>,
     /// Whether the guest has port 0xf4, which ends the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub debug_exit: Option<bool>,

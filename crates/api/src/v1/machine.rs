@@ -1,6 +1,7 @@
 //! Machines.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
@@ -9,6 +10,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::size::Size;
+use crate::v1::network::Port;
 
 /// Most characters of a name; it is the guest's host name too (RFC 1123).
 pub const NAME_MAX: usize = 63;
@@ -65,6 +67,9 @@ pub struct MachineConfig {
     /// Folders of the host that the guest has, too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<Share>,
+    /// Ports of the host that lead to the guest. They need a network card of `user` or in a network.
+    #[serde(default, rename = "port", skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
 }
 
 fn one() -> u8 {
@@ -90,6 +95,7 @@ impl Default for MachineConfig {
             env: BTreeMap::new(),
             disks: Vec::new(),
             shares: Vec::new(),
+            ports: Vec::new(),
         }
     }
 }
@@ -115,6 +121,8 @@ pub enum Net {
     User,
     /// A tap interface of this name.
     Tap(String),
+    /// In this network of the daemon's.
+    Network(String),
     /// No card.
     #[default]
     None,
@@ -303,6 +311,10 @@ pub struct Machine {
     pub last_exit: Option<Exit>,
     /// Where it is.
     pub folder: String,
+    /// Its address in the network it is in.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub address: Option<Ipv4Addr>,
     /// What it is made of.
     pub config: MachineConfig,
 }

@@ -8,6 +8,7 @@ pub mod error;
 pub mod event;
 pub mod info;
 pub mod machine;
+pub mod network;
 pub mod routes;
 pub mod snapshot;
 pub mod stats;

@@ -7,6 +7,12 @@ pub const UPGRADE_AGENT: &str = "berth-agent";
 /// A connection becomes a console: bytes in both directions.
 pub const UPGRADE_CONSOLE: &str = "berth-console";
 
+/// The path of a network.
+#[must_use]
+pub fn network(name: &str) -> String {
+    format!("{PREFIX}/networks/{}", part(name))
+}
+
 /// The path of a snapshot of a machine.
 #[must_use]
 pub fn snapshot(name: &str, tag: &str) -> String {

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use berth_api::size::Size;
+use berth_api::v1::network::{Port, is_network_name};
 use clap::ValueEnum;
 
 /// What `run` and `create` have in common.
@@ -27,9 +28,14 @@ pub struct MachineArgs {
     /// Words added to the kernel command line; a bzImage gets panic=-1 too, unless they say panic=N
     #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
     pub append: String,
-    /// `user` (through passt), `tap=INTERFACE` or `none` [default: user with an image, else none]
+    /// `user` (through passt), `tap=INTERFACE`, `none`, or the name of a network (`berth network`), which
+    /// kept machines can be in [default: user with an image, else none]
     #[arg(long, value_name = "NET")]
     pub net: Option<NetArg>,
+    /// A port of this host that leads to the guest, at all of the host's addresses or at one, an IPv6
+    /// address in brackets. Needs `--net user` or a network. May be repeated
+    #[arg(long, short, value_name = "[HOSTIP:]HOSTPORT:GUESTPORT[/tcp|udp]")]
+    pub publish: Vec<Port>,
     /// Gives the guest port 0xf4: writing V ends the machine with status V*2+1
     #[arg(long)]
     pub debug_exit: bool,
@@ -60,9 +66,15 @@ pub struct SetArgs {
     /// Words added to the kernel command line, instead of those before
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// `user` (through passt), `tap=INTERFACE` or `none`
+    /// `user` (through passt), `tap=INTERFACE`, `none`, or the name of a network
     #[arg(long, value_name = "NET")]
     pub net: Option<NetArg>,
+    /// A port of this host that leads to the guest, instead of those before. May be repeated
+    #[arg(long, short, value_name = "[HOSTIP:]HOSTPORT:GUESTPORT[/tcp|udp]")]
+    pub publish: Vec<Port>,
+    /// No port of this host leads to the guest any more
+    #[arg(long, conflicts_with = "publish")]
+    pub publish_none: bool,
     /// Whether the guest has port 0xf4
     #[arg(long, value_name = "true|false")]
     pub debug_exit: Option<bool>,
@@ -82,7 +94,8 @@ that is suspended keeps what it was stored with: only --append, --env and --unse
 
 Examples:
   berth vm set --cpus 4 --memory 2G web
-  berth vm set --env MODE=test --unset-env DEBUG web && berth vm restart web";
+  berth vm set --env MODE=test --unset-env DEBUG web && berth vm restart web
+  berth vm set --publish 8080:80 --publish 127.0.0.1:5353:53/udp web";
 
 /// `NAME=VALUE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -162,6 +175,8 @@ pub enum NetArg {
     User,
     /// On this tap interface.
     Tap(String),
+    /// In this network of the daemon's.
+    Network(String),
     /// No network card.
     None,
 }
@@ -178,7 +193,8 @@ impl std::str::FromStr for NetArg {
             Some(("tap", name)) if !name.is_empty() && name.len() <= INTERFACE_BYTES_MAX => {
                 Ok(Self::Tap(name.to_owned()))
             }
-            _ => Err("expected `user`, `tap=INTERFACE` or `none`".into()),
+            None if is_network_name(text) => Ok(Self::Network(text.to_owned())),
+            _ => Err("expected `user`, `tap=INTERFACE`, `none` or the name of a network".into()),
         }
     }
 }

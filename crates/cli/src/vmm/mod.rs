@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use berth_api::v1::machine::{Exit, MachineState};
 use berth_api::vmm::{Answer, Greeting, ORIGIN, Origin, RENEW, Request, SUSPENDED, Status};
-use berth_daemon::folder::{Folder, FolderLock, VmToml};
+use berth_daemon::folder::{Folder, FolderLock, VmToml, hardware_address};
 use berth_vmm::console::SignalWatch;
 use berth_vmm::devices::HostEnds;
 use berth_vmm::machine::{Handed, Machine, Resume, RunningMachine};
@@ -36,8 +36,6 @@ use berth_vmm::outcome::{Ending, Outcome};
 use berth_vmm::virtio::net::device::Mac;
 use jiff::Timestamp;
 use rustix::fs::{Mode, OFlags};
-use sha2::{Digest, Sha256};
-use uuid::Uuid;
 
 use crate::exit::ExitCode;
 use crate::machine::{Told, config, devices};
@@ -169,7 +167,7 @@ fn begin(
     let console = Console::Stream(Arc::new(far));
     let plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console, !goes_on)?;
     let mut parts = devices(&plan);
-    parts.mac = Some(mac(toml.id));
+    parts.mac = Some(Mac(hardware_address(toml.id)));
     // What needs the host's network is made before it is left.
     parts.connect()?;
     confine::confine(folder, root, &plan);
@@ -220,8 +218,16 @@ fn begin(
         accel: machine.accel().to_string(),
         cpus: plan.cpus,
         memory_bytes: plan.memory_bytes,
+        net: toml.machine.net.clone(),
+        ports: toml.machine.ports.clone(),
     };
-    let kept = Kept { folder, toml, name, mac: mac(toml.id), is_copy: config.renew_generation };
+    let kept = Kept {
+        folder,
+        toml,
+        name,
+        mac: Mac(hardware_address(toml.id)),
+        is_copy: config.renew_generation,
+    };
     Control::start(kept, &machine, ends, Arc::clone(&hub), status.clone())?;
     greet(&Greeting::Started(status));
     Ok((machine, plan, told, hub))
@@ -257,16 +263,6 @@ fn connect(folder: &Folder) -> io::Result<UnixStream> {
     UnixStream::connect(socket(&Folder::at(format!("/proc/self/fd/{}", held.as_raw_fd()))))
 }
 
-/// A machine's hardware address: of its identity, so that it stays and no other machine has it.
-fn mac(id: Uuid) -> Mac {
-    let hash = Sha256::digest(id.as_bytes());
-    let mut bytes = [0; 6];
-    bytes.iter_mut().zip(hash).for_each(|(to, from)| *to = from);
-    // Locally administered, unicast.
-    bytes[0] = bytes[0] & 0xfc | 0x02;
-    Mac(bytes)
-}
-
 impl Run {
     /// Waits for the end of the guest and notes it.
     fn finish(self) -> ExitCode {
@@ -299,17 +295,4 @@ impl Run {
 /// Where the machine's process listens.
 fn socket(folder: &Folder) -> PathBuf {
     folder.file(berth_api::vmm::SOCKET)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hardware_addresses_stay_and_differ() {
-        let ids = [Uuid::from_u128(1), Uuid::from_u128(2)];
-        assert_eq!(mac(ids[0]), mac(ids[0]));
-        assert_ne!(mac(ids[0]), mac(ids[1]));
-        assert_eq!(mac(ids[0]).0[0] & 3, 2);
-    }
 }

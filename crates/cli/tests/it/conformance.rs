@@ -36,9 +36,9 @@ parameters = { "query.timeout" = 1 }
 include-path = "/berth/v1/machines/{name}/clone"
 parameters = { "path.name" = "cloned" }
 "#;
-/// What does not end by itself, is no HTTP after its beginning, or has a body that is no JSON; each has
-/// tests of its own.
-const OTHERS: &str = "/events$|/console$|/agent$|/stats$|/import$|/export$";
+/// What changes the network of the host, does not end by itself, is no HTTP after its beginning, or has a
+/// body that is no JSON; each has tests of its own.
+const OTHERS: &str = "/networks|/events$|/console$|/agent$|/stats$|/import$|/export$";
 const TIME: Duration = Duration::from_secs(600);
 
 #[test]

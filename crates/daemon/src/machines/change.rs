@@ -30,6 +30,9 @@ impl Machines {
                  first"
             )));
         }
+        if let Some(net) = &change.net {
+            self.check_network(net).await?;
+        }
         let changed = Arc::clone(entry);
         let work = move || {
             let folder = changed.folder();
@@ -48,6 +51,9 @@ impl Machines {
             Ok(())
         };
         tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))??;
+        if !state.is_up() {
+            self.join_network(entry).await?;
+        }
         self.tell(EventKind::Changed, entry, None);
         Ok(())
     }
@@ -66,7 +72,7 @@ fn fixed(change: &ChangeMachine) -> Option<&'static str> {
 }
 
 fn apply(config: &mut MachineConfig, change: ChangeMachine) {
-    let ChangeMachine { cpus, memory, accel, append, net, debug_exit, env } = change;
+    let ChangeMachine { cpus, memory, accel, append, net, ports, debug_exit, env } = change;
     config.cpus = cpus.unwrap_or(config.cpus);
     config.memory = memory.unwrap_or(config.memory);
     config.accel = accel.unwrap_or(config.accel);
@@ -76,6 +82,9 @@ fn apply(config: &mut MachineConfig, change: ChangeMachine) {
     }
     if let Some(net) = net {
         config.net = net;
+    }
+    if let Some(ports) = ports {
+        config.ports = ports;
     }
     for (name, value) in env {
         match value {

@@ -162,9 +162,11 @@ impl Machines {
             self.tell(EventKind::Cloned, clone, Some(entry.name()));
         }
         let clones: Vec<_> = made.into_iter().map(|(clone, _)| clone).collect();
-        if request.running
-            && let Err(error) = self.start_all(&clones).await
-        {
+        let mut ready = self.join_all(&clones).await;
+        if ready.is_ok() && request.running {
+            ready = self.start_all(&clones).await;
+        }
+        if let Err(error) = ready {
             for clone in &clones {
                 if let Err(error) = self.remove(clone, true).await {
                     tracing::error!(error = error.message, "a clone is left");
@@ -225,7 +227,8 @@ impl Machines {
                 version: VERSION,
                 id: Uuid::new_v4(),
                 created: Timestamp::now(),
-                machine: source.toml.machine.clone(),
+                // A port of the host leads to one machine.
+                machine: MachineConfig { ports: Vec::new(), ..source.toml.machine.clone() },
             };
             let (machines, boot) = (&self.directory, &self.boot);
             let unnamed =

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use berth_api::v1::error::ApiError;
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{
-    CreateMachine, Disk, DiskFormat, MachineConfig, NewDisk, check_shares,
+    CreateMachine, Disk, DiskFormat, MachineConfig, Net, NewDisk, check_shares,
 };
+use berth_api::v1::network::{PORTS_MAX, is_network_name};
 use berth_disk::chain::describe;
 use berth_disk::format::Format;
 use berth_disk::tools::{self, Backing};
@@ -45,10 +46,15 @@ impl Machines {
         if self.all().contains_key(&request.name) {
             return Err(conflict(format!("there is a machine {} already", request.name)));
         }
+        self.check_network(&request.config.net).await?;
         let machines = Arc::clone(self);
         // Copying a disk takes its time, where it cannot be linked.
         let made = tokio::task::spawn_blocking(move || machines.make(request));
         let entry = made.await.map_err(|error| failed(&error))??;
+        if let Err(error) = self.join_network(&entry).await {
+            let removed = self.remove(&entry, false).await;
+            return Err(removed.err().unwrap_or(error));
+        }
         self.tell(EventKind::Created, &entry, None);
         Ok(entry)
     }
@@ -165,6 +171,7 @@ pub(super) fn check(config: &MachineConfig) -> Result<()> {
         return Err(invalid("an initrd needs a kernel"));
     }
     check_shares(&config.shares, config.image.is_some()).map_err(invalid)?;
+    check_ports(config)?;
     check_env(config)
 }
 
@@ -187,6 +194,34 @@ fn check_paths(config: &MachineConfig) -> Result<()> {
                 return Err(invalid(message));
             }
             Err(error) => return Err(invalid(format!("cannot share {shown}: {error}"))),
+        }
+    }
+    Ok(())
+}
+
+fn check_ports(config: &MachineConfig) -> Result<()> {
+    if config.ports.len() > PORTS_MAX {
+        let count = config.ports.len();
+        return Err(invalid(format!("{count} ports to publish; {PORTS_MAX} are the most")));
+    }
+    if let Net::Network(name) = &config.net
+        && !is_network_name(name)
+    {
+        return Err(invalid(format!("`{name}` is no name of a network")));
+    }
+    let Some(first) = config.ports.first() else { return Ok(()) };
+    if !matches!(config.net, Net::User | Net::Network(_)) {
+        return Err(invalid(format!(
+            "publishing {first} needs a network card of `user` or in a network"
+        )));
+    }
+    for (index, port) in config.ports.iter().enumerate() {
+        if port.host == 0 || port.guest == 0 {
+            return Err(invalid(format!("{port}: ports are 1 to 65535")));
+        }
+        let others = config.ports.iter().skip(index + 1);
+        if let Some(other) = others.into_iter().find(|other| port.collides(other)) {
+            return Err(invalid(format!("{port} and {other} would be the same port of the host")));
         }
     }
     Ok(())

@@ -118,13 +118,15 @@ fn cannot_go_on(error: &vmm::VmmError) -> berth_api::v1::error::ApiError {
     error
 }
 
-/// What the machine is made of here. An appliance names no files, and no interfaces of this host.
+/// What the machine is made of here. An appliance names no files, and no interfaces, networks
+/// and ports of this host.
 fn config(manifest: &Manifest) -> MachineConfig {
     let mut machine = manifest.machine.clone();
-    if matches!(machine.net, Net::Tap(_)) {
+    if matches!(machine.net, Net::Tap(_) | Net::Network(_)) {
         // A card stays a card.
         machine.net = Net::User;
     }
+    machine.ports.clear();
     machine.kernel = Some("kernel".into());
     let mut modules = Vec::new();
     for (index, file) in manifest.files.iter().enumerate() {

@@ -11,13 +11,14 @@ use berth_api::v1::error::ErrorCode;
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{AdoptMachine, is_name};
 use berth_api::vmm as socket;
+use berth_net::networks::Networks;
 use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::events::Events;
 use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{self, Folder, FolderError, unsettled};
-use crate::machines::{Entry, Machines, check_name, clone};
+use crate::machines::{Entry, Machines, check_name, clone, network};
 use crate::snapshot;
 use crate::vmm::{self, Program, VmmError};
 
@@ -95,7 +96,9 @@ impl Machines {
         clone::sweep(&directory, &boot)?;
         let whole = unsettled::sweep(&directory, &boot)?;
         settle_later(whole);
+        let networks = Networks::open(root).await.map_err(|error| network::of_net(&error))?;
         let machines = Arc::new(Self {
+            networks,
             root: root.to_owned(),
             program,
             boot,
@@ -129,6 +132,7 @@ impl Machines {
             }
         };
         let _ = tokio::time::timeout(SETTLE, all).await;
+        machines.settle_networks().await;
         Ok(machines)
     }
 

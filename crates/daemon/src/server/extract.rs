@@ -68,6 +68,16 @@ pub struct MachinePath {
     name: String,
 }
 
+/// Which network.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "a description; handlers take the name alone")]
+pub struct NetworkPath {
+    /// The network's name.
+    #[param(pattern = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    name: String,
+}
+
 /// Which of its snapshots.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use crate::virtio::net::forward::{self, Forward, ForwardError};
 use crate::virtio::net::stream::Stream;
 
 /// passt's own default, the largest that fits its frames.
@@ -36,6 +37,9 @@ pub enum PasstError {
         /// The kernel's reason.
         source: std::io::Error,
     },
+    /// A port of the host cannot lead to the guest.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
 }
 
 /// A passt that ends earlier than this could not begin.
@@ -48,15 +52,13 @@ const AS_ROOT: &str = "Don't run as root";
 pub struct PasstConfig {
     /// The program.
     pub program: PathBuf,
-    /// TCP ports of the host that lead to the guest, in passt's notation (`8080:80,2222:22`).
-    pub tcp_ports: Option<String>,
-    /// UDP ports, likewise.
-    pub udp_ports: Option<String>,
+    /// Ports of the host that lead to the guest.
+    pub ports: Vec<Forward>,
 }
 
 impl Default for PasstConfig {
     fn default() -> Self {
-        Self { program: PathBuf::from("passt"), tcp_ports: None, udp_ports: None }
+        Self { program: PathBuf::from("passt"), ports: Vec::new() }
     }
 }
 
@@ -86,17 +88,16 @@ impl Passt {
         let mut command = Command::new(&config.program);
         command.args(["--foreground", "--quiet", "--fd", "0"]);
         command.arg("--mtu").arg(MTU.to_string());
-        if let Some(ports) = &config.tcp_ports {
-            command.arg("--tcp-ports").arg(ports);
-        }
-        if let Some(ports) = &config.udp_ports {
-            command.arg("--udp-ports").arg(ports);
+        for forward in &config.ports {
+            forward.await_free()?;
+            command.args(forward.option());
         }
         command.stdin(OwnedFd::from(far)).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command
             .spawn()
             .map_err(|source| PasstError::Start { program: config.program.clone(), source })?;
-        let said = child.stderr.take();
+        let mut said = child.stderr.take();
+        forward::await_all(&config.ports, &mut child, &mut said)?;
         Ok(Begun { stream: stream.with_process(Self { child }), said })
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use thiserror::Error;
@@ -14,6 +14,8 @@ use crate::virtio::net::device::{
 };
 
 const DEVICE: &str = "/dev/net/tun";
+/// Ethernet frames with a header before each and nothing else.
+const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 const OFFLOAD_CSUM: u32 = 1;
 const OFFLOAD_TSO4: u32 = 2;
 const OFFLOAD_TSO6: u32 = 4;
@@ -30,6 +32,9 @@ pub enum TapError {
     /// The driver is missing or forbidden.
     #[error("cannot open {DEVICE}")]
     Open(#[source] io::Error),
+    /// It was to be handed over.
+    #[error("no tap interface was handed to the machine's process; `berth vm start` does that")]
+    Handed(#[source] io::Error),
     /// The interface is missing, in use, or not allowed.
     #[error("cannot {operation} of tap interface {name}")]
     Setup {
@@ -72,18 +77,41 @@ impl Tap {
         for (target, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
             *target = byte as libc::c_char;
         }
-        request.ifr_ifru.ifru_flags =
-            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        request.ifr_ifru.ifru_flags = FLAGS as libc::c_short;
         let setup =
             |operation| move |source| TapError::Setup { name: name.to_owned(), operation, source };
         // SAFETY: TUNSETIFF reads and writes one ifreq, which is live.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
         check(result).map_err(setup("attach to the queue"))?;
+        Self::with(file).map_err(setup("set the header size"))
+    }
+
+    /// The interface that whoever started this process has attached to: standard input.
+    ///
+    /// # Errors
+    /// It is no such interface.
+    pub fn handed() -> Result<Self, TapError> {
+        let fd = io::stdin().as_fd().try_clone_to_owned().map_err(TapError::Handed)?;
+        let file = File::from(fd);
+        // SAFETY: ifreq is plain data, for which zeroes are a valid value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: TUNGETIFF writes one ifreq, which is live. Another kind of file refuses it.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
+        check(result).map_err(TapError::Handed)?;
+        // SAFETY: TUNGETIFF wrote the flags, and any value of them is valid.
+        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        if flags & FLAGS != FLAGS {
+            return Err(TapError::Handed(ErrorKind::InvalidInput.into()));
+        }
+        Self::with(file).map_err(TapError::Handed)
+    }
+
+    fn with(file: File) -> io::Result<Self> {
         let size = HEADER_SIZE as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads one int, which is live.
         let result =
             unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
-        check(result).map_err(setup("set the header size"))?;
+        check(result)?;
         let size = HEADER_SIZE + NET_FRAME_MAX;
         Ok(Self { file, packet: vec![0; size], packet_len: 0, out: vec![0; size], out_len: 0 })
     }

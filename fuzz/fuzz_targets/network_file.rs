@@ -1,0 +1,8 @@
+//! Files of networks.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    if let Ok(text) = std::str::from_utf8(data) {
+        let _ = berth_net::store::parse("lab", text);
+    }
+});

@@ -758,7 +758,7 @@ mod tests {
             "berth vm run --cpus 0 x",
             "berth vm run --cpus 17 x",
             "berth vm run --memory 5Q x",
-            "berth vm run --net wifi x",
+            "berth vm run --net wi_fi x",
             "berth vm run --net tap= x",
             "berth vm run --initrd i x",
             "berth vm run --disk ,ro x",

@@ -243,7 +243,8 @@ impl RunPlan {
         check_memory(args.machine.memory, host_memory_bytes())?;
         let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         check_open_files(u64::from(args.machine.cpus) + args.disks.len() as u64, open_files)?;
-        let shares = share::checked(&args.machine.shares, args.image.is_some())?;
+        let shares =
+            share::checked(&args.machine.shares, args.image.is_some(), shell == Shell::Always)?;
         check_combination(args)?;
         let disks = user_disks(args)?;
         let net = network::plan(&args.machine, args.image.is_some(), shell)?;

@@ -52,6 +52,8 @@ pub struct Networks {
 #[derive(Debug, Default)]
 struct Inner {
     all: BTreeMap<String, Live>,
+    /// Each file of a network was understood; bridges of others may belong to one that was not.
+    is_whole: bool,
     links: Option<Links>,
 }
 
@@ -166,11 +168,12 @@ impl Networks {
         let real = fs::canonicalize(root).map_err(crate::error::file("finding", root))?;
         let (root, store) = (RootId::of(&real), Store::of(&real));
         let (found, wrong) = store.read()?;
+        let is_whole = wrong.is_empty();
         for error in wrong {
             tracing::error!(error = &error as &dyn std::error::Error, "a network is left out");
         }
         let live = found.into_iter().map(|file| (file.name.clone(), Live::new(&root, file)));
-        let inner = Inner { all: live.collect(), links: None };
+        let inner = Inner { all: live.collect(), links: None, is_whole };
         let networks = Self { root, store, inner: Mutex::new(inner) };
         if networks.store.directory().exists() {
             let mut inner = networks.inner.lock().await;
@@ -187,7 +190,7 @@ impl Networks {
     async fn settle(&self, inner: &mut Inner) -> Result<()> {
         let links = inner.links()?;
         for bridge in links.bridges(&self.root.bridges()).await? {
-            if inner.all.values().all(|live| live.bridge != bridge) {
+            if inner.is_whole && inner.all.values().all(|live| live.bridge != bridge) {
                 links.remove(&bridge).await?;
             }
         }
@@ -202,7 +205,7 @@ impl Networks {
     /// Brings rules and forwarding to what is to be.
     async fn apply(&self, inner: &Inner) -> Result<()> {
         let nets: Vec<_> = inner.all.values().map(Live::net).collect();
-        if nets.iter().all(|net| net.internal) {
+        if inner.is_whole && nets.iter().all(|net| net.internal) {
             sysctl::forward_no_more(self.store.directory())?;
         }
         let table = self.root.table();
@@ -262,7 +265,8 @@ impl Networks {
         if !is_label(name) || name.chars().any(|c| c.is_ascii_uppercase()) {
             return Err(NetError::Invalid(format!("`{name}` is no name of a network")));
         }
-        if inner.all.contains_key(name) {
+        // One whose file is not understood is there, too.
+        if inner.all.contains_key(name) || self.store.path(name).exists() {
             return Err(NetError::Exists(name.to_owned()));
         }
         if inner.all.len() >= NETWORKS_MAX {

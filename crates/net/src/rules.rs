@@ -159,16 +159,22 @@ fn input(net: &Net, all: &[Net]) -> Vec<Value> {
         rules.push(json!([from(), ip("daddr", "==", json!({ "set": others })), drop()]));
     }
     if net.internal {
-        let asked =
-            |protocol, ports: Value| json!([from(), destination_port(protocol, ports), accept()]);
+        // Other addresses of the host may have servers that ask outside.
+        let own = || ip("daddr", "==", json!(net.subnet.gateway().to_string()));
+        let asked = |to: Value, protocol, port: u16| {
+            json!([from(), to, destination_port(protocol, json!(port)), accept()])
+        };
+        let all = ip("daddr", "==", json!("255.255.255.255"));
         rules.push(json!([
             from(),
             connection("state", json!(["established", "related"])),
             accept()
         ]));
-        rules.push(asked("udp", json!({ "set": [53, 67] })));
-        rules.push(asked("tcp", json!(53)));
-        rules.push(json!([from(), ip("protocol", "==", json!("icmp")), accept()]));
+        rules.push(asked(own(), "udp", 53));
+        rules.push(asked(own(), "tcp", 53));
+        rules.push(asked(own(), "udp", 67));
+        rules.push(asked(all, "udp", 67));
+        rules.push(json!([from(), own(), ip("protocol", "==", json!("icmp")), accept()]));
         rules.push(json!([from(), drop()]));
     }
     rules

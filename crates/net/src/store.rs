@@ -218,7 +218,9 @@ impl Store {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    /// Where the network of a name is.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
         self.directory.join(format!("{name}{ENDING}"))
     }
 }

@@ -10,13 +10,25 @@ use crate::args::machine::ShareArg;
 use crate::plan::PlanError;
 
 /// What a machine is given: folders that are there, with the tags by which the guest mounts them.
-pub(super) fn checked(args: &[ShareArg], has_image: bool) -> Result<Vec<FolderShare>, PlanError> {
+/// Links in the path of a folder are followed once: not when a machine that is `kept` is started.
+pub(super) fn checked(
+    args: &[ShareArg],
+    has_image: bool,
+    kept: bool,
+) -> Result<Vec<FolderShare>, PlanError> {
     let role = "a shared folder";
     let mut shares = Vec::new();
     for arg in args {
         let path = arg.host.clone();
         let failed = |source: io::Error| PlanError::File { role, path: path.clone(), source };
-        let host = std::path::absolute(&arg.host).map_err(failed)?;
+        let host = fs::canonicalize(&arg.host).map_err(failed)?;
+        if kept && host != arg.host {
+            let reason = format!(
+                "a link leads from there to {} now; if that is meant, name it in vm.toml",
+                host.display()
+            );
+            return Err(PlanError::Unfit { role, path, reason });
+        }
         if !fs::metadata(&host).map_err(failed)?.is_dir() {
             let reason = "it is no folder; share the one that it is in".to_owned();
             return Err(PlanError::Unfit { role, path, reason });
@@ -49,7 +61,7 @@ mod tests {
         let at = |name: &str| dir.path().join(name).display().to_string();
         fs::write(at("file"), "").unwrap();
         fs::create_dir(at("folder:1")).unwrap();
-        let check = |text: String| checked(&[text.parse().unwrap()], true);
+        let check = |text: String| checked(&[text.parse().unwrap()], true, false);
         let share = check(format!("{}:/data:ro", at("folder:1"))).unwrap().remove(0);
         assert_eq!((share.tag.as_str(), share.read_only), ("share0", true));
         for (text, parts) in [
@@ -60,7 +72,13 @@ mod tests {
             let error = check(text).unwrap_err().to_string();
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         }
-        let tagged = checked(&[format!("{}:data", at("folder:1")).parse().unwrap()], false);
+        let tagged = checked(&[format!("{}:data", at("folder:1")).parse().unwrap()], false, false);
         assert_eq!(tagged.unwrap().remove(0).tag, "data");
+        std::os::unix::fs::symlink(at("folder:1"), at("link")).unwrap();
+        let link = [format!("{}:/data", at("link")).parse().unwrap()];
+        let share = checked(&link, true, false).unwrap().remove(0);
+        assert_eq!(share.path, dir.path().canonicalize().unwrap().join("folder:1"));
+        let error = checked(&link, true, true).unwrap_err().to_string();
+        assert!(error.contains("a link leads from there"), "{error}");
     }
 }

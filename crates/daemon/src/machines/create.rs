@@ -39,10 +39,10 @@ impl Machines {
     ///
     /// # Errors
     /// The name is taken, or what was asked for cannot be; then there is nothing of it.
-    pub async fn create(self: &Arc<Self>, request: CreateMachine) -> Result<Arc<Entry>> {
+    pub async fn create(self: &Arc<Self>, mut request: CreateMachine) -> Result<Arc<Entry>> {
         check_name(&request.name)?;
         check(&request.config)?;
-        check_paths(&request.config)?;
+        check_paths(&mut request.config)?;
         if self.all().contains_key(&request.name) {
             return Err(conflict(format!("there is a machine {} already", request.name)));
         }
@@ -176,7 +176,7 @@ pub(super) fn check(config: &MachineConfig) -> Result<()> {
 }
 
 /// What a client names is on the daemon's host.
-fn check_paths(config: &MachineConfig) -> Result<()> {
+fn check_paths(config: &mut MachineConfig) -> Result<()> {
     for (file, role) in [(&config.kernel, "a kernel"), (&config.initrd, "an initrd")] {
         if let Some(file) = file
             && !file.is_absolute()
@@ -184,17 +184,17 @@ fn check_paths(config: &MachineConfig) -> Result<()> {
             return Err(invalid(format!("{} as {role} is no absolute path", file.display())));
         }
     }
-    for share in &config.shares {
+    for share in &mut config.shares {
         let shown = share.host.display();
-        match share.host.metadata() {
-            Ok(meta) if meta.is_dir() => {}
-            Ok(_) => {
-                let message =
-                    format!("cannot share {shown}: it is no folder; share the one that it is in");
-                return Err(invalid(message));
-            }
-            Err(error) => return Err(invalid(format!("cannot share {shown}: {error}"))),
+        let failed = |error| invalid(format!("cannot share {shown}: {error}"));
+        // From now on it is this folder, whatever links lead elsewhere later.
+        let real = share.host.canonicalize().map_err(failed)?;
+        if !real.metadata().map_err(failed)?.is_dir() {
+            let message =
+                format!("cannot share {shown}: it is no folder; share the one that it is in");
+            return Err(invalid(message));
         }
+        share.host = real;
     }
     Ok(())
 }

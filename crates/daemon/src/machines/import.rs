@@ -71,6 +71,12 @@ impl Machines {
             return Err(conflict(format!("there is a machine {name} already; try --name")));
         }
         let with_state = manifest.has_state() && !request.without_state;
+        if with_state && matches!(manifest.machine.net, Net::Tap(_) | Net::Network(_)) {
+            return Err(conflict(
+                "the network card in its memory was on an interface of its host, and can do what one \
+                 here cannot; --without-state takes its disks only",
+            ));
+        }
         let machine = config(&manifest);
         check(&machine)?;
         let id = Uuid::new_v4();

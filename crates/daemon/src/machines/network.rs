@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use berth_api::v1::error::{ApiError, ErrorCode};
-use berth_api::v1::machine::Net;
+use berth_api::v1::machine::{Net, is_name};
 use berth_api::v1::network::{self as wire, CreateNetwork, Member, Network, is_network_name};
 use berth_net::error::NetError;
 use berth_net::networks::{Description, Joining};
@@ -224,6 +224,14 @@ impl Machines {
         }
     }
 
+    /// Whether there is a folder that is not known as a machine.
+    fn has_unknown(&self) -> bool {
+        let all = self.all();
+        let entries = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        let mut names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.any(|name| is_name(&name) && !all.contains_key(&name))
+    }
+
     /// Takes machines out of networks that are not there any more, or elsewhere; and the others in.
     pub(super) async fn settle_networks(&self) {
         let entries: Vec<_> = self.all().values().cloned().collect();
@@ -235,7 +243,11 @@ impl Machines {
                 members.insert(entry.id(), name);
             }
         }
-        let kept = self.networks.keep_only(&members).await;
+        // A folder that was not understood may be that of a machine that runs.
+        let kept = match self.has_unknown() {
+            true => Ok(()),
+            false => self.networks.keep_only(&members).await,
+        };
         if let Err(error) = kept {
             tracing::error!(error = chain(&error), "addresses of machines that are gone are kept");
         }

@@ -180,6 +180,7 @@ impl Machines {
                 state.as_str()
             )));
         }
+        self.check_network(&toml.machine.net).await?;
         if entry.state().is_up() {
             self.kill_now(entry).await?;
         }
@@ -198,7 +199,11 @@ impl Machines {
             (live.config, live.last_exit) = (config, None);
         }
         self.tell(EventKind::Restored, entry, Some(tag));
-        let started = if has_state { self.start_now(entry).await } else { Ok(()) };
+        // It may have been in another network.
+        let started = match has_state {
+            true => self.start_now(entry).await,
+            false => self.join_network(entry).await,
+        };
         // The machine had its files by other names.
         self.verified.renamed(id, &stored);
         started

@@ -143,6 +143,7 @@ impl Server {
         // More than fits is read again by the next request.
         let part = self.entries.get_mut(..room.max(512)).ok_or(Errno::INVAL)?;
         let mut entries = RawDir::new(folder, part);
+        let mut is_full = false;
         while let Some(entry) = entries.next() {
             let entry = match entry {
                 Ok(entry) => entry,
@@ -156,13 +157,24 @@ impl Server {
             }
             if let Some(known) = &known {
                 // One that is gone, or not to be had, has no number.
-                let found = match name == c"." || name == c".." {
+                let found = match name == c"." || name == c".." || is_full {
                     true => None,
-                    false => self.nodes.look_up(known.as_fd(), name).ok(),
+                    false => match self.nodes.look_up(known.as_fd(), name) {
+                        Ok(found) => Some(found),
+                        Err(errno) => {
+                            // Each would look for room in vain again.
+                            is_full = matches!(errno, Errno::NFILE | Errno::MFILE);
+                            None
+                        }
+                    },
                 };
                 results.entry(found.map_or(0, |(number, _)| number), found.as_ref().map(|f| &f.1));
             }
-            let kind = entry.file_type().as_raw_mode() >> 12;
+            let kind = match entry.file_type() {
+                // 0 is DT_UNKNOWN: whoever wants to know asks for the attributes.
+                FileType::Unknown => 0,
+                kind => kind.as_raw_mode() >> 12,
+            };
             results.folder_entry(entry.ino(), entry.next_entry_cookie(), kind, name);
             if results.0.len() + folder_entry_len(c"") > room || entries.is_buffer_empty() {
                 break;

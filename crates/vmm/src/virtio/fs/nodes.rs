@@ -33,6 +33,9 @@ use crate::virtio::limits::{FS_NODES_MAX, FS_PATH_BYTES_MAX, FS_PATHS_BYTES_MAX}
 const WANTED: StatxFlags =
     StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 const DELETED: &[u8] = b" (deleted)";
+/// How many files are looked at, which may turn out to have to stay open, until there is said to be no
+/// room. The next time goes on behind them.
+const CLOSE_ATTEMPTS_MAX: usize = 256;
 
 /// What a file is.
 pub(super) fn stat(file: impl AsFd) -> Result<Statx, Errno> {
@@ -119,11 +122,11 @@ impl Nodes {
 
     /// Forgets all but the shared folder.
     pub fn forget_all(&mut self) -> Result<(), Errno> {
+        let identity = Identity::of(&stat(&self.root)?);
         self.nodes.clear();
         self.numbers.clear();
         self.clock.clear();
         (self.open, self.path_bytes) = (0, 0);
-        let identity = Identity::of(&stat(&self.root)?);
         let place = Place::Open(Arc::clone(&self.root));
         self.nodes.insert(ROOT, Node { identity, place, lookups: 1, used: true, pins: 0 });
         self.numbers.insert(identity, ROOT);
@@ -256,8 +259,9 @@ impl Nodes {
         // Three times around: the first may only find what was used, the second only folders.
         let around = self.clock.len();
         let mut left = 3 * around;
+        let mut attempts = CLOSE_ATTEMPTS_MAX;
         while self.open >= self.open_max {
-            if left == 0 {
+            if left == 0 || attempts == 0 {
                 return Err(Errno::NFILE);
             }
             left -= 1;
@@ -266,6 +270,7 @@ impl Nodes {
             let Place::Open(file) = &node.place else { continue };
             let is_late = node.identity.kind == libc::S_IFDIR && left >= around;
             let stays = std::mem::take(&mut node.used) || node.pins > 0 || is_late;
+            attempts -= usize::from(!stays);
             let path = if stays { None } else { path_below(&self.root, file) };
             match path.filter(|path| self.path_bytes + path.len() <= FS_PATHS_BYTES_MAX) {
                 Some(path) => {

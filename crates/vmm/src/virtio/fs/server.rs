@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use crate::memory::Memory;
@@ -228,9 +228,11 @@ impl Server {
         Ok(Reply::Nothing)
     }
 
-    /// Opens a shared folder: only to be named, so that nothing depends on its permissions yet.
+    /// Opens a shared folder: only to be named, so that nothing depends on its permissions yet. No link
+    /// leads there: a guest that has a folder above it could have planted one.
     pub fn open_root(path: &std::path::Path) -> Result<OwnedFd, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        rustix::fs::open(path, flags, Mode::empty())
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        rustix::fs::openat2(rustix::fs::CWD, path, flags, Mode::empty(), resolve)
     }
 }

@@ -38,18 +38,20 @@ fn advance(list: &mut Vec<libc::iovec>, count: usize) {
     });
 }
 
-/// Calls until all is moved, the file ends, or the system refuses; what was moved before counts.
+/// Calls until all is moved, the file ends, or the system refuses; then what was moved before counts if
+/// `part` is of use: a guest takes an answer to a read that is too short for the end of the file.
 fn repeat(
     mut list: Vec<libc::iovec>,
     offset: u64,
+    part: bool,
     mut call: impl FnMut(&[libc::iovec], i64) -> isize,
 ) -> Result<u64, Errno> {
     let mut done = 0;
     while !list.is_empty() {
         let at = offset.checked_add(done).and_then(|at| i64::try_from(at).ok());
         let at = at.ok_or(Errno::INVAL)?;
-        let part = list.get(..list.len().min(PIECES_MAX)).unwrap_or_default();
-        match usize::try_from(call(part, at)) {
+        let next = list.get(..list.len().min(PIECES_MAX)).unwrap_or_default();
+        match usize::try_from(call(next, at)) {
             Ok(0) => break,
             Ok(count) => {
                 done += count as u64;
@@ -57,7 +59,7 @@ fn repeat(
             }
             Err(_) => match std::io::Error::last_os_error().raw_os_error() {
                 Some(libc::EINTR) => {}
-                _ if done > 0 => break,
+                _ if done > 0 && part => break,
                 code => return Err(Errno::from_raw_os_error(code.unwrap_or(libc::EIO))),
             },
         }
@@ -76,7 +78,7 @@ pub(super) fn read(
 ) -> Result<u64, Errno> {
     let list = pieces(memory, chain, Direction::Writable, (start, len))?;
     let fd = file.as_fd().as_raw_fd();
-    let read = repeat(list, offset, |list, at| {
+    let read = repeat(list, offset, false, |list, at| {
         // SAFETY: the pieces are guest RAM, which `memory` keeps mapped and which others may change
         // at any time; the system checks everything else.
         unsafe { libc::preadv(fd, list.as_ptr(), list.len() as i32, at) }
@@ -99,7 +101,7 @@ pub(super) fn write(
     let list = pieces(memory, chain, Direction::Readable, (start, len))?;
     let fd = file.as_fd().as_raw_fd();
     let flags = if append { libc::RWF_APPEND } else { 0 };
-    repeat(list, offset, |list, at| {
+    repeat(list, offset, true, |list, at| {
         // SAFETY: as above; the system only reads the pieces.
         unsafe { libc::pwritev2(fd, list.as_ptr(), list.len() as i32, at, flags) }
     })

@@ -451,8 +451,8 @@ pub(crate) const GUESTS: &[Guest] = &[
             "code changed elsewhere: new after the protocol",
             "vol. 3, 8.1.3: TCG can keep a translation made between its invalidation and the store",
         )],
-        // 80,000 locked additions across pages: where the host traps bus locks, each takes it up to a
-        // millisecond.
+        // 8,000 locked additions across lines and pages: where the host traps bus locks, each may take it
+        // milliseconds, of which it gives one program few.
         timeout: Duration::from_secs(900),
         ..guest!("smp", [2, 4], Expect::Checks(34), [Need::Cmpxchg16b, Need::Speed])
     },

@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 use crate::memory::Memory;
 use crate::virtio::chain::{Chain, ChainError};
 use crate::virtio::interrupt::Interrupter;
+use crate::virtio::limits::CHAINS_PER_EVENT;
 
 const AVAIL_NO_INTERRUPT: u16 = 1;
 
@@ -147,6 +148,26 @@ impl Virtqueue {
         }
         let chain = Chain::collect(memory, raw);
         chain.map(Some).map_err(|source| QueueError::Chain { index, source })
+    }
+
+    /// Takes chains, which `each` gives back, until there are no more or [`CHAINS_PER_EVENT`] were taken;
+    /// says whether there may be more. The driver notifies of what comes later.
+    ///
+    /// # Errors
+    /// The ring or a chain is broken; those of `each`.
+    pub fn take_each<E: From<QueueError>>(
+        &mut self,
+        mut each: impl FnMut(&mut Self, Chain) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        self.disable_notification()?;
+        for _ in 0..CHAINS_PER_EVENT {
+            match self.pop()? {
+                Some(chain) => each(self, chain)?,
+                None if self.enable_notification()? => {}
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
     }
 
     /// Puts the chain taken last back, as if it had not been taken.

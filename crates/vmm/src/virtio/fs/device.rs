@@ -12,7 +12,7 @@ use crate::confine::Kind;
 use crate::virtio::device::{Context, Device, DeviceConfig, DeviceError, Info};
 use crate::virtio::fs::server::Server;
 use crate::virtio::fs::sys;
-use crate::virtio::limits::{CHAINS_PER_EVENT, FS_FILES_MAX, FS_FILES_MIN, FS_FILES_RESERVED};
+use crate::virtio::limits::{FS_FILES_MAX, FS_FILES_MIN, FS_FILES_RESERVED};
 
 const URGENT_QUEUE_SIZE: u16 = 128;
 /// A request has a descriptor for each page: 256 of them are data.
@@ -147,23 +147,12 @@ impl Device for Folder {
     fn queue_event(&mut self, context: &mut Context, index: usize) -> Result<(), DeviceError> {
         let Some(queue) = context.queue(index) else { return Ok(()) };
         let memory = Arc::clone(queue.memory());
-        let mut budget = CHAINS_PER_EVENT;
-        queue.disable_notification()?;
-        let more = loop {
-            if budget == 0 {
-                break true;
-            }
-            budget -= 1;
-            let chain = match queue.pop()? {
-                Some(chain) => chain,
-                None if queue.enable_notification()? => continue,
-                None => break false,
-            };
+        let more = queue.take_each(|queue, chain| {
             let written = self.server.handle(&memory, &chain)?;
             queue.push(chain.head(), written)?;
             // Whoever waits for this one does not wait for the next.
-            queue.signal()?;
-        };
+            Ok::<_, DeviceError>(queue.signal()?)
+        })?;
         if more {
             context.revisit(index);
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::virtio::device::{Context, Device, DeviceConfig, DeviceError, Info};
-use crate::virtio::limits::{CHAINS_PER_EVENT, RNG_REQUEST_MAX};
+use crate::virtio::limits::RNG_REQUEST_MAX;
 use crate::virtio::rng::fill_random;
 
 const QUEUE_SIZE: u16 = 64;
@@ -50,26 +50,15 @@ impl Device for Rng {
     fn queue_event(&mut self, context: &mut Context, index: usize) -> Result<(), DeviceError> {
         let Some(queue) = context.queue(index) else { return Ok(()) };
         let memory = Arc::clone(queue.memory());
-        let mut budget = CHAINS_PER_EVENT;
-        queue.disable_notification()?;
-        let more = loop {
-            if budget == 0 {
-                break true;
-            }
-            budget -= 1;
-            let chain = match queue.pop()? {
-                Some(chain) => chain,
-                None if queue.enable_notification()? => continue,
-                None => break false,
-            };
+        let more = queue.take_each(|queue, chain| {
             let len = chain.writable_len().min(RNG_REQUEST_MAX);
             let mut bytes = vec![0; len as usize];
             fill_random(&mut bytes).map_err(DeviceError::host("reading random bytes"))?;
             chain
                 .write(&memory, 0, &bytes)
                 .map_err(|_| DeviceError::Request("a random buffer that is not there"))?;
-            queue.push(chain.head(), len as u32)?;
-        };
+            Ok::<_, DeviceError>(queue.push(chain.head(), len as u32)?)
+        })?;
         queue.signal()?;
         if more {
             context.revisit(index);

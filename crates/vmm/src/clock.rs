@@ -23,30 +23,25 @@ pub struct HostClock {
     tsc_hz: u64,
 }
 
-/// What [`HostClock::expect`] was told.
-static EXPECTED: OnceLock<u64> = OnceLock::new();
+/// The frequency of the time-stamp counter, once it is known.
+static HZ: OnceLock<u64> = OnceLock::new();
 
 impl HostClock {
-    /// Finds the frequency of the time-stamp counter (once for the process; at most 25 ms, 2 if it is
-    /// known).
+    /// Finds the frequency of the time-stamp counter (once for the process; at most 25 ms).
     #[must_use]
     pub fn new() -> Self {
-        static HZ: OnceLock<u64> = OnceLock::new();
         Self { tsc_hz: *HZ.get_or_init(tsc_frequency) }
     }
 
-    /// Tells what the frequency was a while ago, before anybody asks for it. It is looked at whether
-    /// that still holds: a host that is a guest itself may have moved.
+    /// Tells what the frequency was a while ago, before anybody asks for it. It is looked at (for 1 ms)
+    /// whether that still holds: a host that is a guest itself may have moved.
     pub fn expect(tsc_hz: u64) {
-        // Told twice, the first one holds.
-        let _ = EXPECTED.set(tsc_hz);
+        let measured = measure_tsc_hz(Duration::from_millis(1));
+        if frequency_by_cpuid().is_none() && tsc_hz.abs_diff(measured) < measured / 1000 {
+            // Told twice, the first one holds.
+            let _ = HZ.set(tsc_hz);
+        }
     }
-}
-
-/// Measures how fast the time-stamp counter counts, for so long.
-#[must_use]
-pub fn measure_tsc_hz(time: Duration) -> u64 {
-    measure(time)
 }
 
 impl Default for HostClock {
@@ -83,13 +78,7 @@ fn rdtsc() -> u64 {
 /// By CPUID 0x15 (crystal and ratio), by a hypervisor's 0x4000_0010 (kHz), or measured.
 fn tsc_frequency() -> u64 {
     let exact = frequency_by_cpuid();
-    if let Some(expected) = EXPECTED.get().copied().filter(|_| exact.is_none()) {
-        let measured = measure(Duration::from_millis(1));
-        if expected.abs_diff(measured) < measured / 1000 {
-            return expected;
-        }
-    }
-    let measured = measure(Duration::from_millis(20));
+    let measured = measure_tsc_hz(Duration::from_millis(20));
     // A leaf that is far from what the counter does is a leaf not to trust.
     match exact {
         Some(hz) if hz.abs_diff(measured) < measured / 100 => hz,
@@ -118,7 +107,8 @@ fn frequency_by_cpuid() -> Option<u64> {
 
 /// Counts ticks over `span` of the monotonic clock. Each end is the best of several readings, so
 /// that being scheduled away between the two clocks does not show.
-fn measure(span: Duration) -> u64 {
+#[must_use]
+pub fn measure_tsc_hz(span: Duration) -> u64 {
     let sample = || {
         let mut best = (u64::MAX, Instant::now(), 0);
         for _ in 0..16 {
@@ -182,13 +172,13 @@ pub(crate) mod fake {
 
 #[cfg(test)]
 mod tests {
-    use super::{Clock, HostClock, measure, scale};
+    use super::{Clock, HostClock, measure_tsc_hz, scale};
     use std::time::Duration;
 
     #[test]
     fn the_frequency_agrees_with_the_monotonic_clock() {
         let clock = HostClock::new();
-        let again = measure(Duration::from_millis(60));
+        let again = measure_tsc_hz(Duration::from_millis(60));
         let hz = clock.tsc_hz();
         assert!(hz.abs_diff(again) < hz / 50, "{hz} and then {again}");
     }

@@ -467,17 +467,18 @@ impl Networks {
         Ok(tap)
     }
 
-    /// A member that was up before this began. One that is known to be up stays as it is.
+    /// A member that was up before this began; gives its address. One that is known to be up stays as it is.
     ///
     /// # Errors
     /// As [`Self::plug`]; a port that is taken is one that this daemon does not listen at.
-    pub async fn found(&self, joining: &Joining, ports: &[Port]) -> Result<()> {
+    pub async fn found(&self, joining: &Joining, ports: &[Port]) -> Result<Ipv4Addr> {
         let mut inner = self.inner.lock().await;
         let (name, id) = (joining.network.as_str(), joining.id);
-        if inner.live(name)?.up.contains_key(&id) {
-            return Ok(());
-        }
+        let is_up = inner.live(name)?.up.contains_key(&id);
         let address = self.join_in(&mut inner, joining)?;
+        if is_up {
+            return Ok(address);
+        }
         let proxy = match Proxy::start(ports, address) {
             Ok(proxy) => Some(proxy),
             Err(error) => {
@@ -490,7 +491,8 @@ impl Networks {
         live.up.insert(id, Up { ports: ports.to_vec(), _proxy: proxy });
         live.show();
         self.realise(&mut inner, name).await?;
-        self.apply(&inner).await
+        self.apply(&inner).await?;
+        Ok(address)
     }
 
     /// A member's interface is gone: so are its ports and its name. It keeps its address.

@@ -192,12 +192,7 @@ impl Machines {
         let Net::Network(name) = net else { return };
         let joining = joining(entry, name);
         let ports: Vec<_> = ports.iter().map(port).collect();
-        let found = match self.networks.found(&joining, &ports).await {
-            // It is in it already, and has its address.
-            Ok(()) => self.networks.join(&joining).await,
-            Err(error) => Err(error),
-        };
-        match found {
+        match self.networks.found(&joining, &ports).await {
             Ok(address) => entry.live().address = Some(address),
             Err(error) => {
                 let error = chain(&error);

@@ -123,6 +123,23 @@ fn collect(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<
     })
 }
 
+/// A small generator with a fixed seed (Knuth's MMIX).
+pub struct Random(pub u64);
+
+impl Random {
+    /// Less than `n`, or 0.
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % n.max(1)
+    }
+
+    /// Any of them.
+    pub fn one_of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
+        &all[self.below(all.len())]
+    }
+}
+
 /// A program that is ended when the test leaves, however it leaves.
 pub struct Running(pub Child);
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
 
-use crate::guest::{Debian, ECHO, LIMIT, Ran, Running, berth, multiboot, run};
+use crate::guest::{Debian, ECHO, LIMIT, Ran, Random, Running, berth, multiboot, run};
 
 /// Ends with a triple fault: lidt of nothing, int3.
 const TRIPLE_FAULT: [u8; 11] = [
@@ -507,19 +507,14 @@ fn any_order_of_commands_does_what_the_model_says() {
         cloud.create(name, &ECHO);
         states.insert(name, "stopped");
     }
-    // A small generator with a fixed seed (Knuth's MMIX).
-    let mut seed = 20_261_122u64;
-    let mut random = |n: usize| {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (seed >> 33) as usize % n
-    };
+    let mut random = Random(20_261_122);
     for step in 0..120 {
-        let name = ["a", "b"][random(2)];
-        let word = WORDS[random(WORDS.len())];
+        let name = ["a", "b"][random.below(2)];
+        let word = WORDS[random.below(WORDS.len())];
         let before = states[name];
         let says = format!("step {step}: {word} {name}, which is {before}");
         match word {
-            "daemon" if random(4) == 0 => cloud.kill_daemon(),
+            "daemon" if random.below(4) == 0 => cloud.kill_daemon(),
             "daemon" => continue,
             "SIGKILL" if !matches!(before, "running" | "paused") => continue,
             "SIGKILL" => {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::guest::{ECHO, LIMIT, Running};
+use crate::guest::{ECHO, LIMIT, Random, Running};
 use crate::kept::{Cloud, pid, wait_until_gone};
 
 /// Machines at once.
@@ -24,21 +24,6 @@ const MOMENT_MAX_US: usize = 120_000;
 struct Known {
     id: String,
     snapshots: BTreeSet<String>,
-}
-
-/// Knuth's MMIX, from a fixed seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % n.max(1)
-    }
-
-    fn one_of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
-        &all[self.below(all.len())]
-    }
 }
 
 fn rounds() -> usize {

@@ -1,21 +1,7 @@
 //! Messages to the DHCP server of a network, as they are and as those of a member.
 #![no_main]
 
-use berth_net::view::{Host, View};
-
-fn view() -> View {
-    View {
-        network: "lab".into(),
-        subnet: "10.89.0.0/24".parse().expect("a subnet"),
-        internal: false,
-        hosts: vec![Host {
-            name: "web".into(),
-            mac: [2, 0, 0, 0, 0, 9],
-            address: [10, 89, 0, 5].into(),
-            is_up: true,
-        }],
-    }
-}
+use berth_fuzz::view;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let view = view();

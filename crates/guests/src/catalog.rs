@@ -26,6 +26,8 @@ pub enum Need {
     FullEmulation,
     /// Enough speed for loops of a million instructions.
     Speed,
+    /// Locked accesses across cache lines that end while other processors spin.
+    BusLocks,
 }
 
 /// A check in which QEMU TCG 7.2 does not do what the manual says.

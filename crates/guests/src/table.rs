@@ -454,7 +454,7 @@ pub(crate) const GUESTS: &[Guest] = &[
         // 8,000 locked additions across lines and pages: where the host traps bus locks, each may take it
         // milliseconds, of which it gives one program few.
         timeout: Duration::from_secs(900),
-        ..guest!("smp", [2, 4], Expect::Checks(34), [Need::Cmpxchg16b, Need::Speed])
+        ..guest!("smp", [2, 4], Expect::Checks(34), [Need::Cmpxchg16b, Need::Speed, Need::BusLocks])
     },
     guest!("timers", [1], Expect::Checks(52), [Need::Speed]),
     Guest {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use berth_guests::{Guest, all};
+use berth_guests::{Guest, Need, all};
 
 use crate::run::{Outcome, run};
 use crate::verdict::{Processor, judge};
@@ -51,7 +51,7 @@ fn under_qemu() {
 fn translated() {
     let Some(berth) = berth() else { return };
     run_all(Processor::Berth, |guest, cpus| {
-        if guest.name == "smp" && !bus_lock::finish(cpus) {
+        if guest.needs.contains(&Need::BusLocks) && !bus_lock::finish(cpus) {
             return Err(format!(
                 "a locked addition across cache lines does not end on this host beside {cpus} threads"
             ));

@@ -3,7 +3,7 @@
 //! Host code is written through one mapping and run through another (never both writable and
 //! executable). The cache belongs to one vCPU and consists of segments that are filled one after the
 //! other, round and round. Each has two parts, for the bodies of blocks and for what is rarely
-//! executed. While one is filled, the next one, whose blocks are the oldest, is on its way out:
+//! executed. When one is half full, the next one, whose blocks are the oldest, is on its way out:
 //! nothing leads to its blocks any more, and those that are looked for nevertheless are copied. When
 //! the segment is full, what is left of the next one is dropped.
 //!
@@ -13,23 +13,25 @@ mod moved;
 mod notes;
 mod places;
 mod segment;
+mod share;
+mod store;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::os::fd::AsRawFd;
-
-use hashbrown::HashTable;
 
 use crate::SetupError;
-use crate::sys::{self, Reservation};
 use crate::translate::Mode;
 
 pub use moved::{Moved, Went};
+use notes::View;
 pub use notes::{
     Branch, Counts, Fix, Fixup, Helped, Is, Link, Notes, Place, Site, Slow, StringSite, Through,
 };
 pub use places::GoesOn;
 use segment::{Segment, index_of, number, segment_of};
+pub use share::CodePart;
+pub use store::Pages;
+use store::{Plain, Store, Stream};
 
 /// Number of a block in [`CodeCache`], valid until its segment is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,9 +73,10 @@ impl Hasher for MulHasher {
 pub type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<MulHasher>>;
 
 /// The slow path of an access, made when it is first needed.
-struct Stub {
-    /// Host address of the first byte.
-    host: u64,
+#[derive(Clone, Copy)]
+pub struct Stub {
+    /// Place in the cache of the first byte.
+    place: u32,
     /// Host bytes.
     len: u32,
     /// The block.
@@ -88,11 +91,15 @@ pub struct Block {
     rip: u64,
     gpa: u64,
     mode: u32,
-    /// The block of the same code, at another guest address, that was made before.
+    /// One more than the number of the block that was made before, of those with the same hash of the
+    /// physical address and the mode.
     older: u32,
-    /// Host address of the first byte.
-    pub host: u64,
-    /// Offset of what is rarely executed; offsets in it count from `host`, too.
+    /// One more than the index of the block in this segment that was made before, of those with the
+    /// same hash of the physical page.
+    beside: u32,
+    /// Place in the cache of the first byte.
+    place: u32,
+    /// Offset of what is rarely executed; offsets in it count from `place`, too.
     cold: u32,
     /// Host bytes.
     len: u16,
@@ -100,10 +107,6 @@ pub struct Block {
     cold_len: u16,
     /// Where its notes begin; they end where those of the next one do.
     notes: Counts,
-    /// The last link that was made to jump here; the others follow it in `CodeCache::listed`.
-    incoming: u32,
-    /// The address space it was last looked for in.
-    space: u16,
     /// Instructions, here and right behind, that have look-ups of their own, and that look whether
     /// they cross into another page.
     ends: (u8, u8),
@@ -115,7 +118,14 @@ pub struct Block {
     valid: bool,
     /// It can be put right for another guest address.
     movable: bool,
+    /// Its last instruction crosses into another page.
+    split: bool,
 }
+
+// SAFETY: numbers.
+unsafe impl Plain for Block {}
+// SAFETY: numbers.
+unsafe impl Plain for Stub {}
 
 impl Block {
     /// What it is found by.
@@ -126,11 +136,6 @@ impl Block {
     /// From its physical to its guest address: the same for all blocks of a page that is mapped there.
     const fn base(&self) -> u64 {
         self.rip.wrapping_sub(self.gpa)
-    }
-
-    /// Host address of an offset. What was made later may lie below the block.
-    pub const fn at(&self, offset: u32) -> u64 {
-        self.host.wrapping_add(offset as i32 as u64)
     }
 
     /// A guest address from its distance.
@@ -163,6 +168,12 @@ pub struct Made<'a> {
 
 /// Bits of [`CodeCache::places`].
 const PLACES: usize = 1 << 19;
+/// Lists of blocks that are found by their physical address and mode.
+const BUCKETS: usize = 1 << 17;
+/// Links between pages at most; more stay undone.
+const FAR_MAX: usize = 1 << 20;
+/// Bytes for code that stays.
+const PERMANENT: usize = 16 << 10;
 /// No link, no block.
 const NONE: u32 = u32::MAX;
 /// Instead of the block of a link that leads to code of none, which holds the target's address.
@@ -172,24 +183,26 @@ const NOT_LISTED: (u32, u32) = (NONE, NONE);
 
 /// The cache of one vCPU.
 pub struct CodeCache {
-    _rw_space: Reservation,
-    _rx_space: Reservation,
-    rw: u64,
+    store: Store,
     rx: u64,
     size: usize,
-    /// Bytes of code that stays.
-    permanent: usize,
     segments: Vec<Segment>,
     /// The segment that is filled.
     current: usize,
-    /// The last block made of each piece of code; those of the same code at other guest addresses
-    /// follow it by [`Block::older`].
-    table: HashTable<u32>,
+    /// The next one is on its way out.
+    leaving: bool,
+    /// When so much more fits into the segment at most, the next one is to go.
+    leave_at: usize,
+    /// By a hash of physical address and mode: one more than the number of the last block that was
+    /// made; the others follow by [`Block::older`].
+    buckets: Stream<u32>,
     /// A bit for each place where code has a block, by a hash of its physical address; some more are
     /// set.
-    places: Box<[u64]>,
+    places: Stream<u64>,
     /// Links between different guest pages; undone when the kernel's mappings change.
-    far_links: Vec<u32>,
+    far_links: Stream<u32>,
+    /// What there is only while it is shared.
+    part: CodePart,
     /// Times a segment was dropped.
     pub drops: u64,
 }
@@ -200,30 +213,69 @@ impl CodeCache {
     /// # Errors
     /// When the host refuses the mappings.
     pub fn new(size: usize) -> Result<Self, SetupError> {
+        Self::with(size, None)
+    }
+
+    /// The same with what another one, of the same size and program, has shared.
+    ///
+    /// # Errors
+    /// As [`CodeCache::new`], or it is not that.
+    fn with(size: usize, begin: Option<&Pages>) -> Result<Self, SetupError> {
         let err = |source| SetupError::Map { what: "the code cache", source };
         let size = size.next_multiple_of(1 << 16).max(4 << 20);
-        let fd = sys::memfd(c"berth-code", size as u64).map_err(err)?;
-        let rw_space = Reservation::new(size).map_err(err)?;
-        let rx_space = Reservation::new(size).map_err(err)?;
-        let raw = fd.as_raw_fd();
-        let rw =
-            rw_space.map_file(0, size, libc::PROT_READ | libc::PROT_WRITE, raw, 0).map_err(err)?;
-        let rx =
-            rx_space.map_file(0, size, libc::PROT_READ | libc::PROT_EXEC, raw, 0).map_err(err)?;
-        Ok(Self {
-            _rw_space: rw_space,
-            _rx_space: rx_space,
-            rw,
+        let mut next = size;
+        let mut segments = Segment::divide(PERMANENT, size, &mut next);
+        let mut buckets = Stream::new(&mut next, BUCKETS);
+        buckets.set_len(BUCKETS);
+        let mut places = Stream::new(&mut next, PLACES / 64);
+        places.set_len(PLACES / 64);
+        let mut far_links = Stream::new(&mut next, FAR_MAX);
+        let mut part = CodePart::new(&mut next, size);
+        let begin = begin.map(|pages| (pages, PERMANENT));
+        let store = Store::new(size, next, begin).map_err(err)?;
+        segments.iter_mut().for_each(|segment| segment.connect(&store));
+        buckets.connect(&store);
+        places.connect(&store);
+        far_links.connect(&store);
+        part.connect(&store);
+        let rx = store.rx();
+        let mut cache = Self {
+            store,
             rx,
             size,
-            permanent: 0,
-            segments: Vec::new(),
+            segments,
             current: 0,
-            table: HashTable::new(),
-            places: vec![0; PLACES / 64].into(),
-            far_links: Vec::new(),
+            leaving: false,
+            leave_at: 0,
+            buckets,
+            places,
+            far_links,
+            part,
             drops: 0,
-        })
+        };
+        cache.stay();
+        Ok(cache)
+    }
+
+    /// Lets the next segment stay until half of what there is room for now is filled.
+    fn stay(&mut self) {
+        self.leaving = false;
+        self.leave_at = self.now().room() / 2;
+    }
+
+    /// Whether the next segment is to be on its way out from now on.
+    pub fn is_to_leave(&self) -> bool {
+        !self.leaving && self.now().room() <= self.leave_at
+    }
+
+    /// Makes nothing lead to the blocks of the next segment any more. Whatever knows host addresses of
+    /// them has to forget these.
+    pub fn leave(&mut self) {
+        self.leaving = true;
+        let next = self.after(self.current);
+        for id in self.segments[next].blocks_of(next) {
+            self.disconnect_from(id);
+        }
     }
 
     /// First and one past the last executable address.
@@ -231,12 +283,23 @@ impl CodeCache {
         (self.rx, self.rx + self.size as u64)
     }
 
-    fn now(&self) -> &Segment {
-        &self.segments[self.current]
+    /// Host address of the first byte of a block.
+    pub fn host(&self, block: &Block) -> u64 {
+        self.rx + u64::from(block.place)
     }
 
-    fn now_mut(&mut self) -> &mut Segment {
-        &mut self.segments[self.current]
+    /// The same by number.
+    pub fn host_of(&self, id: BlockId) -> Option<u64> {
+        self.block(id).map(|b| self.host(b))
+    }
+
+    /// Host address of an offset in a block. What was made later may lie below the block.
+    pub fn at(&self, block: &Block, offset: u32) -> u64 {
+        self.host(block).wrapping_add(offset as i32 as u64)
+    }
+
+    fn now(&self) -> &Segment {
+        &self.segments[self.current]
     }
 
     /// The segment of a block, or of a note, by its number.
@@ -259,21 +322,15 @@ impl CodeCache {
     }
 
     fn write(&mut self, host: u64, bytes: &[u8]) {
-        let off = host - self.rx;
-        assert!(off + bytes.len() as u64 <= self.size as u64, "inside the cache");
-        // SAFETY: the range is inside our writable mapping (asserted); the executing alias is used
-        // only by this thread, which is here and not in generated code.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), (self.rw + off) as *mut u8, bytes.len());
-        }
+        let place = host - self.rx;
+        assert!(place + bytes.len() as u64 <= self.size as u64, "inside the cache");
+        self.store.write(place as usize, bytes);
     }
 
-    /// Puts code that stays for good (the thunks) at the beginning, and the segments behind it.
+    /// Puts code that stays for good (the thunks) at the beginning.
     pub fn push_permanent(&mut self, bytes: &[u8]) {
+        assert!(bytes.len() <= PERMANENT, "room for code that stays");
         self.write(self.rx, bytes);
-        self.permanent = bytes.len().next_multiple_of(4096);
-        self.segments = Segment::divide(self.permanent, self.size);
-        self.current = 0;
     }
 
     /// The code around `pc`, for reports, and its address.
@@ -291,10 +348,13 @@ impl CodeCache {
     /// Drops all blocks.
     pub fn flush(&mut self) {
         for segment in &mut self.segments {
-            segment.clear();
+            segment.clear(&mut self.store);
         }
         self.current = 0;
-        self.table.clear();
+        self.stay();
+        if let Some(buckets) = self.buckets.edit_all(&mut self.store, 0..BUCKETS) {
+            buckets.fill(0);
+        }
         self.far_links.clear();
         self.drops += 1;
     }
@@ -308,23 +368,22 @@ impl CodeCache {
     pub fn advance(&mut self) {
         self.current = self.after(self.current);
         self.drop_segment(self.current);
-        // Whoever still wants something of the next one has to ask for it.
-        let leaving = self.after(self.current);
-        for id in self.segments[leaving].blocks_of(leaving) {
-            self.disconnect_from(id);
-        }
-        self.places.fill(0);
-        for n in 0..self.segments.len() {
-            for i in 0..self.segments[n].blocks.len() {
-                self.set_place(self.segments[n].blocks[i].gpa);
+        self.stay();
+        if let Some(places) = self.places.edit_all(&mut self.store, 0..PLACES / 64) {
+            places.fill(0);
+            for block in self.segments.iter().flat_map(|segment| segment.blocks.iter()) {
+                let (word, bit) = Self::place(block.gpa);
+                if let Some(places) = places.get_mut(word) {
+                    *places |= bit;
+                }
             }
         }
         self.drops += 1;
     }
 
-    /// Whether a block is in the segment that is dropped next.
+    /// Whether a block is in a segment that is on its way out.
     fn leaves(&self, id: u32) -> bool {
-        segment_of(id) == self.after(self.current)
+        self.leaving && segment_of(id) == self.after(self.current)
     }
 
     fn drop_segment(&mut self, n: usize) {
@@ -333,10 +392,19 @@ impl CodeCache {
         }
         let gone = |link: u32| segment_of(link) == n;
         // Nothing is older than these: where one follows, none does any more.
-        self.table.retain(|&mut id| !gone(id));
-        for block in self.segments.iter_mut().flat_map(|segment| &mut segment.blocks) {
-            if gone(block.older) {
-                block.older = NONE;
+        for bucket in 0..BUCKETS {
+            if self.buckets.get(bucket).and_then(|n| n.checked_sub(1)).is_some_and(gone) {
+                self.buckets.set(&mut self.store, bucket, 0);
+            }
+        }
+        for segment in &mut self.segments {
+            for i in 0..segment.blocks.len() {
+                let older = segment.blocks.get(i).and_then(|b| b.older.checked_sub(1));
+                if older.is_some_and(gone)
+                    && let Some(block) = segment.blocks.edit(&mut self.store, i)
+                {
+                    block.older = 0;
+                }
             }
         }
         let mut owners: Vec<u32> =
@@ -344,8 +412,7 @@ impl CodeCache {
         owners.sort_unstable();
         owners.dedup();
         for owner in owners {
-            let Some(block) = self.block_mut(owner) else { continue };
-            let mut next = std::mem::replace(&mut block.incoming, NONE);
+            let Some(mut next) = self.take_incoming(owner) else { continue };
             let mut kept = Vec::new();
             while let Some(&(following, _)) = self.listed(next) {
                 if !gone(next) {
@@ -360,15 +427,21 @@ impl CodeCache {
                     head = link;
                 }
             }
-            if let Some(block) = self.block_mut(owner) {
-                block.incoming = head;
+            self.set_incoming(owner, head);
+        }
+        let mut kept = 0;
+        for i in 0..self.far_links.len() {
+            let Some(&link) = self.far_links.get(i) else { break };
+            if !gone(link) {
+                self.far_links.set(&mut self.store, kept, link);
+                kept += 1;
             }
         }
-        self.far_links.retain(|&link| !gone(link));
+        self.far_links.truncate(kept);
         // Code of this segment that belongs to blocks of others.
         let segment = &mut self.segments[n];
-        let (detours, stubs) =
-            (std::mem::take(&mut segment.detours), std::mem::take(&mut segment.stubs));
+        let detours = std::mem::take(&mut segment.detours);
+        let stubs = segment.stubs.to_vec();
         for link in detours.into_iter().filter(|&link| !gone(link)) {
             self.patch(link, None);
         }
@@ -377,10 +450,14 @@ impl CodeCache {
                 owner.notes.slow.remove(&index_of(stub.site));
             }
         }
-        self.segments[n].clear();
+        self.segments[n].clear(&mut self.store);
         for segment in &mut self.segments {
             segment.detours.retain(|&link| !gone(link));
-            segment.stubs.retain(|stub| !gone(stub.site));
+            let kept: Vec<_> = segment.stubs.iter().filter(|s| !gone(s.site)).copied().collect();
+            if kept.len() != segment.stubs.len() {
+                segment.stubs.clear();
+                segment.stubs.extend(&mut self.store, &kept);
+            }
         }
     }
 
@@ -392,35 +469,30 @@ impl CodeCache {
             rip,
             gpa,
             mode,
-            older: NONE,
-            host: self.next_host(),
+            older: 0,
+            beside: 0,
+            place: (self.next_host() - self.rx) as u32,
             cold: (self.next_cold() - self.next_host()) as u32,
             len: made.code.len() as u16,
             cold_len: made.cold.len() as u16,
             notes: self.now().notes.counts(),
-            incoming: NONE,
-            space,
             ends: made.ends,
             target: made.target,
             detoured: false,
             valid: register,
             movable: made.movable && made.second_page.is_none(),
+            split: made.second_page.is_some(),
         };
         assert!(made.code.len().max(made.cold.len()) <= usize::from(u16::MAX), "a block is small");
         self.write(self.next_host(), made.code);
         self.write(self.next_cold(), made.cold);
-        let segment = self.now_mut();
+        let (segment, store) = (&mut self.segments[self.current], &mut self.store);
         segment.cold_used = (segment.cold_used + made.cold.len()).next_multiple_of(16);
         segment.used = (segment.used + made.code.len()).next_multiple_of(16);
-        segment.notes.extend(made.notes);
-        segment.listed.resize(segment.notes.links.len(), NOT_LISTED);
-        segment.blocks.push(block);
+        segment.notes.extend(store, made.notes);
+        segment.push(store, block, space);
         if register {
-            segment.pages.entry(gpa >> 12).or_default().push(id);
-            if let Some(p) = made.second_page {
-                segment.pages.entry(p >> 12).or_default().push(id);
-                segment.second_pages.insert(id, p);
-            }
+            segment.list_pages(store, self.current, made.second_page);
             self.register(id);
         }
         BlockId(id)
@@ -433,11 +505,24 @@ impl CodeCache {
         hasher.finish()
     }
 
-    /// The last block made of the code at a physical address.
-    fn newest(&self, gpa: u64, mode: u32) -> Option<u32> {
-        let same =
-            |id: &u32| self.block(BlockId(*id)).is_some_and(|b| b.gpa == gpa && b.mode == mode);
-        self.table.find(Self::hash(gpa, mode), same).copied()
+    fn bucket(gpa: u64, mode: u32) -> usize {
+        (Self::hash(gpa, mode) >> 20) as usize % BUCKETS
+    }
+
+    /// The blocks made of the code at a physical address, the last one first.
+    fn made_of(&self, gpa: u64, mode: u32) -> impl Iterator<Item = u32> + use<'_> {
+        let first = self.buckets.get(Self::bucket(gpa, mode)).copied().unwrap_or(0);
+        let mut next = first;
+        std::iter::from_fn(move || {
+            loop {
+                let id = next.checked_sub(1)?;
+                let block = self.block(BlockId(id))?;
+                next = block.older;
+                if block.gpa == gpa && block.mode == mode {
+                    return Some(id);
+                }
+            }
+        })
     }
 
     /// Where in [`CodeCache::places`] the bit of a physical address is.
@@ -446,45 +531,30 @@ impl CodeCache {
         (bit / 64, 1 << (bit % 64))
     }
 
-    fn set_place(&mut self, gpa: u64) {
-        let (word, bit) = Self::place(gpa);
-        if let Some(places) = self.places.get_mut(word) {
-            *places |= bit;
-        }
-    }
-
     /// Makes a block findable.
     fn register(&mut self, id: u32) {
         let Some(&Block { gpa, mode, .. }) = self.block(BlockId(id)) else { return };
-        self.set_place(gpa);
-        let hash = Self::hash(gpa, mode);
-        if let Some(older) = self.newest(gpa, mode) {
-            self.bound(older);
-            if let Some(block) = self.block_mut(id) {
-                block.older = older;
-            }
-            if let Some(slot) = self.table.find_mut(hash, |&n| n == older) {
-                *slot = id;
-            }
-            return;
+        let (word, bit) = Self::place(gpa);
+        let places = self.places.get(word).copied().unwrap_or(0);
+        self.places.set(&mut self.store, word, places | bit);
+        self.bound(gpa, mode);
+        let bucket = Self::bucket(gpa, mode);
+        let older = self.buckets.get(bucket).copied().unwrap_or(0);
+        if let Some(block) = self.block_mut(id) {
+            block.older = older;
         }
-        let segments = &self.segments;
-        let rehash = |n: &u32| {
-            let block = segments.get(segment_of(*n)).and_then(|s| s.block(*n));
-            block.map_or(0, |b| Self::hash(b.gpa, b.mode))
-        };
-        self.table.insert_unique(hash, id, rehash);
+        self.buckets.set(&mut self.store, bucket, id + 1);
     }
 
     /// Makes the oldest of many blocks of the same code unfindable.
-    fn bound(&mut self, newest: u32) {
+    fn bound(&mut self, gpa: u64, mode: u32) {
         /// Copies that are found at most; each is looked at in turn.
         const MAX: usize = 64;
-        let (mut id, mut count) = (newest, 1);
-        while let Some(older) = self.block(BlockId(id)).map(|b| b.older).filter(|&id| id != NONE) {
-            (id, count) = (older, count + 1);
-        }
-        if count >= MAX {
+        let (count, oldest) =
+            self.made_of(gpa, mode).fold((0, None), |(count, _), id| (count + 1, Some(id)));
+        if count >= MAX
+            && let Some(id) = oldest
+        {
             self.retire(id);
         }
     }
@@ -492,34 +562,31 @@ impl CodeCache {
     /// Makes a block unfindable.
     fn unregister(&mut self, id: u32) {
         let Some(&Block { gpa, mode, older, .. }) = self.block(BlockId(id)) else { return };
-        let Some(mut newer) = self.newest(gpa, mode) else { return };
-        if newer == id {
-            if let Ok(mut entry) = self.table.find_entry(Self::hash(gpa, mode), |&n| n == id) {
-                if older == NONE {
-                    entry.remove();
-                } else {
-                    *entry.get_mut() = older;
-                }
-            }
+        let bucket = Self::bucket(gpa, mode);
+        let first = self.buckets.get(bucket).copied().unwrap_or(0);
+        if first == id + 1 {
+            self.buckets.set(&mut self.store, bucket, older);
             return;
         }
-        while let Some(b) = self.block_mut(newer) {
-            if b.older == id {
-                b.older = older;
+        let mut newer = first.checked_sub(1);
+        while let Some(n) = newer {
+            let Some(next) = self.block(BlockId(n)).map(|b| b.older) else { return };
+            if next == id + 1 {
+                if let Some(block) = self.block_mut(n) {
+                    block.older = older;
+                }
                 return;
             }
-            newer = b.older;
+            newer = next.checked_sub(1);
         }
     }
 
     fn bytes(&self, host: u64, len: u32) -> Option<&[u8]> {
-        let end = host.checked_add(u64::from(len))?;
-        if host < self.rx || end > self.rx + self.size as u64 {
+        let (place, len) = (usize::try_from(host.checked_sub(self.rx)?).ok()?, len as usize);
+        if place > self.size || len > self.size - place {
             return None;
         }
-        // SAFETY: inside the executable mapping, which is readable, lives as long as we do, and is
-        // written by this thread only, in methods that borrow us mutably.
-        Some(unsafe { std::slice::from_raw_parts(host as *const u8, len as usize) })
+        self.store.bytes(place, len)
     }
 
     /// The numbers that the next of each kind of note get.
@@ -528,32 +595,40 @@ impl CodeCache {
     }
 
     /// The notes of a block's segment, and where its own begin and end.
-    fn notes_of(&self, id: u32) -> (&Notes, Counts, Counts) {
+    fn notes_of(&self, id: u32) -> (View<'_>, Counts, Counts) {
         // Each block has a segment: numbers come from there.
         let segment = self.of(id).unwrap_or(self.now());
         let at = |i: usize| segment.blocks.get(i).map(|b| b.notes);
         let all = segment.notes.counts();
         let i = index_of(id) as usize;
-        (&segment.notes, at(i).unwrap_or(all), at(i + 1).unwrap_or(all))
+        (segment.notes.view(), at(i).unwrap_or(all), at(i + 1).unwrap_or(all))
     }
 
     /// Finds a block.
     pub fn find(&self, key: &BlockKey) -> Option<BlockId> {
-        let mut id = self.newest(key.gpa, key.mode)?;
-        loop {
-            let b = self.block(BlockId(id))?;
-            if b.rip == key.rip {
-                return Some(BlockId(id));
-            }
-            id = b.older;
+        let here = |id: &u32| self.block(BlockId(*id)).is_some_and(|b| b.rip == key.rip);
+        self.made_of(key.gpa, key.mode).find(here).map(BlockId)
+    }
+
+    /// The address space a block was last looked for in.
+    fn space_of(&self, id: u32) -> Option<u16> {
+        self.of(id)?.spaces.get(index_of(id) as usize).copied()
+    }
+
+    fn set_space(&mut self, id: u32, space: u16) {
+        if let Some(segment) = self.segments.get_mut(segment_of(id)) {
+            segment.spaces.set(&mut self.store, index_of(id) as usize, space);
         }
     }
 
     /// Notes that a block was looked for in an address space, and whether by a jump.
     pub fn found(&mut self, id: BlockId, space: u16, target: bool) {
-        if let Some(b) = self.block_mut(id.0) {
-            b.space = space;
-            b.target |= target;
+        self.set_space(id.0, space);
+        if target
+            && self.block(id).is_some_and(|b| !b.target)
+            && let Some(b) = self.block_mut(id.0)
+        {
+            b.target = true;
         }
     }
 
@@ -562,14 +637,23 @@ impl CodeCache {
     pub fn page_of(&mut self, id: BlockId, space: u16, found: &mut Vec<(u64, u64)>) {
         found.clear();
         let Some(&first) = self.block(id) else { return };
+        let rx = self.rx;
+        let alike = |b: &Block| b.mode == first.mode && b.base() == first.base();
         for segment in &mut self.segments {
-            for n in segment.pages.get(&(first.gpa >> 12)).into_iter().flatten() {
-                let Some(b) = segment.blocks.get_mut(index_of(*n) as usize) else { continue };
-                let alike = b.mode == first.mode && b.base() == first.base();
-                if b.valid && b.target && alike && !segment.second_pages.contains_key(n) {
-                    b.space = space;
-                    found.push((b.rip, b.host));
-                }
+            let wanted = |index: &u32| {
+                let block = segment.blocks.get(*index as usize);
+                block.filter(|b| b.valid && b.target && !b.split && alike(b))
+            };
+            let indexes: Vec<u32> = segment
+                .beginning_in(first.gpa >> 12)
+                .filter(|index| {
+                    let block = wanted(index);
+                    found.extend(block.map(|b| (b.rip, rx + u64::from(b.place))));
+                    block.is_some()
+                })
+                .collect();
+            for index in indexes {
+                segment.spaces.set(&mut self.store, index as usize, space);
             }
         }
     }
@@ -592,7 +676,21 @@ impl CodeCache {
     }
 
     fn block_mut(&mut self, id: u32) -> Option<&mut Block> {
-        self.of_mut(id)?.blocks.get_mut(index_of(id) as usize)
+        let segment = self.segments.get_mut(segment_of(id))?;
+        segment.blocks.edit(&mut self.store, index_of(id) as usize)
+    }
+
+    /// Empties a block's list of incoming links; gives the last one that was made.
+    fn take_incoming(&mut self, id: u32) -> Option<u32> {
+        let last = *self.of(id)?.incoming.get(index_of(id) as usize)?;
+        self.set_incoming(id, NONE);
+        Some(last)
+    }
+
+    fn set_incoming(&mut self, id: u32, link: u32) {
+        if let Some(segment) = self.segments.get_mut(segment_of(id)) {
+            segment.incoming.set(&mut self.store, index_of(id) as usize, link);
+        }
     }
 
     fn listed(&self, link: u32) -> Option<&(u32, u32)> {
@@ -600,7 +698,8 @@ impl CodeCache {
     }
 
     fn listed_mut(&mut self, link: u32) -> Option<&mut (u32, u32)> {
-        self.of_mut(link)?.listed.get_mut(index_of(link) as usize)
+        let segment = self.segments.get_mut(segment_of(link))?;
+        segment.listed.edit(&mut self.store, index_of(link) as usize)
     }
 
     /// The block of a link.
@@ -621,20 +720,24 @@ impl CodeCache {
     /// Points a link at a host address, or at its exit.
     fn patch(&mut self, n: u32, to: Option<u64>) {
         let (Some(link), Some(b)) = (self.link(n), self.source_of(n)) else { return };
-        let end = b.host + u64::from(link.patch);
-        let to = to.unwrap_or(b.host + u64::from(b.cold) + u64::from(link.stub));
+        let host = self.host(b);
+        let end = host + u64::from(link.patch);
+        let to = to.unwrap_or(host + u64::from(b.cold) + u64::from(link.stub));
         self.write(end - 4, &(to.wrapping_sub(end) as u32).to_le_bytes());
     }
 
     /// Points link `n` at a block.
     pub fn connect(&mut self, n: u32, to: BlockId, far: bool) {
         let Some(b) = self.block(to).filter(|b| b.valid) else { return };
-        let host = b.host;
+        let host = self.host(b);
+        if far {
+            if !self.far_links.has_room(1) {
+                return;
+            }
+            self.far_links.push(&mut self.store, n);
+        }
         self.list(n, to.0);
         self.patch(n, Some(host));
-        if far {
-            self.far_links.push(n);
-        }
     }
 
     /// Puts link `n` into the list of a block. Undone links may still be in one.
@@ -643,25 +746,28 @@ impl CodeCache {
         if owner == block {
             return;
         }
-        if let Some(old) = self.block_mut(owner) {
-            let mut at = old.incoming;
+        let incoming = |cache: &Self, id: u32| {
+            cache.of(id).and_then(|s| s.incoming.get(index_of(id) as usize)).copied()
+        };
+        if let Some(mut at) = incoming(self, owner) {
             if at == n {
-                old.incoming = next;
+                self.set_incoming(owner, next);
             }
-            while let Some(entry) = self.listed_mut(at) {
-                if entry.0 == n {
+            while let Some(&(following, _)) = self.listed(at) {
+                if following == n
+                    && let Some(entry) = self.listed_mut(at)
+                {
                     entry.0 = next;
                 }
-                at = entry.0;
+                at = if following == n { next } else { following };
             }
         }
-        if let Some(b) = self.block_mut(block) {
-            let before = std::mem::replace(&mut b.incoming, n);
-            if let Some(entry) = self.listed_mut(n) {
-                *entry = (before, block);
-            }
-        } else if let Some(entry) = self.listed_mut(n) {
-            *entry = (NONE, block);
+        let before = incoming(self, block);
+        if before.is_some() {
+            self.set_incoming(block, n);
+        }
+        if let Some(entry) = self.listed_mut(n) {
+            *entry = before.map_or((NONE, block), |before| (before, block));
         }
     }
 
@@ -672,14 +778,16 @@ impl CodeCache {
         }
         let host = self.next_cold();
         self.write(host, code);
-        let segment = self.now_mut();
+        let segment = &mut self.segments[self.current];
         segment.cold_used = (segment.cold_used + code.len()).next_multiple_of(16);
         segment.detours.push(n);
         self.list(n, DETOUR);
         self.patch(n, Some(host));
-        let source =
-            self.of_mut(n).and_then(|s| s.block_with_mut(|notes| notes.links, index_of(n)));
-        if let Some(source) = source {
+        let segment = self.segments.get_mut(segment_of(n));
+        if let Some(segment) = segment
+            && let Some(source) = segment.owner(|notes| notes.links, index_of(n))
+            && let Some(source) = segment.blocks.edit(&mut self.store, source)
+        {
             source.detoured = true;
         }
     }
@@ -701,8 +809,7 @@ impl CodeCache {
 
     /// Undoes the links to a block.
     fn disconnect_from(&mut self, id: u32) {
-        let Some(b) = self.block_mut(id) else { return };
-        let mut incoming = std::mem::replace(&mut b.incoming, NONE);
+        let Some(mut incoming) = self.take_incoming(id) else { return };
         while let Some(entry) = self.listed_mut(incoming) {
             let (next, _) = std::mem::replace(entry, NOT_LISTED);
             self.patch(incoming, None);
@@ -712,18 +819,25 @@ impl CodeCache {
 
     /// Undoes all links between different pages.
     pub fn disconnect_far(&mut self) {
-        for n in std::mem::take(&mut self.far_links) {
-            self.patch(n, None);
+        for i in 0..self.far_links.len() {
+            if let Some(&n) = self.far_links.get(i) {
+                self.patch(n, None);
+            }
         }
+        self.far_links.clear();
     }
 
     /// Drops the blocks made from a guest physical page; tells whether there were any.
     pub fn invalidate_page(&mut self, page: u64) -> bool {
         let mut any = false;
         for n in 0..self.segments.len() {
-            for id in self.segments[n].pages.remove(&page).unwrap_or_default() {
-                self.retire(id);
+            let ids: Vec<u32> = self.segments[n].in_page(n, page).collect();
+            if !ids.is_empty() {
+                self.segments[n].forget_page(&mut self.store, page);
                 any = true;
+            }
+            for id in ids {
+                self.retire(id);
             }
         }
         any

@@ -48,6 +48,7 @@ pub use ram::{Frozen, Origin};
 pub use shared::Shared;
 pub use stats::{Report, Reports, Stats};
 pub use sys::Reservation;
+pub use vcpu::inherit::SharedCode;
 
 /// One contiguous piece of guest RAM backed by a file (a memfd or a mapped snapshot).
 pub struct RamSlot<'a> {
@@ -236,7 +237,30 @@ impl TranslatedVcpu {
         cpuid: CpuidTable,
         platform: Box<dyn Platform>,
     ) -> Result<Self, SetupError> {
-        Ok(Self { inner: vcpu::Inner::new(shared, state, cpuid, platform)? })
+        Self::with_code(shared, state, cpuid, platform, None)
+    }
+
+    /// The same with what another vCPU, in this state and with this memory, has translated; if it is of
+    /// use here.
+    ///
+    /// # Errors
+    /// As [`TranslatedVcpu::new`].
+    pub fn with_code(
+        shared: Arc<Shared>,
+        state: CpuState,
+        cpuid: CpuidTable,
+        platform: Box<dyn Platform>,
+        code: Option<&SharedCode>,
+    ) -> Result<Self, SetupError> {
+        Ok(Self { inner: vcpu::Inner::new(shared, state, cpuid, platform, code)? })
+    }
+
+    /// Shares what was translated so far with vCPUs in other processes.
+    ///
+    /// # Errors
+    /// The system refuses, or it is too much; this one can go on.
+    pub fn share_code(&mut self) -> std::io::Result<SharedCode> {
+        self.inner.share_code()
     }
 
     /// The architectural state; complete whenever `run` is not active.

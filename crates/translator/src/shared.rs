@@ -242,6 +242,24 @@ impl Shared {
         fence(Ordering::SeqCst);
     }
 
+    /// The pages that vCPU `index` has blocks made from.
+    pub(crate) fn pages_with_code(&self, index: usize) -> Vec<u64> {
+        let bit = 1u16 << index;
+        let pages = (0..).zip(&self.code);
+        pages.filter(|(_, c)| c.load(Ordering::SeqCst) & bit != 0).map(|(page, _)| page).collect()
+    }
+
+    /// Records that vCPU `index`, which has not run, has blocks made from these pages; false if that
+    /// cannot be.
+    pub(crate) fn adopt_code(&self, pages: &[u64], index: usize) -> bool {
+        let bit = 1u16 << index;
+        let _guard = lock(&self.ram.mapping);
+        pages.iter().all(|&page| {
+            let Some(c) = self.code.get(page as usize) else { return false };
+            c.fetch_or(bit, Ordering::SeqCst) != 0 || self.ram.protect(page * PAGE, false).is_ok()
+        })
+    }
+
     /// Whether a process of vCPU `index` may map a page for writing; it is remembered.
     pub(crate) fn may_mirror(&self, page: u64, index: usize) -> bool {
         let bit = 1u16 << index;

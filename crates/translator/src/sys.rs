@@ -101,6 +101,27 @@ pub fn memfd(name: &std::ffi::CStr, len: u64) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Writes all bytes at a place in a file.
+pub fn write_at(fd: i32, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        // SAFETY: plain system call with a valid slice.
+        let n =
+            unsafe { libc::pwrite(fd, bytes.as_ptr().cast(), bytes.len(), offset as libc::off_t) };
+        match usize::try_from(n) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                bytes = bytes.get(n..).unwrap_or_default();
+                offset += n as u64;
+            }
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
 /// Frees the pages of a range of a sparse file; they read as zero afterwards.
 pub fn punch_hole(fd: i32, offset: u64, len: u64) -> io::Result<()> {
     // SAFETY: plain system call.
@@ -140,6 +161,60 @@ pub fn holes(fd: i32, len: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
         };
     }
     Ok(holes)
+}
+
+/// The build ID of the running program (the note NT_GNU_BUILD_ID of its linker), if it has one.
+pub fn build_id() -> Option<[u64; 3]> {
+    static ID: std::sync::OnceLock<Option<[u64; 3]>> = std::sync::OnceLock::new();
+
+    unsafe extern "C" fn look(
+        info: *mut libc::dl_phdr_info,
+        _size: usize,
+        found: *mut libc::c_void,
+    ) -> i32 {
+        const PT_NOTE: u32 = 4;
+        // SAFETY: the C library gives a valid description of a loaded object, and what `build_id` gave
+        // it.
+        let (info, found) = unsafe { (&*info, &mut *found.cast::<Option<[u64; 3]>>()) };
+        // SAFETY: so many program headers are there.
+        let headers = unsafe { std::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
+        for header in headers.iter().filter(|header| header.p_type == PT_NOTE) {
+            let at = (info.dlpi_addr + header.p_vaddr) as *const u8;
+            // SAFETY: a segment that is loaded, and stays so.
+            let notes = unsafe { std::slice::from_raw_parts(at, header.p_memsz as usize) };
+            *found = found.or_else(|| id_in(notes));
+        }
+        // The first object is the program; no other is looked at.
+        1
+    }
+
+    *ID.get_or_init(|| {
+        let mut found: Option<[u64; 3]> = None;
+        // SAFETY: the callback gets the pointer to what outlives the call.
+        unsafe { libc::dl_iterate_phdr(Some(look), (&raw mut found).cast()) };
+        found
+    })
+}
+
+/// The build ID among ELF notes (System V ABI, "Note Section").
+fn id_in(mut notes: &[u8]) -> Option<[u64; 3]> {
+    const NT_GNU_BUILD_ID: u32 = 3;
+    let word =
+        |bytes: &[u8], at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    loop {
+        let name_len = word(notes, 0)? as usize;
+        let (len, kind) = (word(notes, 4)? as usize, word(notes, 8)?);
+        let begin = 12 + name_len.next_multiple_of(4);
+        let bytes = notes.get(begin..begin.checked_add(len)?)?;
+        if kind == NT_GNU_BUILD_ID && notes.get(12..16) == Some(b"GNU\0") {
+            let mut id = [0; 3];
+            for (number, part) in id.iter_mut().zip(bytes.chunks(8)) {
+                *number = part.iter().fold(0, |id, &byte| id << 8 | u64::from(byte));
+            }
+            return Some(id);
+        }
+        notes = notes.get(begin + len.next_multiple_of(4)..)?;
+    }
 }
 
 /// Integers that are atomic and may be zero.

@@ -307,6 +307,11 @@ impl Thunks {
         self.tails.iter().find(|t| pc >= t.0 && pc < t.1).map(|t| t.0)
     }
 
+    /// Bytes of the fixed pieces.
+    pub fn len(&self) -> u64 {
+        self.end - self.start
+    }
+
     /// Whether `pc` is in the fixed pieces.
     pub fn contain(&self, pc: u64) -> bool {
         pc >= self.start && pc < self.end

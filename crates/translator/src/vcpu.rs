@@ -51,7 +51,10 @@ use crate::translate::{
 use crate::{Exit, Optimizations, SetupError, signal};
 
 mod direct;
+pub mod inherit;
 mod mirror;
+
+use inherit::{Around, Begin, SharedCode};
 
 /// The area of a vCPU, owned by it.
 pub struct AreaPtr(*mut Area);
@@ -157,6 +160,8 @@ pub struct Inner {
     pairs_are_due: bool,
     /// Set by whoever changed the state from outside.
     pub(crate) state_changed: bool,
+    /// What was translated, and the address spaces, are those of another vCPU in the same state.
+    inherited: bool,
     /// An event whose delivery suppresses the single-step trap of the instruction that caused it.
     pub(crate) no_step_trap: bool,
     /// The instruction that ran traps although TF was clear before it.
@@ -272,6 +277,24 @@ pub unsafe fn stop_target(owner: u64, pc: u64, sc: u64, stepped: bool) -> Stop {
     }
 }
 
+/// The cache of a new vCPU, with what another one has shared if that is of use.
+fn cache_for(
+    shared: &Shared,
+    begin: Option<&SharedCode>,
+) -> Result<(CodeCache, Thunks, Option<Around>), SetupError> {
+    let helpers = [mem_helper, first_helper, commit_helper, instr_helper];
+    let from = begin.map(|begin| Begin::new(shared, begin)).transpose()?.flatten();
+    if let Some(Begin { mut code, around }) = from {
+        let thunks = Thunks::new(&mut code, helpers);
+        if thunks.len() == around.thunks {
+            return Ok((code, thunks, Some(around)));
+        }
+    }
+    let mut code = CodeCache::new(shared.config.code_cache_bytes)?;
+    let thunks = Thunks::new(&mut code, helpers);
+    Ok((code, thunks, None))
+}
+
 impl Inner {
     /// Makes a vCPU.
     pub fn new(
@@ -279,6 +302,7 @@ impl Inner {
         state: CpuState,
         cpuid: CpuidTable,
         platform: Box<dyn berth_x86::Platform>,
+        begin: Option<&SharedCode>,
     ) -> Result<Box<Self>, SetupError> {
         let (index, mailbox) = shared.join()?;
         let timing = shared.config.reports.is_some();
@@ -286,9 +310,7 @@ impl Inner {
         let address_spaces = shared.config.address_spaces;
         let mut tlb = Tlb::new(shared.config.address_spaces)?;
         tlb.init_jcs();
-        let mut code = CodeCache::new(shared.config.code_cache_bytes)?;
-        let thunks =
-            Thunks::new(&mut code, [mem_helper, first_helper, commit_helper, instr_helper]);
+        let (code, thunks, around) = cache_for(&shared, begin)?;
         let returns = Returns::new(thunks.unexpected)
             .map_err(|source| SetupError::Map { what: "the return stack", source })?;
         if !signal::register(code.range()) {
@@ -358,6 +380,7 @@ impl Inner {
             found: Vec::new(),
             went: Vec::new(),
             state_changed: true,
+            inherited: false,
             no_step_trap: false,
             step_trap: false,
             stop_after: 0,
@@ -368,6 +391,9 @@ impl Inner {
             optimizations,
             direct: Direct::default(),
         });
+        if let (Some(around), Some(begin)) = (around, begin) {
+            inner.adopt(&around, &begin.guest_pages);
+        }
         inner.direct.spaces.resize_with(address_spaces, || None);
         inner.direct.policies.resize_with(address_spaces, Default::default);
         let owner = &raw mut *inner as u64;
@@ -541,10 +567,13 @@ impl Inner {
             eprintln!("berth: setting up a signal stack failed: {e}");
             return Exit::Shutdown;
         }
+        let inherited = std::mem::take(&mut self.inherited);
         if std::mem::take(&mut self.state_changed) {
-            self.flush_everything();
+            if !inherited {
+                self.flush_everything();
+            }
             let pcid = self.current_pcid();
-            self.tlb.switch(pcid, false);
+            self.tlb.switch(pcid, inherited);
         }
         // Whoever woke us may not have poked the mailbox.
         self.area.irq = 1;
@@ -611,6 +640,18 @@ impl Inner {
 
     /// Takes what others left.
     fn open_mail(&mut self) -> Option<Exit> {
+        self.take_mail();
+        if self.mailbox.nmi.swap(false, Ordering::SeqCst) {
+            self.area.state.nmi_pending = 1;
+        }
+        if self.mailbox.irq.swap(false, Ordering::SeqCst) {
+            self.area.irq = 1;
+        }
+        self.mailbox.kick.swap(false, Ordering::SeqCst).then_some(Exit::Kicked)
+    }
+
+    /// Does what others left to be done about code and mappings.
+    fn take_mail(&mut self) {
         if self.mailbox.mail.swap(false, Ordering::SeqCst) {
             let pages = std::mem::take(&mut *lock(&self.mailbox.inbox));
             for p in pages {
@@ -623,13 +664,6 @@ impl Inner {
                 }
             }
         }
-        if self.mailbox.nmi.swap(false, Ordering::SeqCst) {
-            self.area.state.nmi_pending = 1;
-        }
-        if self.mailbox.irq.swap(false, Ordering::SeqCst) {
-            self.area.irq = 1;
-        }
-        self.mailbox.kick.swap(false, Ordering::SeqCst).then_some(Exit::Kicked)
     }
 
     /// Delivers what is due before the next instruction (priorities: SDM vol. 3, 6.9).
@@ -731,7 +765,7 @@ impl Inner {
                 return None;
             }
         };
-        let host = self.code.block(id).map_or(0, |b| b.host);
+        let host = self.code.host_of(id).unwrap_or(0);
         let rip = self.area.state.rip;
         if !mode.single
             && (mode.bits == 64 || mode.flat)
@@ -884,7 +918,7 @@ impl Inner {
                 return None;
             }
         };
-        let host = self.code.block(id)?.host;
+        let host = self.code.host_of(id)?;
         let split = self.code.second_page(id).is_some();
         if let Some(n) = link {
             if drops == self.code.drops {
@@ -1137,6 +1171,9 @@ impl Inner {
             self.code.advance();
             self.tlb.clear_all_jcs();
             self.stats.cache_drops += 1;
+        } else if self.code.is_to_leave() {
+            self.code.leave();
+            self.tlb.clear_all_jcs();
         }
     }
 
@@ -1403,7 +1440,7 @@ impl Inner {
     /// Lets the thunk return to an offset in the block that `pc` belongs to.
     fn go_on_at(&mut self, pc: u64, offset: u32) -> Then {
         let Some(block) = self.code.block_at(pc) else { bug("outside any block", pc) };
-        self.returns.return_to(&self.area, block.at(offset));
+        self.returns.return_to(&self.area, self.code.at(block, offset));
         Then::Go
     }
 
@@ -1933,7 +1970,7 @@ impl Inner {
         self.area.exit_code = ExitCode::Helper as u64;
         self.area.state.rip = ins.ip();
         let next = wrap(ins.next_ip(), self.mode.bits);
-        let result = run(self, &ins, next);
+        let result = run.run(self, &ins, next);
         let in_task = self.lin.task_entered;
         let stop = self.after_rust();
         match result {

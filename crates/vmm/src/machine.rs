@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use berth_translator::Origin;
+use berth_translator::{Origin, SharedCode};
 use berth_x86::CpuState;
 use berth_x86::cpuid::{CpuidTable, Topology};
 
@@ -308,6 +308,14 @@ impl Begin {
         }
     }
 
+    /// What vCPU `index` had translated.
+    fn code(&self, index: u32) -> Option<&SharedCode> {
+        match self {
+            Self::Entry(_) => None,
+            Self::Stored(resumed) => resumed.code.get(index as usize)?.as_ref(),
+        }
+    }
+
     /// Where memory is, if it is not new.
     fn origin(&self) -> Option<&Origin> {
         match self {
@@ -389,7 +397,8 @@ fn start_translated(
         let platform = Box::new(platform.with_msrs(Arc::clone(msrs)));
         let cpuid = cpuid_table(tsc_khz, index, config.cpus);
         let state = begin.state(index);
-        let vcpu = Translated::new(index, Arc::clone(&shared), state, cpuid, platform)?;
+        let code = begin.code(index);
+        let vcpu = Translated::new(index, Arc::clone(&shared), state, cpuid, platform, code)?;
         vcpus.push((Box::new(vcpu), Some(Arc::clone(apic)), begin.is_waiting(index)));
     }
     finish(board, Accel::Translate, vcpus, Some(Arc::new(storer)), (context, console))

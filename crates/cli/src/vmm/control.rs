@@ -285,7 +285,7 @@ impl Control {
         let is_running = status.state == MachineState::Running;
         let began = Instant::now();
         self.pauser.pause();
-        let frozen = self.freeze(storer, disks);
+        let frozen = self.freeze(storer, disks, keep);
         if is_running {
             self.pauser.unpause();
         }
@@ -316,10 +316,12 @@ impl Control {
         &self,
         storer: Option<&Arc<Storer>>,
         disks: Disks,
+        keep: bool,
     ) -> Result<(FrozenDisks, Option<FrozenMachine>), String> {
         let mut parked = storer.map(|storer| (storer, storer.park()));
         let disks = disks.freeze()?;
-        let machine = parked.as_mut().map(|(storer, parked)| storer.freeze(parked)).transpose();
+        let machine =
+            parked.as_mut().map(|(storer, parked)| storer.freeze(parked, keep)).transpose();
         let machine = machine.map_err(|error| berth_daemon::failure::chain(&error))?;
         Ok((disks, machine))
     }

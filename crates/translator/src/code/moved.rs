@@ -100,13 +100,8 @@ const fn is_address(kind: Fix) -> bool {
 impl CodeCache {
     /// The blocks of the same code as `key`.
     fn same_code(&self, key: &BlockKey) -> impl Iterator<Item = u32> {
-        let mut next = self.newest(key.gpa, key.mode);
-        std::iter::from_fn(move || {
-            let id = next?;
-            next = self.block(BlockId(id)).map(|b| b.older).filter(|&older| older != NONE);
-            Some(id)
-        })
-        .filter(|&id| self.block(BlockId(id)).is_some_and(|b| b.valid))
+        self.made_of(key.gpa, key.mode)
+            .filter(|&id| self.block(BlockId(id)).is_some_and(|b| b.valid))
     }
 
     /// Changes a block of the same code, of an address space that `is_gone`, into one for `key` in the
@@ -122,17 +117,19 @@ impl CodeCache {
         went.clear();
         let gone = |id: &u32| {
             let block = self.block(BlockId(*id));
-            block.is_some_and(|b| b.movable && is_gone(b.space)) && !self.leaves(*id)
+            block.is_some_and(|b| b.movable)
+                && self.space_of(*id).is_some_and(&is_gone)
+                && !self.leaves(*id)
         };
         let id = self.same_code(key).find(gone)?;
-        let first = *self.block(BlockId(id))?;
+        let (first, first_space) = (*self.block(BlockId(id))?, self.space_of(id));
         let delta = key.rip.wrapping_sub(first.rip);
         let mut work = Vec::new();
         went.push(self.move_one(id, delta, space, &mut work)?);
         let page = first.gpa >> 12;
         let mut all: Vec<u32> = Vec::new();
-        for segment in &self.segments {
-            all.extend(segment.pages.get(&page).into_iter().flatten());
+        for (n, segment) in self.segments.iter().enumerate() {
+            all.extend(segment.in_page(n, page));
         }
         let to = key.rip.wrapping_sub(key.gpa);
         // Usually none was made at the new address so far.
@@ -151,7 +148,7 @@ impl CodeCache {
             }
             let there = BlockKey { rip: b.rip.wrapping_add(delta), ..b.key() };
             let alike = b.movable
-                && (b.mode, b.space) == (first.mode, first.space)
+                && (b.mode, self.space_of(other)) == (first.mode, first_space)
                 && !self.leaves(other)
                 && !(others && self.find(&there).is_some());
             let moved = alike.then(|| self.move_one(other, delta, space, &mut work)).flatten();
@@ -195,13 +192,14 @@ impl CodeCache {
         work: &mut Vec<(u64, usize, [u8; 8])>,
     ) -> Option<Went> {
         let b = *self.block(BlockId(id))?;
+        let host = self.host(&b);
         let (notes, start, end) = self.notes_of(id);
         work.clear();
         for fixup in notes.fixups_between(start, end, b.len.into()) {
             if !is_address(fixup.kind) {
                 continue;
             }
-            let part = if fixup.cold { b.host + u64::from(b.cold) } else { b.host };
+            let part = if fixup.cold { host + u64::from(b.cold) } else { host };
             let len = if fixup.kind == Fix::Entry { 4 } else { 8 };
             let at = part + (fixup.end - len) as u64;
             let mut field = [0; 8];
@@ -212,10 +210,8 @@ impl CodeCache {
         for (at, len, field) in work.drain(..) {
             self.write(at, &field[8 - len..]);
         }
-        let notes = &mut self.of_mut(id)?.notes;
-        for helped in notes.helpers_between_mut(start, end) {
-            helped.shift(delta);
-        }
+        let notes = &mut self.segments.get_mut(segment_of(id))?.notes;
+        notes.shift_helpers(&mut self.store, start, end, delta);
         // Slow paths that were made later hold the old address.
         let own = b.cold..b.cold + u32::from(b.cold_len);
         let sites = start.sites..end.sites;
@@ -224,10 +220,10 @@ impl CodeCache {
         for n in later {
             notes.slow.remove(&n);
         }
-        let block = self.block_mut(id)?;
-        block.rip = b.rip.wrapping_add(delta);
-        block.space = space;
-        Some(Went { from: b.rip, to: block.rip, host: b.host, target: b.target })
+        let to = b.rip.wrapping_add(delta);
+        self.block_mut(id)?.rip = to;
+        self.set_space(id, space);
+        Some(Went { from: b.rip, to, host, target: b.target })
     }
 
     /// A block that is in the segment to be dropped next, to be put at the end of the cache instead;
@@ -257,14 +253,15 @@ impl CodeCache {
     fn copy(&self, BlockId(id): BlockId, key: &BlockKey) -> Option<Moved> {
         let b = self.block(BlockId(id))?;
         let delta = key.rip.wrapping_sub(b.rip);
+        let host = self.host(b);
         let (notes, start, end) = self.notes_of(id);
-        let (from, to) = (b.host + u64::from(b.cold), self.next_cold());
+        let (from, to) = (host + u64::from(b.cold), self.next_cold());
         let shift = Shift {
-            hot: self.next_host().wrapping_sub(b.host) as u32,
+            hot: self.next_host().wrapping_sub(host) as u32,
             cold: to.wrapping_sub(from) as u32,
             own: b.cold..b.cold + u32::from(b.cold_len),
         };
-        let mut code = self.bytes(b.host, b.len.into())?.to_vec();
+        let mut code = self.bytes(host, b.len.into())?.to_vec();
         let mut cold = self.bytes(from, b.cold_len.into())?.to_vec();
         let fixups = notes.fixups_between(start, end, b.len.into());
         let mut notes = notes.between(start, end);

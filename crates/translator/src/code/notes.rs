@@ -4,12 +4,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 
 use bitflags::bitflags;
 use iced_x86::{Instruction, OpKind};
 
 use crate::exec::Run;
 use crate::layout::WINDOWS;
+
+use super::store::{Plain, Store, Stream};
 
 /// Where the address of an access comes from.
 #[derive(Clone, Copy, Debug)]
@@ -227,7 +230,7 @@ pub struct StringSite {
 pub struct Helped {
     /// The instruction.
     pub ins: Instruction,
-    /// What executes it.
+    /// What is to be looked at first.
     pub run: Run,
 }
 
@@ -368,10 +371,10 @@ pub struct Counts {
     pub links: u32,
     /// Indirect branches.
     pub branches: u32,
-    strings: u32,
+    pub(super) strings: u32,
     /// Instructions for helpers.
     pub helpers: u32,
-    fixups: u32,
+    pub(super) fixups: u32,
 }
 
 impl Counts {
@@ -391,28 +394,37 @@ fn part<T>(all: &[T], start: u32, end: u32) -> &[T] {
     all.get(start as usize..end as usize).unwrap_or_default()
 }
 
+/// Notes to be read.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    steps: &'a [Step],
+    sites: &'a [Site],
+    /// What slow paths there are, by the number of the access.
+    pub slow: &'a BTreeMap<u32, Slow>,
+    links: &'a [Link],
+    branches: &'a [Branch],
+    strings: &'a [StringSite],
+    helpers: &'a [Helped],
+    fixups: &'a [Packed],
+}
+
 impl Notes {
     /// How many there are of each kind.
     pub fn counts(&self) -> Counts {
-        Counts {
-            steps: self.steps.len() as u32,
-            sites: self.sites.len() as u32,
-            links: self.links.len() as u32,
-            branches: self.branches.len() as u32,
-            strings: self.strings.len() as u32,
-            helpers: self.helpers.len() as u32,
-            fixups: self.fixups.len() as u32,
-        }
+        self.view().counts()
     }
 
-    /// Room for those of so many bytes of host code, and some more.
-    pub fn for_code(bytes: usize) -> Self {
-        Self {
-            steps: Vec::with_capacity(bytes / 16),
-            sites: Vec::with_capacity(bytes / 40),
-            links: Vec::with_capacity(bytes / 80),
-            fixups: Vec::with_capacity(bytes / 15),
-            ..Self::default()
+    /// To be read.
+    pub fn view(&self) -> View<'_> {
+        View {
+            steps: &self.steps,
+            sites: &self.sites,
+            slow: &self.slow,
+            links: &self.links,
+            branches: &self.branches,
+            strings: &self.strings,
+            helpers: &self.helpers,
+            fixups: &self.fixups,
         }
     }
 
@@ -426,44 +438,6 @@ impl Notes {
         self.strings.clear();
         self.helpers.clear();
         self.fixups.clear();
-    }
-
-    /// Appends those of a block.
-    pub fn extend(&mut self, new: &Self) {
-        let base = self.sites.len() as u32;
-        self.slow.extend(new.slow.iter().map(|(n, slow)| (base + n, *slow)));
-        self.steps.extend_from_slice(&new.steps);
-        self.sites.extend_from_slice(&new.sites);
-        self.links.extend_from_slice(&new.links);
-        self.branches.extend_from_slice(&new.branches);
-        self.strings.extend_from_slice(&new.strings);
-        self.helpers.extend_from_slice(&new.helpers);
-        self.fixups.extend_from_slice(&new.fixups);
-    }
-
-    /// Those from `start` to `end`.
-    pub fn between(&self, start: Counts, end: Counts) -> Self {
-        let slow = self.slow.range(start.sites..end.sites);
-        Self {
-            steps: part(&self.steps, start.steps, end.steps).to_vec(),
-            sites: part(&self.sites, start.sites, end.sites).to_vec(),
-            slow: slow.map(|(n, slow)| (n - start.sites, *slow)).collect(),
-            links: part(&self.links, start.links, end.links).to_vec(),
-            branches: part(&self.branches, start.branches, end.branches).to_vec(),
-            strings: part(&self.strings, start.strings, end.strings).to_vec(),
-            helpers: part(&self.helpers, start.helpers, end.helpers).to_vec(),
-            fixups: part(&self.fixups, start.fixups, end.fixups).to_vec(),
-        }
-    }
-
-    /// The accesses from `start` to `end`.
-    pub fn sites_between(&self, start: Counts, end: Counts) -> &[Site] {
-        part(&self.sites, start.sites, end.sites)
-    }
-
-    /// The string instructions from `start` to `end`.
-    pub fn strings_between(&self, start: Counts, end: Counts) -> &[StringSite] {
-        part(&self.strings, start.strings, end.strings)
     }
 
     /// Notes what changes in a copy: offsets of the first byte behind it, the cold part following the
@@ -482,28 +456,6 @@ impl Notes {
         }
     }
 
-    /// What changes in a copy, from `start` to `end`, which is of one block with so many bytes of
-    /// body.
-    pub fn fixups_between(
-        &self,
-        start: Counts,
-        end: Counts,
-        body: usize,
-    ) -> impl Iterator<Item = Fixup> {
-        let mut at = 0;
-        part(&self.fixups, start.fixups, end.fixups).iter().filter_map(move |packed| {
-            at += usize::from(packed.0 & PACKED_MAX);
-            let kind = *Fix::ALL.get(usize::from(packed.0 >> 12))?;
-            let cold = at > body;
-            Some(Fixup { cold, end: if cold { at - body } else { at }, kind })
-        })
-    }
-
-    /// The instructions for helpers from `start` to `end`.
-    pub fn helpers_between_mut(&mut self, start: Counts, end: Counts) -> &mut [Helped] {
-        self.helpers.get_mut(start.helpers as usize..end.helpers as usize).unwrap_or_default()
-    }
-
     /// Notes that a guest instruction begins: host and guest bytes since the one before.
     pub fn begin_instruction(&mut self, mut host: usize, guest: u16) {
         while host > usize::from(STEP_HOST_MAX) {
@@ -513,17 +465,232 @@ impl Notes {
         debug_assert!(guest < 16);
         self.steps.push(Step(host as u16 | guest << 12));
     }
+}
+
+impl<'a> View<'a> {
+    /// How many there are of each kind.
+    pub fn counts(self) -> Counts {
+        Counts {
+            steps: self.steps.len() as u32,
+            sites: self.sites.len() as u32,
+            links: self.links.len() as u32,
+            branches: self.branches.len() as u32,
+            strings: self.strings.len() as u32,
+            helpers: self.helpers.len() as u32,
+            fixups: self.fixups.len() as u32,
+        }
+    }
+
+    /// Those from `start` to `end`.
+    pub fn between(self, start: Counts, end: Counts) -> Notes {
+        let slow = self.slow.range(start.sites..end.sites);
+        Notes {
+            steps: part(self.steps, start.steps, end.steps).to_vec(),
+            sites: part(self.sites, start.sites, end.sites).to_vec(),
+            slow: slow.map(|(n, slow)| (n - start.sites, *slow)).collect(),
+            links: part(self.links, start.links, end.links).to_vec(),
+            branches: part(self.branches, start.branches, end.branches).to_vec(),
+            strings: part(self.strings, start.strings, end.strings).to_vec(),
+            helpers: part(self.helpers, start.helpers, end.helpers).to_vec(),
+            fixups: part(self.fixups, start.fixups, end.fixups).to_vec(),
+        }
+    }
+
+    /// The accesses from `start` to `end`.
+    pub fn sites_between(self, start: Counts, end: Counts) -> &'a [Site] {
+        part(self.sites, start.sites, end.sites)
+    }
+
+    /// The string instructions from `start` to `end`.
+    pub fn strings_between(self, start: Counts, end: Counts) -> &'a [StringSite] {
+        part(self.strings, start.strings, end.strings)
+    }
+
+    /// What changes in a copy, from `start` to `end`, which is of one block with so many bytes of
+    /// body.
+    pub fn fixups_between(
+        self,
+        start: Counts,
+        end: Counts,
+        body: usize,
+    ) -> impl Iterator<Item = Fixup> + use<'a> {
+        let mut at = 0;
+        part(self.fixups, start.fixups, end.fixups).iter().filter_map(move |packed| {
+            at += usize::from(packed.0 & PACKED_MAX);
+            let kind = *Fix::ALL.get(usize::from(packed.0 >> 12))?;
+            let cold = at > body;
+            Some(Fixup { cold, end: if cold { at - body } else { at }, kind })
+        })
+    }
 
     /// Offsets, in the host and in the guest, where the instructions from `start` to `end` begin,
     /// which are those of a block.
-    pub fn instructions(&self, start: Counts, end: Counts) -> impl Iterator<Item = (u32, u16)> {
+    pub fn instructions(
+        self,
+        start: Counts,
+        end: Counts,
+    ) -> impl Iterator<Item = (u32, u16)> + use<'a> {
         let (mut host, mut guest, mut first) = (0, 0, true);
-        part(&self.steps, start.steps, end.steps).iter().filter_map(move |step| {
+        part(self.steps, start.steps, end.steps).iter().filter_map(move |step| {
             let by = step.0 >> 12;
             host += u32::from(step.0 & STEP_HOST_MAX);
             guest += by;
             (std::mem::take(&mut first) || by != 0).then_some((host, guest))
         })
+    }
+}
+
+// SAFETY: numbers.
+unsafe impl Plain for Step {}
+// SAFETY: numbers, and a choice of numbers.
+unsafe impl Plain for Site {}
+// SAFETY: numbers.
+unsafe impl Plain for Slow {}
+// SAFETY: numbers.
+unsafe impl Plain for Link {}
+// SAFETY: numbers.
+unsafe impl Plain for Branch {}
+// SAFETY: numbers.
+unsafe impl Plain for StringSite {}
+// SAFETY: an instruction is numbers and choices; so is what executes it.
+unsafe impl Plain for Helped {}
+// SAFETY: numbers.
+unsafe impl Plain for Packed {}
+
+/// Notes a block has at most of each kind.
+const ROOM: usize = 8 << 10;
+
+/// The notes of the blocks of a segment, in its store.
+#[derive(Default)]
+pub struct KeptNotes {
+    steps: Stream<Step>,
+    /// Memory accesses.
+    pub sites: Stream<Site>,
+    /// What slow paths there are, by the number of the access.
+    pub slow: BTreeMap<u32, Slow>,
+    /// Links.
+    pub links: Stream<Link>,
+    /// Indirect branches.
+    pub branches: Stream<Branch>,
+    strings: Stream<StringSite>,
+    /// Instructions for helpers.
+    pub helpers: Stream<Helped>,
+    fixups: Stream<Packed>,
+}
+
+impl KeptNotes {
+    /// Room for those of so many bytes of host code, and much more, at the place `next` of a store.
+    pub fn new(next: &mut usize, code: usize) -> Self {
+        let most = |of: usize| code / of + 2 * ROOM;
+        Self {
+            steps: Stream::new(next, most(4)),
+            sites: Stream::new(next, most(10)),
+            slow: BTreeMap::new(),
+            links: Stream::new(next, most(16)),
+            branches: Stream::new(next, most(32)),
+            strings: Stream::new(next, most(64)),
+            helpers: Stream::new(next, most(20)),
+            fixups: Stream::new(next, most(3)),
+        }
+    }
+
+    /// Says where the store is.
+    pub fn connect(&mut self, store: &Store) {
+        self.steps.connect(store);
+        self.sites.connect(store);
+        self.links.connect(store);
+        self.branches.connect(store);
+        self.strings.connect(store);
+        self.helpers.connect(store);
+        self.fixups.connect(store);
+    }
+
+    /// Whether those of a block fit.
+    pub const fn has_room(&self) -> bool {
+        self.steps.has_room(ROOM)
+            && self.sites.has_room(ROOM)
+            && self.links.has_room(ROOM)
+            && self.branches.has_room(ROOM)
+            && self.strings.has_room(ROOM)
+            && self.helpers.has_room(ROOM)
+            && self.fixups.has_room(ROOM)
+    }
+
+    /// Where in the store they are.
+    pub fn live(&self) -> [Range<usize>; 7] {
+        [
+            self.steps.live(),
+            self.sites.live(),
+            self.links.live(),
+            self.branches.live(),
+            self.strings.live(),
+            self.helpers.live(),
+            self.fixups.live(),
+        ]
+    }
+
+    /// Sets how many there are; false if that cannot be.
+    pub fn set_counts(&mut self, counts: Counts) -> bool {
+        self.steps.set_len(counts.steps as usize)
+            && self.sites.set_len(counts.sites as usize)
+            && self.links.set_len(counts.links as usize)
+            && self.branches.set_len(counts.branches as usize)
+            && self.strings.set_len(counts.strings as usize)
+            && self.helpers.set_len(counts.helpers as usize)
+            && self.fixups.set_len(counts.fixups as usize)
+    }
+
+    /// How many there are of each kind.
+    pub fn counts(&self) -> Counts {
+        self.view().counts()
+    }
+
+    /// To be read.
+    pub fn view(&self) -> View<'_> {
+        View {
+            steps: &self.steps,
+            sites: &self.sites,
+            slow: &self.slow,
+            links: &self.links,
+            branches: &self.branches,
+            strings: &self.strings,
+            helpers: &self.helpers,
+            fixups: &self.fixups,
+        }
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        self.steps.clear();
+        self.sites.clear();
+        self.slow.clear();
+        self.links.clear();
+        self.branches.clear();
+        self.strings.clear();
+        self.helpers.clear();
+        self.fixups.clear();
+    }
+
+    /// Appends those of a block.
+    pub fn extend(&mut self, store: &mut Store, new: &Notes) {
+        let base = self.sites.len() as u32;
+        self.slow.extend(new.slow.iter().map(|(n, slow)| (base + n, *slow)));
+        self.steps.extend(store, &new.steps);
+        self.sites.extend(store, &new.sites);
+        self.links.extend(store, &new.links);
+        self.branches.extend(store, &new.branches);
+        self.strings.extend(store, &new.strings);
+        self.helpers.extend(store, &new.helpers);
+        self.fixups.extend(store, &new.fixups);
+    }
+
+    /// Moves instructions for helpers from `start` to `end` by `delta` bytes.
+    pub fn shift_helpers(&mut self, store: &mut Store, start: Counts, end: Counts, delta: u64) {
+        let range = start.helpers as usize..end.helpers as usize;
+        if !range.is_empty() {
+            let helpers = self.helpers.edit_all(store, range).unwrap_or_default();
+            helpers.iter_mut().for_each(|helped| helped.shift(delta));
+        }
     }
 }
 
@@ -544,7 +711,7 @@ mod tests {
         for (host, guest) in [(0, 0), (7, 15), (9000, 3), (4095, 1), (0, 2)] {
             notes.begin_instruction(host, guest);
         }
-        let all: Vec<_> = notes.instructions(Counts::default(), notes.counts()).collect();
+        let all: Vec<_> = notes.view().instructions(Counts::default(), notes.counts()).collect();
         assert_eq!(all, [(0, 0), (7, 15), (9007, 18), (13102, 19), (13102, 21)]);
     }
 
@@ -555,7 +722,7 @@ mod tests {
             Fix::ALL.into_iter().enumerate().map(|(n, kind)| (5000 * n as u32 + 4, kind)).collect();
         given.push((24, Fix::Site));
         notes.fix_all(&mut given);
-        let all = notes.fixups_between(Counts::default(), notes.counts(), 5004);
+        let all = notes.view().fixups_between(Counts::default(), notes.counts(), 5004);
         let all: Vec<_> = all.map(|f| (f.cold, f.end, f.kind)).collect();
         assert_eq!(all.len(), 10);
         assert_eq!(

@@ -25,13 +25,13 @@ impl CodeCache {
         let (n, cold) = self.segments.iter().enumerate().find_map(holds)?;
         let segment = &self.segments[n];
         if cold {
-            let i = segment.stubs.partition_point(|s| s.host <= pc);
+            let i = segment.stubs.partition_point(|s| s.place as usize <= offset);
             let stub = i.checked_sub(1).and_then(|i| segment.stubs.get(i));
-            if let Some(stub) = stub.filter(|s| pc < s.host + u64::from(s.len)) {
+            if let Some(stub) = stub.filter(|s| offset < s.place as usize + s.len as usize) {
                 return Some(stub.block);
             }
         }
-        let start = |b: &Block| b.host + if cold { u64::from(b.cold) } else { 0 };
+        let start = |b: &Block| self.host(b) + if cold { u64::from(b.cold) } else { 0 };
         let i = segment.blocks.partition_point(|b| start(b) <= pc).checked_sub(1)?;
         let b = segment.blocks.get(i)?;
         let len = if cold { b.cold_len } else { b.len };
@@ -42,7 +42,7 @@ impl CodeCache {
     fn offset_at(&self, pc: u64) -> Option<(u32, &Block, u32)> {
         let id = self.index_at(pc)?;
         let block = self.block(BlockId(id))?;
-        Some((id, block, pc.wrapping_sub(block.host) as u32))
+        Some((id, block, pc.wrapping_sub(self.host(block)) as u32))
     }
 
     fn sites_of(&self, id: u32) -> &[Site] {
@@ -77,7 +77,7 @@ impl CodeCache {
     /// Where a fault of a memory access at `pc` is dealt with; called by the signal handler.
     pub fn fault_target(&self, pc: u64) -> Option<GoesOn> {
         let (id, b, off) = self.offset_at(pc)?;
-        let at = |offset: u32| Some(GoesOn::At(b.at(offset)));
+        let at = |offset: u32| Some(GoesOn::At(self.at(b, offset)));
         for (_, s) in self.slow_of(id) {
             if s.contains(off) {
                 return at(s.cold);
@@ -107,7 +107,7 @@ impl CodeCache {
     pub fn string_stop(&self, pc: u64) -> Option<u64> {
         let (id, block, off) = self.offset_at(pc)?;
         let site = self.strings_of(id).iter().find(|s| s.op == off)?;
-        Some(block.at(site.cold_stop))
+        Some(self.at(block, site.cold_stop))
     }
 
     /// Address of the guest instruction that host address `pc` belongs to.
@@ -209,7 +209,7 @@ impl CodeCache {
     /// The block at `pc` and the code of its body.
     pub fn body_at(&self, pc: u64) -> Option<(&Block, &[u8])> {
         let block = self.block_at(pc)?;
-        Some((block, self.bytes(block.host, block.len.into())?))
+        Some((block, self.bytes(self.host(block), block.len.into())?))
     }
 
     /// Appends the slow path of access `n`, which is at `pc`.
@@ -219,8 +219,10 @@ impl CodeCache {
         segment.notes.slow.insert(index_of(n), slow);
         let host = self.next_cold();
         self.write(host, code);
-        let segment = self.now_mut();
+        let place = (host - self.rx) as u32;
+        let segment = &mut self.segments[self.current];
         segment.cold_used = (segment.cold_used + code.len()).next_multiple_of(16);
-        segment.stubs.push(Stub { host, len: code.len() as u32, block, site: n });
+        let stub = Stub { place, len: code.len() as u32, block, site: n };
+        segment.stubs.push(&mut self.store, stub);
     }
 }

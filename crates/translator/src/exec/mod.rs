@@ -30,15 +30,31 @@ pub enum Flow {
 
 type Done = Result<Flow, Exception>;
 
-/// A function that executes an instruction.
-pub type Run = fn(&mut Inner, &Instruction, u64) -> Done;
+/// How an instruction is executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Run {
+    /// At once: nothing can forbid it.
+    Perform,
+    /// After a look whether it, and what it uses, is there.
+    Execute,
+}
+
+impl Run {
+    /// Executes `ins`; see [`execute`].
+    pub fn run(self, v: &mut Inner, ins: &Instruction, next: u64) -> Done {
+        match self {
+            Self::Perform => perform(v, ins, next),
+            Self::Execute => execute(v, ins, next),
+        }
+    }
+}
 
 /// What executes `ins`, which is valid and belongs to the extensions that are advertised.
 pub fn runner(ins: &Instruction) -> Run {
     let plain = unit(ins) == Unit::None
         && !ins.is_save_restore_instruction()
         && ins.mnemonic() != Mnemonic::Wait;
-    if plain { perform } else { execute }
+    if plain { Run::Perform } else { Run::Execute }
 }
 
 /// Executes `ins`; RIP is its address, `next` the one after it.

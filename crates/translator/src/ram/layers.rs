@@ -17,7 +17,6 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -310,14 +309,13 @@ impl Ram {
         self.layers.singles.fetch_add(1, Ordering::Relaxed);
         let number = self.layers.own.load(Ordering::SeqCst);
         let own = self.layers.file(number).ok_or(io::ErrorKind::NotFound)?;
-        let own = std::fs::File::from(own.try_clone()?);
         let pages = || (start..end).step_by(PAGE as usize).filter(|&gpa| self.is_frozen(gpa));
         let mut bytes = [0; PAGE as usize];
         for gpa in pages() {
             self.read(gpa, &mut bytes);
             let offset = self.offset_of(gpa).ok_or(io::ErrorKind::InvalidInput)?;
             if bytes.iter().any(|&byte| byte != 0) {
-                own.write_all_at(&bytes, offset)?;
+                sys::write_at(own.as_raw_fd(), &bytes, offset)?;
             }
             self.layers.set_number(offset, number);
         }

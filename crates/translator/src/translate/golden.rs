@@ -236,6 +236,8 @@ fn rescued_blocks_are_like_translations() {
         assert!(cache.rescued(id).is_none(), "{}: not yet", golden.name);
         while cache.find(&key) == Some(id) && cache.drops < 100 {
             cache.advance();
+            assert!(cache.rescued(id).is_none(), "{}: not yet", golden.name);
+            cache.leave();
             if let Some(copy) = cache.rescued(id) {
                 t.begin(&cache, key, golden.mode);
                 body(&mut t, golden, rip, ends);
@@ -351,13 +353,14 @@ fn a_page_moves_as_a_whole() {
     cache.connect(b_links + 1, c, false);
     cache.connect(d_links, a, false);
     let leads_to = |cache: &CodeCache, link: u32| {
-        let at = cache.source_of(link).unwrap().host + u64::from(cache.link(link).unwrap().patch);
+        let at =
+            cache.host(cache.source_of(link).unwrap()) + u64::from(cache.link(link).unwrap().patch);
         let (block, bytes) = cache.body_at(at - 1).unwrap();
-        let end = (at - block.host) as usize;
+        let end = (at - cache.host(block)) as usize;
         let field: [u8; 4] = bytes[end - 4..end].try_into().unwrap();
         at.wrapping_add_signed(i32::from_le_bytes(field).into())
     };
-    let host = |cache: &CodeCache, id| cache.block(id).unwrap().host;
+    let host = |cache: &CodeCache, id| cache.host_of(id).unwrap();
     let mut went = Vec::new();
     assert_eq!(cache.moved_in_place(&key(new, 0), 3, |space| space == 1, &mut went), Some(a));
     let mut from: Vec<_> = went.iter().map(|w| (w.from, w.to)).collect();

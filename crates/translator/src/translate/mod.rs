@@ -41,7 +41,7 @@ use crate::asm::{Asm, Mem, Near, Short};
 use crate::code::{
     Block, BlockKey, CodeCache, Counts, Fix, Helped, Made, Notes, Place, Site, Slow,
 };
-use crate::exec::{Run, execute, runner};
+use crate::exec::{Run, runner};
 use crate::layout::{Area, ExitCode, S0, S1, SC, disp, jump_cache_entry};
 use crate::thunks::{Thunks, through_jump_cache};
 
@@ -438,7 +438,7 @@ impl Translation {
                 false
             }
             Class::HelperEnds | Class::Refused => {
-                let run = if class == Class::Refused { execute } else { runner(ins) };
+                let run = if class == Class::Refused { Run::Execute } else { runner(ins) };
                 self.helper(ins, run);
                 // Most of these never come back; VMCALL and WAIT do.
                 self.exit_at(ins.next_ip(), ExitCode::Interrupt);
@@ -649,10 +649,10 @@ impl Translation {
         number: u64,
         site: Site,
     ) -> (&[u8], Slow) {
-        self.at = block.host;
+        self.at = cache.host(block);
         self.body.restart(0);
         self.body.bytes(body);
-        self.asm.restart(cache.next_cold().wrapping_sub(block.host) as usize);
+        self.asm.restart(cache.next_cold().wrapping_sub(self.at) as usize);
         self.notes.clear();
         self.notes.sites.push(site);
         // It is never copied.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod clones;
 mod direct;
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -87,6 +88,12 @@ fn run(code: &[u8]) -> (TranslatedVcpu, OwnedFd) {
 }
 
 fn run_with(code: &[u8], config: Config) -> (TranslatedVcpu, OwnedFd) {
+    let (s, fd) = guest(code);
+    (until_halted(&fd, s, config), fd)
+}
+
+/// A vCPU at `code`, which is at [`CODE`], and RAM.
+fn guest(code: &[u8]) -> (CpuState, OwnedFd) {
     let fd = memfd();
     let handler = CODE + 0x100;
     let gate = handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
@@ -112,7 +119,7 @@ fn run_with(code: &[u8], config: Config) -> (TranslatedVcpu, OwnedFd) {
     s.rip = CODE;
     s.gpr[4] = 0x20_0000;
     s.rflags = 2;
-    (until_halted(&fd, s, config), fd)
+    (s, fd)
 }
 
 /// A vCPU that began with `s` and has halted.

@@ -1,5 +1,5 @@
 //! A frozen machine handed from its process to that of a clone, through a Unix socket: what it holds
-//! as JSON, and its memory as open files, which both then share.
+//! as JSON, and its memory and what was translated of it as open files, which both then share.
 //!
 //! ```text
 //! length of the JSON (8 bytes, little-endian), with the files as SCM_RIGHTS │ JSON
@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use berth_translator::Origin;
+use berth_translator::{Origin, SharedCode};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -22,6 +22,8 @@ use crate::state::MachineState;
 
 /// Bytes of JSON at most.
 const JSON_MAX: u64 = 64 << 20;
+/// Pages of code and its tables at most; most of them have nothing.
+const CODE_PAGES_MAX: u64 = 1 << 22;
 /// Files at most: what the kernel passes at once (SCM_MAX_FD).
 const FILES_MAX: usize = 253;
 
@@ -31,6 +33,8 @@ pub struct Handed {
     pub state: MachineState,
     /// Where its memory is.
     pub memory: Origin,
+    /// What each vCPU has translated, if it is known.
+    pub code: Vec<Option<SharedCode>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -40,21 +44,85 @@ struct Message {
     files: usize,
     /// The file of each page (0: none, it is zero), and how many pages it is the same for.
     runs: Vec<(u8, u64)>,
+    /// What each vCPU has translated.
+    code: Vec<Option<Code>>,
+}
+
+/// What a vCPU has translated; its files follow those before.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Code {
+    files: usize,
+    runs: Vec<(u8, u64)>,
+    numbers: Vec<u64>,
+    guest_pages: Vec<u64>,
+}
+
+fn runs(of_page: &[u8]) -> Vec<(u8, u64)> {
+    let runs = of_page.chunk_by(|a, b| a == b);
+    runs.filter_map(|run| Some((*run.first()?, run.len() as u64))).collect()
+}
+
+/// The file of each of so many pages; each file has to have all of them.
+fn of_page(runs: &[(u8, u64)], pages: u64, files: &[Arc<OwnedFd>]) -> io::Result<Vec<u8>> {
+    let sum: u64 = runs.iter().fold(0, |sum, (_, len)| sum.saturating_add(*len));
+    if sum != pages {
+        return Err(strange(format!("{sum} pages instead of {pages}")));
+    }
+    for file in files {
+        // One that is shorter would end the process when it is read behind its end.
+        let len = rustix::fs::fstat(file)?.st_size;
+        if u64::try_from(len).unwrap_or(0) / 4096 < pages {
+            return Err(strange(format!("a file of {len} bytes for {pages} pages")));
+        }
+    }
+    let mut of_page = Vec::with_capacity(usize::try_from(pages).unwrap_or(0));
+    for &(file, len) in runs {
+        if usize::from(file) > files.len() {
+            return Err(strange(format!("pages in file {file} of {}", files.len())));
+        }
+        of_page.extend(std::iter::repeat_n(file, usize::try_from(len).unwrap_or(0)));
+    }
+    Ok(of_page)
+}
+
+fn strange(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
 /// Hands it to whoever is at the other end.
 ///
 /// # Errors
 /// It is gone, or the system's.
-pub fn hand(mut to: &UnixStream, state: &MachineState, memory: &Origin) -> io::Result<()> {
-    let runs = memory.of_page.chunk_by(|a, b| a == b);
-    let runs = runs.filter_map(|run| Some((*run.first()?, run.len() as u64))).collect();
-    if memory.files.len() > FILES_MAX {
+pub fn hand(
+    mut to: &UnixStream,
+    state: &MachineState,
+    memory: &Origin,
+    code: &[Option<SharedCode>],
+) -> io::Result<()> {
+    let mut files: Vec<_> = memory.files.iter().map(|file| file.as_fd()).collect();
+    if files.len() > FILES_MAX {
         return Err(io::Error::other("memory is in too many files"));
     }
-    let message = Message { state: state.clone(), files: memory.files.len(), runs };
+    let mut told = Vec::new();
+    for code in code {
+        // What does not fit is translated anew.
+        let code = code.as_ref().filter(|code| files.len() + code.files.len() <= FILES_MAX);
+        files.extend(code.iter().flat_map(|code| code.files.iter().map(|file| file.as_fd())));
+        told.push(code.map(|code| Code {
+            files: code.files.len(),
+            runs: runs(&code.of_page),
+            numbers: code.numbers.clone(),
+            guest_pages: code.guest_pages.clone(),
+        }));
+    }
+    let message = Message {
+        state: state.clone(),
+        files: memory.files.len(),
+        runs: runs(&memory.of_page),
+        code: told,
+    };
     let json = serde_json::to_vec(&message)?;
-    let files: Vec<_> = memory.files.iter().map(|file| file.as_fd()).collect();
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
     let mut rights = SendAncillaryBuffer::new(&mut space);
     if !files.is_empty() && !rights.push(SendAncillaryMessage::ScmRights(&files)) {
@@ -72,7 +140,6 @@ impl Handed {
     /// # Errors
     /// It is not that, or the system's.
     pub fn receive(mut from: &UnixStream) -> io::Result<Self> {
-        let strange = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
         let mut rights = RecvAncillaryBuffer::new(&mut space);
         let mut length = [0; 8];
@@ -95,25 +162,29 @@ impl Handed {
         let mut json = Vec::new();
         from.take(length).read_to_end(&mut json)?;
         let message: Message = serde_json::from_slice(&json)?;
-        let bytes = message.state.memory_bytes;
-        let pages: u64 = message.runs.iter().fold(0, |sum, (_, len)| sum.saturating_add(*len));
-        if message.files != files.len() || pages != bytes / 4096 {
-            return Err(strange(format!("{} files, {pages} pages", files.len())));
-        }
-        for file in &files {
-            // One that is shorter would end the process when it is read behind its end.
-            let len = rustix::fs::fstat(file)?.st_size;
-            if u64::try_from(len).unwrap_or(0) < bytes {
-                return Err(strange(format!("a file of {len} bytes for memory of {bytes}")));
+        let mut files = files.into_iter();
+        let mut take = |count: usize| {
+            let taken: Vec<_> = files.by_ref().take(count).collect();
+            if taken.len() == count { Ok(taken) } else { Err(strange(format!("{count} files"))) }
+        };
+        let files = take(message.files)?;
+        let of_page = of_page(&message.runs, message.state.memory_bytes / 4096, &files)?;
+        let memory = Origin { files, of_page };
+        let mut code = Vec::new();
+        for told in message.code {
+            let Some(told) = told else {
+                code.push(None);
+                continue;
+            };
+            let files = take(told.files)?;
+            let pages = told.runs.iter().fold(0, |sum: u64, (_, len)| sum.saturating_add(*len));
+            if pages > CODE_PAGES_MAX {
+                return Err(strange(format!("{pages} pages of code")));
             }
+            let of_page = self::of_page(&told.runs, pages, &files)?;
+            let Code { numbers, guest_pages, .. } = told;
+            code.push(Some(SharedCode { files, of_page, numbers, guest_pages }));
         }
-        let mut of_page = Vec::with_capacity(usize::try_from(pages).unwrap_or(0));
-        for (file, len) in message.runs {
-            if usize::from(file) > files.len() {
-                return Err(strange(format!("pages in file {file} of {}", files.len())));
-            }
-            of_page.extend(std::iter::repeat_n(file, usize::try_from(len).unwrap_or(0)));
-        }
-        Ok(Self { state: message.state, memory: Origin { files, of_page } })
+        Ok(Self { state: message.state, memory, code })
     }
 }

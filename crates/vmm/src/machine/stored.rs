@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use berth_translator::{Frozen, Origin, Shared};
+use berth_translator::{Frozen, Origin, Shared, SharedCode};
 use berth_x86::CpuState;
 use berth_x86::cpuid::{CpuidTable, Topology};
 
@@ -45,6 +45,8 @@ pub struct FrozenMachine {
     /// What it held besides its memory.
     pub state: MachineState,
     frozen: Frozen,
+    /// What each vCPU has translated, for clones.
+    code: Vec<Option<SharedCode>>,
     shared: Arc<Shared>,
 }
 
@@ -69,7 +71,7 @@ impl FrozenMachine {
     /// # Errors
     /// It is gone, or the system's.
     pub fn hand(&self, to: &UnixStream) -> io::Result<()> {
-        hand(to, &self.state, self.memory())
+        hand(to, &self.state, self.memory(), &self.code)
     }
 
     /// Nobody needs it any more: the machine may write to its memory where it is.
@@ -85,6 +87,8 @@ impl FrozenMachine {
 pub(super) struct Resumed {
     pub(super) state: MachineState,
     pub(super) memory: Origin,
+    /// What each vCPU had translated, if that is known.
+    pub(super) code: Vec<Option<SharedCode>>,
     shift: Shift,
 }
 
@@ -108,14 +112,18 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// # Errors
 /// [`StateError`].
 pub(super) fn read(config: &MachineConfig, resume: &Resume) -> Result<Box<Resumed>, StateError> {
-    let (state, memory) = match resume {
-        Resume::Stored(directory) => (MachineState::read(directory)?, stored_memory(directory)?),
-        Resume::Handed(handed) => (handed.state.clone(), handed.memory.clone()),
+    let (state, memory, code) = match resume {
+        Resume::Stored(directory) => {
+            (MachineState::read(directory)?, stored_memory(directory)?, Vec::new())
+        }
+        Resume::Handed(handed) => {
+            (handed.state.clone(), handed.memory.clone(), handed.code.clone())
+        }
     };
     let (cpus, memory_bytes) = (config.cpus, config.memory_bytes);
     Fit { accel: config.accel, cpus, memory_bytes }.check_state(&state)?;
     let shift = state.saved.shift_to(&Moment::now(&HostClock::new()));
-    Ok(Box::new(Resumed { state, memory, shift }))
+    Ok(Box::new(Resumed { state, memory, code, shift }))
 }
 
 impl Resumed {
@@ -161,17 +169,20 @@ impl Storer {
     }
 
     /// Keeps a machine, whose vCPUs stand still, as it is; it can go on before that is written.
+    /// `code`: also what its vCPUs have translated, for [`FrozenMachine::hand`].
     ///
     /// # Errors
     /// [`StateError`]; the machine can go on.
-    pub fn freeze(&self, parked: &mut Parked<'_>) -> Result<FrozenMachine, StateError> {
+    pub fn freeze(&self, parked: &mut Parked<'_>, code: bool) -> Result<FrozenMachine, StateError> {
         let state = self.capture(parked)?;
+        let share = |mailbox: &Arc<Mailbox>| mailbox.ask(|vcpu| vcpu.share_code()).flatten();
+        let code = if code { self.mailboxes.iter().map(share).collect() } else { Vec::new() };
         let new = ram_file(state.memory_bytes);
         let frozen = new
             .map_err(|(_, error)| error)
             .and_then(|new| self.shared.freeze(new.into()))
             .map_err(|error| StateError::Unsaved(format!("its memory cannot be kept: {error}")))?;
-        Ok(FrozenMachine { state, frozen, shared: Arc::clone(&self.shared) })
+        Ok(FrozenMachine { state, frozen, code, shared: Arc::clone(&self.shared) })
     }
 
     /// What a machine that does nothing holds besides its memory.

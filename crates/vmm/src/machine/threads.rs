@@ -71,7 +71,10 @@ impl Runner {
                 // Without its state it cannot be stored, but it can stand still.
                 let state = self.vcpu.state().ok();
                 let standing = state.map(|state| Standing { state, waiting, mail });
-                self.mailbox.stand_still(standing);
+                if let Some(errand) = self.mailbox.stand_still(standing) {
+                    errand(&mut *self.vcpu);
+                    continue;
+                }
                 self.vcpu.stood_still();
                 mail = mail.and(self.mailbox.take());
             }

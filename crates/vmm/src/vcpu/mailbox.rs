@@ -1,12 +1,12 @@
 //! What other threads want from a vCPU: interrupts, INIT, start-up, NMI, pause, stop. A halted vCPU
 //! sleeps here, and one that is paused stands still here.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
 use berth_x86::CpuState;
 
 use crate::chips::lapic::CpuSignals;
-use crate::vcpu::VcpuHandle;
+use crate::vcpu::{Vcpu, VcpuHandle};
 
 /// What has been asked for since the last look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +30,9 @@ impl Mail {
     }
 }
 
+/// Something to be done on a vCPU's thread while the vCPU stands still.
+pub type Errand = Box<dyn FnOnce(&mut dyn Vcpu) + Send>;
+
 #[derive(Default)]
 struct State {
     mail: Mail,
@@ -40,6 +43,8 @@ struct State {
     still: bool,
     /// How it is while it stands still.
     standing: Option<Standing>,
+    /// What it is to do meanwhile.
+    errand: Option<Errand>,
 }
 
 /// A vCPU that stands still.
@@ -115,24 +120,51 @@ impl Mailbox {
         self.lock().standing.clone()
     }
 
-    /// On the vCPU's thread: stands still as long as it is asked to; others may look how it is.
-    pub fn stand_still(&self, standing: Option<Standing>) {
+    /// On the vCPU's thread: stands still as long as it is asked to; others may look how it is. What
+    /// is given is to be done at once, before it stands still again.
+    #[must_use]
+    pub fn stand_still(&self, standing: Option<Standing>) -> Option<Errand> {
         let mut state = self.lock();
         state.standing = standing;
         state.still = true;
         state.asleep = true;
         self.stood.notify_all();
-        while state.mail.pause && !state.mail.stop {
+        while state.mail.pause && !state.mail.stop && state.errand.is_none() {
             state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.asleep = false;
-        state.still = false;
-        state.standing = None;
+        let errand = state.errand.take();
+        if errand.is_none() {
+            state.still = false;
+            state.standing = None;
+        }
+        errand
+    }
+
+    /// Has something done on the thread of the vCPU, which stands still before and after; `None` if it
+    /// does not.
+    pub fn ask<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(&mut dyn Vcpu) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (tell, told) = mpsc::channel();
+        let mut state = self.lock();
+        state.standing.as_ref()?;
+        // The other end is there as long as we wait.
+        state.errand = Some(Box::new(move |vcpu| drop(tell.send(what(vcpu)))));
+        drop(state);
+        self.wake.notify_one();
+        // A vCPU that ends drops what it was to do.
+        told.recv().ok()
     }
 
     /// On the vCPU's thread, as it ends: nobody waits for it any more.
     pub fn ended(&self) {
-        self.lock().still = true;
+        let mut state = self.lock();
+        state.still = true;
+        state.standing = None;
+        state.errand = None;
+        drop(state);
         self.stood.notify_all();
     }
 
@@ -240,7 +272,7 @@ mod tests {
                     return stood;
                 }
                 if mail.pause {
-                    vcpu.stand_still(None);
+                    assert!(vcpu.stand_still(None).is_none());
                     stood += 1;
                 } else {
                     vcpu.wait();

@@ -9,6 +9,7 @@ pub mod translated;
 
 use std::sync::Arc;
 
+use berth_translator::SharedCode;
 use berth_x86::CpuState;
 
 /// Why [`Vcpu::run`] came back.
@@ -93,6 +94,11 @@ pub trait Vcpu: Send {
     fn set_state(&mut self, state: &CpuState) -> Result<(), VcpuError>;
     /// It stood still and is about to go on.
     fn stood_still(&mut self) {}
+    /// What it has translated, for the vCPUs of clones; `None` if there is nothing, or it cannot be
+    /// shared.
+    fn share_code(&mut self) -> Option<SharedCode> {
+        None
+    }
     /// What it does by itself.
     fn capabilities(&self) -> Capabilities;
     /// A handle for other threads.

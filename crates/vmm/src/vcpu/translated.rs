@@ -3,7 +3,9 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use berth_translator::{Config, Exit, Kicker, Origin, RamSlot, SetupError, Shared, TranslatedVcpu};
+use berth_translator::{
+    Config, Exit, Kicker, Origin, RamSlot, SetupError, Shared, SharedCode, TranslatedVcpu,
+};
 use berth_x86::cpuid::CpuidTable;
 use berth_x86::{CpuState, Platform};
 
@@ -66,7 +68,7 @@ pub struct Translated {
 }
 
 impl Translated {
-    /// Makes vCPU `index`.
+    /// Makes vCPU `index`, perhaps with what another one in this state has translated.
     ///
     /// # Errors
     /// [`VcpuError::Translator`].
@@ -76,8 +78,9 @@ impl Translated {
         state: CpuState,
         cpuid: CpuidTable,
         platform: Box<dyn Platform>,
+        code: Option<&SharedCode>,
     ) -> Result<Self, VcpuError> {
-        let vcpu = TranslatedVcpu::new(shared, state, cpuid, platform)
+        let vcpu = TranslatedVcpu::with_code(shared, state, cpuid, platform, code)
             .map_err(|source| VcpuError::Translator { index, source })?;
         Ok(Self { vcpu })
     }
@@ -113,6 +116,16 @@ impl Vcpu for Translated {
     fn set_state(&mut self, state: &CpuState) -> Result<(), VcpuError> {
         *self.vcpu.state_mut() = state.clone();
         Ok(())
+    }
+
+    fn share_code(&mut self) -> Option<SharedCode> {
+        match self.vcpu.share_code() {
+            Ok(code) => Some(code),
+            Err(error) => {
+                tracing::warn!(%error, "clones will translate anew");
+                None
+            }
+        }
     }
 
     fn capabilities(&self) -> Capabilities {

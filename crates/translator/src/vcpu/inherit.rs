@@ -1,0 +1,116 @@
+//! What a vCPU has translated, for the vCPU of a clone.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::code::{CodeCache, Pages};
+use crate::shared::Shared;
+use crate::sys;
+use crate::{Optimizations, SetupError};
+
+use super::Inner;
+
+/// What a vCPU has translated. It is of use to a vCPU of a machine that goes on with the same memory,
+/// in another process of the same program.
+#[derive(Clone, Debug, Default)]
+pub struct SharedCode {
+    /// Files with host code and tables. Nobody writes to what is used of them, or makes them shorter.
+    pub files: Vec<Arc<OwnedFd>>,
+    /// For each page of them 0, or one more than the index of its file.
+    pub of_page: Vec<u8>,
+    /// What else belongs to it.
+    pub numbers: Vec<u64>,
+    /// Numbers of the guest physical pages that it was made from.
+    pub guest_pages: Vec<u64>,
+}
+
+/// What the code was made for.
+fn made_for(thunk_bytes: u64, optimizations: Optimizations) -> Option<[u64; 5]> {
+    let [a, b, c] = sys::build_id()?;
+    Some([a, b, c, thunk_bytes, u64::from(optimizations.bits())])
+}
+
+/// What belongs to code besides the cache.
+pub(super) struct Around {
+    /// Bytes of the thunks it calls.
+    pub(super) thunks: u64,
+    /// Blocks look for accesses that cross into another page.
+    checked: bool,
+    /// How many address spaces there were.
+    spaces: u16,
+    /// For each slot its PCID, and the number of the address space.
+    slots: Vec<(Option<u16>, u16)>,
+}
+
+/// What a vCPU begins with.
+pub(super) struct Begin {
+    pub(super) code: CodeCache,
+    pub(super) around: Around,
+}
+
+impl Begin {
+    /// A cache of the same program; `None` if that cannot be.
+    ///
+    /// # Errors
+    /// When the host refuses the mappings.
+    pub(super) fn new(shared: &Shared, from: &SharedCode) -> Result<Option<Self>, SetupError> {
+        let pages = Pages { files: from.files.clone(), of_page: from.of_page.clone() };
+        let Some((head, numbers)) = from.numbers.split_at_checked(8) else { return Ok(None) };
+        let &[a, b, c, thunks, optimizations, checked, spaces, slots] = head else {
+            return Ok(None);
+        };
+        let same = sys::build_id() == Some([a, b, c])
+            && u64::from(shared.config.optimizations.bits()) == optimizations
+            && slots == shared.config.address_spaces as u64;
+        if !same {
+            return Ok(None);
+        }
+        let Some((slots, numbers)) = numbers.split_at_checked(slots as usize) else {
+            return Ok(None);
+        };
+        let slot = |&n: &u64| ((n >> 32).checked_sub(1).map(|pcid| pcid as u16), n as u16);
+        let slots = slots.iter().map(slot).collect();
+        let code = CodeCache::begin_with(shared.config.code_cache_bytes, &pages, numbers)?;
+        let around = Around { thunks, checked: checked != 0, spaces: spaces as u16, slots };
+        Ok(code.map(|code| Self { code, around }))
+    }
+}
+
+impl Inner {
+    /// Shares what was translated so far. The vCPU is not in `run`.
+    ///
+    /// # Errors
+    /// The system refuses, or it is too much; the vCPU can go on.
+    pub fn share_code(&mut self) -> io::Result<SharedCode> {
+        let thunks = self.thunks.len();
+        let made_for = made_for(thunks, self.optimizations)
+            .ok_or_else(|| io::Error::other("the program has no build ID"))?;
+        // What others have changed is not to be found any more.
+        self.take_mail();
+        let mut numbers = made_for.to_vec();
+        numbers.extend([u64::from(self.checked), u64::from(self.tlb.spaces())]);
+        let slots = self.tlb.space_slots();
+        numbers.push(slots.len() as u64);
+        let slot = |(pcid, space): (Option<u16>, u16)| {
+            pcid.map_or(0, |pcid| u64::from(pcid) + 1) << 32 | u64::from(space)
+        };
+        numbers.extend(slots.into_iter().map(slot));
+        let guest_pages = self.lin.shared.pages_with_code(self.lin.index);
+        let (pages, cache) = self.code.share()?;
+        numbers.extend(cache);
+        Ok(SharedCode { files: pages.files, of_page: pages.of_page, numbers, guest_pages })
+    }
+
+    /// Goes on with the address spaces of the vCPU whose code this one has, which was made from these
+    /// pages.
+    pub(super) fn adopt(&mut self, around: &Around, guest_pages: &[u64]) {
+        if self.lin.shared.adopt_code(guest_pages, self.lin.index) {
+            self.checked = around.checked;
+            self.tlb.adopt_spaces(around.spaces, &around.slots);
+            self.inherited = true;
+        } else {
+            self.code.flush();
+        }
+    }
+}

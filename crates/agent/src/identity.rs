@@ -6,6 +6,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use berth_api::agent::message::Identify;
 use rustix::mount::mount_bind;
@@ -13,6 +14,8 @@ use rustix::mount::mount_bind;
 use crate::boot::say;
 use crate::network;
 
+/// How long what was changed may wait before it is written to the disk.
+const SYNC_AFTER: Duration = Duration::from_secs(1);
 /// Most characters of a host name (Linux).
 const HOSTNAME_MAX: usize = 64;
 
@@ -38,8 +41,12 @@ pub fn assume(identity: &Identify) -> Result<(), String> {
         say(&format!("/etc/hostname keeps another name: {error}"));
     }
     note("the network card", network::become_another(identity.mac));
-    // Nobody waits for the disk: after a power loss soon it is told again.
-    std::thread::spawn(rustix::fs::sync);
+    // Nobody waits for the disk: after a power loss soon it is told again. What the clone was made for
+    // comes first.
+    std::thread::spawn(|| {
+        std::thread::sleep(SYNC_AFTER);
+        rustix::fs::sync();
+    });
     match failed.is_empty() {
         true => Ok(()),
         false => Err(failed.join("; ")),

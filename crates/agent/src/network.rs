@@ -49,11 +49,14 @@ pub fn become_another(mac: [u8; 6]) -> io::Result<()> {
     if !Path::new("/sys/class/net").join(CARD).exists() || hardware_address()? == mac {
         return Ok(());
     }
-    // A card that is up keeps its address.
-    sys::link_down(CARD)?;
-    let changed = sys::set_hardware_address(CARD, mac);
-    sys::link_up(CARD)?;
-    changed?;
+    if sys::set_hardware_address(CARD, mac).is_err() {
+        // Some cards keep their address while they are up. Virtio's need not be emptied and filled
+        // again.
+        sys::link_down(CARD)?;
+        let changed = sys::set_hardware_address(CARD, mac);
+        sys::link_up(CARD)?;
+        changed?;
+    }
     std::thread::Builder::new().spawn(|| {
         if let Err(error) = configure() {
             say(&format!("{CARD} has no new address: {error}"));

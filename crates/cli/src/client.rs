@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use berth_api::v1::error::{ApiError, ErrorBody};
+use berth_daemon::relay;
 use berth_daemon::tls::{TlsError, TlsFiles};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
@@ -329,8 +330,9 @@ impl Client {
         let runtime = Arc::clone(&self.runtime);
         let relay = move || {
             runtime.block_on(async {
-                let mut far = tokio::net::UnixStream::from_std(far)?;
-                tokio::io::copy_bidirectional(&mut TokioIo::new(upgraded), &mut far).await
+                if let Ok(far) = tokio::net::UnixStream::from_std(far) {
+                    relay::both(TokioIo::new(upgraded), far).await;
+                }
             })
         };
         // How it ends is for the two ends to notice.

@@ -15,3 +15,5 @@ pub mod snapshot;
 pub mod tls;
 pub mod usage;
 pub mod vmm;
+
+pub use berth_net::relay;

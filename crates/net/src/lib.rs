@@ -23,6 +23,7 @@ pub mod networks;
 mod nft;
 pub mod port;
 mod proxy;
+pub mod relay;
 pub mod rules;
 mod serve;
 pub mod store;

@@ -18,6 +18,7 @@ use crate::limits::{
     DATAGRAM_BYTES_MAX, PROXY_CONNECT_TIME, PROXY_CONNECTIONS_MAX, PROXY_UDP_IDLE_TIME,
 };
 use crate::port::{Port, Transport};
+use crate::relay;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -106,15 +107,13 @@ async fn serve_tcp(listener: TcpListener, guest: SocketAddr) {
     loop {
         while connections.try_join_next().is_some() {}
         let Ok(permit) = Arc::clone(&free).acquire_owned().await else { return };
-        let Ok((mut client, _)) = listener.accept().await else {
+        let Ok((client, _)) = listener.accept().await else {
             sleep(PAUSE).await;
             continue;
         };
         connections.spawn(async move {
-            if let Ok(Ok(mut server)) = timeout(PROXY_CONNECT_TIME, TcpStream::connect(guest)).await
-            {
-                // How it ends both ends know.
-                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            if let Ok(Ok(server)) = timeout(PROXY_CONNECT_TIME, TcpStream::connect(guest)).await {
+                relay::both(client, server).await;
             }
             drop(permit);
         });

@@ -169,7 +169,11 @@ pub struct Made<'a> {
 /// Bits of [`CodeCache::places`].
 const PLACES: usize = 1 << 19;
 /// Lists of blocks that are found by their physical address and mode.
-const BUCKETS: usize = 1 << 17;
+const BUCKETS: usize = 1 << 16;
+/// Those of one guest page, which lie together: clones change few pages of the table.
+const BUCKETS_OF_PAGE: usize = 64;
+/// Bits of [`CodeCache::far_reach`].
+const FAR_GIBS: usize = 512;
 /// Links between pages at most; more stay undone.
 const FAR_MAX: usize = 1 << 20;
 /// Bytes for code that stays.
@@ -201,6 +205,8 @@ pub struct CodeCache {
     places: Stream<u64>,
     /// Links between different guest pages; undone when the kernel's mappings change.
     far_links: Stream<u32>,
+    /// For each GiB of guest addresses, by its number's lowest bits: whether such links lead there.
+    far_reach: [u64; FAR_GIBS / 64],
     /// What there is only while it is shared.
     part: CodePart,
     /// Times a segment was dropped.
@@ -250,6 +256,7 @@ impl CodeCache {
             buckets,
             places,
             far_links,
+            far_reach: [0; FAR_GIBS / 64],
             part,
             drops: 0,
         };
@@ -356,6 +363,7 @@ impl CodeCache {
             buckets.fill(0);
         }
         self.far_links.clear();
+        self.far_reach = [0; FAR_GIBS / 64];
         self.drops += 1;
     }
 
@@ -506,7 +514,8 @@ impl CodeCache {
     }
 
     fn bucket(gpa: u64, mode: u32) -> usize {
-        (Self::hash(gpa, mode) >> 20) as usize % BUCKETS
+        let of_page = Self::hash(gpa >> 12, 0) as usize % (BUCKETS / BUCKETS_OF_PAGE);
+        of_page * BUCKETS_OF_PAGE + (Self::hash(gpa, mode) >> 20) as usize % BUCKETS_OF_PAGE
     }
 
     /// The blocks made of the code at a physical address, the last one first.
@@ -734,6 +743,10 @@ impl CodeCache {
             if !self.far_links.has_room(1) {
                 return;
             }
+            if let Some(target) = self.target_of(n) {
+                let (word, bit) = Self::reach(target);
+                self.far_reach[word] |= bit;
+            }
             self.far_links.push(&mut self.store, n);
         }
         self.list(n, to.0);
@@ -817,6 +830,21 @@ impl CodeCache {
         }
     }
 
+    /// Where in [`CodeCache::far_reach`] the bit of a guest address is.
+    const fn reach(address: u64) -> (usize, u64) {
+        let gib = (address >> 30) as usize % FAR_GIBS;
+        (gib / 64, 1 << (gib % 64))
+    }
+
+    /// Undoes the links between different pages when any may lead to the page of an address, however
+    /// large that is.
+    pub fn disconnect_far_to(&mut self, address: u64) {
+        let (word, bit) = Self::reach(address);
+        if self.far_reach[word] & bit != 0 {
+            self.disconnect_far();
+        }
+    }
+
     /// Undoes all links between different pages.
     pub fn disconnect_far(&mut self) {
         for i in 0..self.far_links.len() {
@@ -825,6 +853,7 @@ impl CodeCache {
             }
         }
         self.far_links.clear();
+        self.far_reach = [0; FAR_GIBS / 64];
     }
 
     /// Drops the blocks made from a guest physical page; tells whether there were any.

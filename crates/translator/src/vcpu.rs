@@ -1374,7 +1374,7 @@ impl Inner {
         self.tlb.jc_invalidate(va);
         self.tlb.returns_stale = true;
         if va >> 63 != 0 {
-            self.code.disconnect_far();
+            self.code.disconnect_far_to(va);
         }
     }
 

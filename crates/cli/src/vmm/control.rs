@@ -491,9 +491,13 @@ fn relay(client: &UnixStream, guest: &UnixStream) -> io::Result<()> {
     let other = thread.spawn(move || {
         let _ = io::copy(&mut from, &mut to);
         let _ = to.shutdown(Shutdown::Write);
+        // What is not read when it is closed would reset the connection, and what the guest said last
+        // would be lost with it.
+        let _ = io::copy(&mut from, &mut io::sink());
     })?;
     let _ = io::copy(&mut &*guest, &mut &*client);
-    let _ = client.shutdown(Shutdown::Both);
+    // Whoever is there closes it then.
+    let _ = client.shutdown(Shutdown::Write);
     let _ = other.join();
     Ok(())
 }

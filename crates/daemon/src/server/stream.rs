@@ -15,6 +15,7 @@ use berth_api::v1::error::ErrorBody;
 use berth_api::v1::event::Event;
 use berth_api::v1::routes::{UPGRADE_AGENT, UPGRADE_CONSOLE};
 use berth_api::vmm;
+use berth_net::relay;
 use futures_util::stream;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
@@ -285,15 +286,11 @@ fn asks_for(headers: &HeaderMap, protocol: &str) -> Result<(), Failure> {
 }
 
 /// From here on the connection is that stream.
-fn upgrade(mut request: Request, protocol: &'static str, mut stream: UnixStream) -> Response {
+fn upgrade(mut request: Request, protocol: &'static str, stream: UnixStream) -> Response {
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgraded.await {
-            // How it ends is for the two ends to notice.
-            Ok(client) => {
-                let mut client = TokioIo::new(client);
-                let _ = tokio::io::copy_bidirectional(&mut client, &mut stream).await;
-            }
+            Ok(client) => relay::both(TokioIo::new(client), stream).await,
             Err(error) => tracing::warn!(%error, protocol, "a connection was not upgraded"),
         }
     });

@@ -100,6 +100,7 @@ impl CodeCache {
         }
         let lens = [self.far_links.len(), part.detours.len(), part.second_pages.len()];
         numbers.extend(lens.map(|len| len as u64));
+        numbers.extend(self.far_reach);
         let mut live = vec![0..PERMANENT, self.buckets.live(), self.places.live()];
         live.push(self.far_links.live());
         live.extend(self.part.live());
@@ -152,6 +153,9 @@ impl CodeCache {
             && self.part.slow.set_len(slow_lens.iter().sum());
         if !fits {
             return None;
+        }
+        for word in &mut self.far_reach {
+            *word = next()? as u64;
         }
         let mut slow = self.part.slow.iter().copied();
         for (segment, len) in self.segments.iter_mut().zip(slow_lens) {

@@ -13,6 +13,8 @@ pub mod scan;
 pub mod space;
 pub mod stub;
 
+use std::time::Instant;
+
 use berth_x86::state::XsaveArea;
 
 use crate::code::FastMap;
@@ -33,6 +35,8 @@ pub struct Direct {
     pub thread: i32,
     /// User code is to be executed directly from here on.
     pub armed: bool,
+    /// Until then interrupts do not count: user code that waits for its pages is not one that computes.
+    pub not_before: Option<Instant>,
     /// Processes that could not be made or went wrong.
     pub failures: u32,
     /// By guest physical address, of pages with the bit of this vCPU in the map of code.

@@ -34,6 +34,9 @@ enum Next {
 impl Inner {
     /// An interrupt is delivered.
     pub(super) fn sampled(&mut self) {
+        if self.direct.not_before.is_some_and(|then| Instant::now() < then) {
+            return;
+        }
         if self.area.state.cpl() == 3 && self.direct_possible() {
             let entries = self.area.syscalls + self.stats.events;
             let translated = self.stats.guest_instructions;

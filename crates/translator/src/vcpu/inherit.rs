@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::code::{CodeCache, Pages};
 use crate::shared::Shared;
@@ -10,6 +11,9 @@ use crate::sys;
 use crate::{Optimizations, SetupError};
 
 use super::Inner;
+
+/// How long a clone takes until most of the pages it needs are its own.
+const SETTLING: Duration = Duration::from_millis(300);
 
 /// What a vCPU has translated. It is of use to a vCPU of a machine that goes on with the same memory,
 /// in another process of the same program.
@@ -109,6 +113,7 @@ impl Inner {
             self.checked = around.checked;
             self.tlb.adopt_spaces(around.spaces, &around.slots);
             self.inherited = true;
+            self.direct.not_before = Some(Instant::now() + SETTLING);
         } else {
             self.code.flush();
         }

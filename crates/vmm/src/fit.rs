@@ -3,9 +3,12 @@
 use std::path::Path;
 
 use berth_x86::CpuState;
+use berth_x86::cpuid::CpuidTable;
 use berth_x86::state::XSAVE_SIZE;
 
-use crate::state::{MachineState, StateError};
+use crate::clock::HostClock;
+use crate::state::{MachineState, Moment, StateError};
+use crate::vcpu::kvm::vm::{KvmProcessor, TscRate};
 use crate::vcpu::probe::{Accel, AccelChoice};
 
 /// What it would go on with.
@@ -33,11 +36,6 @@ impl Fit {
     /// # Errors
     /// [`StateError`] says why it cannot go on.
     pub(crate) fn check_state(self, state: &MachineState) -> Result<(), StateError> {
-        if self.accel.resolve() != Accel::Translate {
-            return Err(StateError::Unfit(
-                "only the translator can go on with it; try --accel translate".into(),
-            ));
-        }
         let (cpus, bytes) = (state.cpus.len(), state.memory_bytes);
         if cpus != self.cpus as usize || bytes != self.memory_bytes {
             return Err(StateError::Unfit(format!(
@@ -45,7 +43,22 @@ impl Fit {
                 self.cpus, self.memory_bytes
             )));
         }
-        state.check_processor(&berth_translator::host_cpuid())?;
+        let clock = HostClock::new();
+        let host = berth_translator::host_cpuid();
+        let table = |topology| CpuidTable::new(&host, topology, state.tsc_khz);
+        let here = Moment::now(&clock);
+        match self.accel.resolve() {
+            Accel::Translate => {
+                state.check_processor(table)?;
+                state.check_tsc(&here, false)?;
+            }
+            Accel::Kvm => {
+                let kvm = KvmProcessor::look()
+                    .map_err(|error| StateError::Unfit(format!("KVM cannot be used: {error}")))?;
+                state.check_processor(|topology| kvm.offered(&table(topology), topology))?;
+                state.check_tsc(&here, kvm.tsc == TscRate::Any)?;
+            }
+        }
         state.cpus.iter().try_for_each(|cpu| check_extended(&cpu.state))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use berth_x86::CpuState;
 
 use crate::chips::lapic::CpuSignals;
-use crate::vcpu::VcpuHandle;
+use crate::vcpu::{Inside, VcpuHandle};
 
 /// What has been asked for since the last look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,15 +38,20 @@ struct State {
     asleep: bool,
     /// It stands still, or has ended.
     still: bool,
+    ended: bool,
+    /// It is to look once more how it is, while it stands still.
+    again: bool,
     /// How it is while it stands still.
     standing: Option<Standing>,
 }
 
 /// A vCPU that stands still.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Standing {
     /// Its registers.
     pub state: CpuState,
+    /// What is inside of it besides.
+    pub inside: Option<Inside>,
     /// It waits for a start-up message.
     pub waiting: bool,
     /// What was asked for and not yet done.
@@ -122,7 +127,7 @@ impl Mailbox {
         state.still = true;
         state.asleep = true;
         self.stood.notify_all();
-        while state.mail.pause && !state.mail.stop {
+        while state.mail.pause && !state.mail.stop && !std::mem::take(&mut state.again) {
             state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.asleep = false;
@@ -132,8 +137,22 @@ impl Mailbox {
 
     /// On the vCPU's thread, as it ends: nobody waits for it any more.
     pub fn ended(&self) {
-        self.lock().still = true;
+        let mut state = self.lock();
+        (state.still, state.ended) = (true, true);
+        drop(state);
         self.stood.notify_all();
+    }
+
+    /// Makes a vCPU that stands still look once more how it is: its interrupt controller, which may be
+    /// inside of it, does not stand still.
+    pub fn look_again(&self) {
+        let mut state = self.lock();
+        if state.still && !state.ended {
+            (state.still, state.again, state.standing) = (false, true, None);
+            drop(state);
+            self.wake.notify_one();
+            self.wait_until_still();
+        }
     }
 
     /// What is asked for, which stays.
@@ -250,6 +269,8 @@ mod tests {
         for _ in 0..2 {
             mailbox.pause();
             mailbox.wait_until_still();
+            mailbox.look_again();
+            mailbox.look_again();
             mailbox.interrupt();
             mailbox.unpause();
             // One that was not paused is not waited for.
@@ -258,9 +279,10 @@ mod tests {
         mailbox.pause();
         mailbox.wait_until_still();
         mailbox.stop();
-        assert!(thread.join().unwrap() >= 1);
+        assert!(thread.join().unwrap() >= 5);
         mailbox.pause();
         mailbox.wait_until_still();
+        mailbox.look_again();
     }
 
     #[test]

@@ -141,7 +141,7 @@ fn altered_machines_harm_themselves_only() {
     machine.pauser().pause();
     let stored = folder.0.join("stored");
     fs::create_dir(&stored).unwrap();
-    machine.storer().unwrap().store(&stored).unwrap();
+    machine.storer().store(&stored).unwrap();
     drop((machine, stream));
     let sound: Value =
         serde_json::from_slice(&fs::read(stored.join("machine.json")).unwrap()).unwrap();

@@ -113,7 +113,7 @@ fn a_stored_machine_goes_on_as_the_same_or_as_another() {
     machine.power_button().press();
     let stored = folder.0.join("stored");
     std::fs::create_dir(&stored).unwrap();
-    machine.storer().unwrap().store(&stored).unwrap();
+    machine.storer().store(&stored).unwrap();
     drop((machine, stream));
     config.resume = Some(Resume::Stored(stored));
     for (renew, told) in [(false, "1"), (true, "3")] {

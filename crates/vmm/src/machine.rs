@@ -22,7 +22,8 @@ use std::time::Instant;
 
 use berth_translator::Origin;
 use berth_x86::CpuState;
-use berth_x86::cpuid::baseline::{Baseline, PHYSICAL_BITS};
+pub use berth_x86::cpuid::baseline::Baseline;
+use berth_x86::cpuid::baseline::PHYSICAL_BITS;
 use berth_x86::cpuid::{CpuidTable, Topology};
 
 use crate::acpi;
@@ -517,10 +518,7 @@ fn finish(
         accel,
         threads: Vec::new(),
         console,
-        pauser: Pauser {
-            mailboxes: board.mailboxes.clone().into(),
-            clock,
-        },
+        pauser: Pauser { mailboxes: board.mailboxes.clone().into(), clock },
         storer: Arc::new(storer),
         started: Instant::now(),
         _timers: board.timers,

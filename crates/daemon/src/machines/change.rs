@@ -65,6 +65,7 @@ fn fixed(change: &ChangeMachine) -> Option<&'static str> {
         (change.cpus.is_some(), "number of processors"),
         (change.memory.is_some(), "memory"),
         (change.accel.is_some(), "processor"),
+        (change.cpu.is_some(), "kind of processor"),
         (change.net.is_some(), "network card"),
         (change.debug_exit.is_some(), "debug-exit port"),
     ];
@@ -72,10 +73,11 @@ fn fixed(change: &ChangeMachine) -> Option<&'static str> {
 }
 
 fn apply(config: &mut MachineConfig, change: ChangeMachine) {
-    let ChangeMachine { cpus, memory, accel, append, net, ports, debug_exit, env } = change;
+    let ChangeMachine { cpus, memory, accel, cpu, append, net, ports, debug_exit, env } = change;
     config.cpus = cpus.unwrap_or(config.cpus);
     config.memory = memory.unwrap_or(config.memory);
     config.accel = accel.unwrap_or(config.accel);
+    config.cpu = cpu.unwrap_or(config.cpu);
     config.debug_exit = debug_exit.unwrap_or(config.debug_exit);
     if let Some(append) = append {
         config.append = append;

@@ -256,9 +256,10 @@ impl Storer {
         let saved = Moment::now(&*self.clock);
         let (core, saved) = match &self.processor {
             Processor::Translated(around) => (around.save(standing, &self.mailboxes), saved),
-            Processor::Kvm(around) => {
-                (around.save(standing, &saved, &self.ram, self.tsc_khz)?, around.moment(saved, self.tsc_khz))
-            }
+            Processor::Kvm(around) => (
+                around.save(standing, &saved, &self.ram, self.tsc_khz)?,
+                around.moment(saved, self.tsc_khz),
+            ),
         };
         let mut cpus = core.cpus;
         for (cpu, rows) in cpus.iter_mut().zip(&self.cpuid) {
@@ -289,7 +290,8 @@ impl Storer {
                 mailbox.look_again();
             }
             let standing = mailbox.standing();
-            standing.ok_or_else(|| StateError::Unsaved(format!("vCPU {index} does not stand still")))
+            standing
+                .ok_or_else(|| StateError::Unsaved(format!("vCPU {index} does not stand still")))
         });
         standing.collect()
     }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use berth_vmm::console::SerialConfig;
-use berth_vmm::machine::{Machine, MachineConfig, Resume, RunningMachine};
+use berth_vmm::machine::{Baseline, Handed, Machine, MachineConfig, Resume, RunningMachine};
 use berth_vmm::outcome::Outcome;
 use berth_vmm::vcpu::probe::AccelChoice;
-use berth_x86::cpuid::baseline::Baseline;
 
+use crate::events::listener;
 use crate::guests::{GATES, MULTIBOOT};
 use crate::run::{Folder, Format, assemble, processors};
 
@@ -27,10 +27,15 @@ fn ways() -> Vec<(AccelChoice, AccelChoice)> {
 fn start(config: &mut MachineConfig) -> (RunningMachine, UnixStream) {
     let (near, far) = UnixStream::pair().unwrap();
     config.serial = SerialConfig::Stream(Arc::new(far));
-    let machine = Machine::start(config).unwrap();
+    let machine = Machine::start(config).unwrap_or_else(|error| panic!("{}", chain(&error)));
     config.serial = SerialConfig::Stdio;
     near.set_read_timeout(Some(TIME_LIMIT)).unwrap();
     (machine, near)
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let cause = error.source().map(|cause| format!(": {}", chain(cause)));
+    format!("{error}{}", cause.unwrap_or_default())
 }
 
 /// Reads what a guest prints until this is in it, or to its end.
@@ -112,8 +117,11 @@ fn letters() -> String {
         jb fail
     3:  mov [0x6018], eax
         mov [0x601c], edx
+        # Both timers have to tick for a letter.
         test ebp, ebp
         jz 2b
+        cmp dword ptr [0x6014], 0
+        je 2b
         xor ebp, ebp
         fxsave [0x7200]
         cmp dword ptr [0x72d4], 0x12345678
@@ -122,9 +130,6 @@ fn letters() -> String {
         jne fail
         mov dword ptr [0x72d4], 0
         mov dword ptr [0x7224], 0
-        # The PIT's are twice as many.
-        cmp dword ptr [0x6014], 0
-        je fail
         mov dword ptr [0x6014], 0
         mov eax, [0x6010]
         call putc
@@ -149,15 +154,103 @@ const LETTERS: &str = "abcdefghijklmnopqrstuvwxyz";
 
 #[test]
 fn a_guest_goes_there_and_back_and_notices_nothing() {
+    check_letters(&letters(), 1);
+}
+
+/// The second processor is in real mode and halted, with interrupts on; the first one asks it for a letter
+/// with each interrupt of its own timer, by its deadline, and waits for it.
+fn two() -> String {
+    format!(
+        "{}{MULTIBOOT}
+        gate 0x40, tick
+        load_table
+        mov esi, offset real
+        mov edi, 0x9000
+        mov ecx, offset real_end - real
+        rep movsb
+        mov dword ptr [0x6000], 0
+        mov dword ptr [0x6004], 0
+        mov ebx, 0xfee00000
+        mov dword ptr [ebx + 0xf0], 0x1ff
+        mov dword ptr [ebx + 0x310], 0x1000000
+        mov dword ptr [ebx + 0x300], 0x4500
+        mov dword ptr [ebx + 0x300], 0x4609
+    2:  pause
+        cmp dword ptr [0x6000], 1
+        jb 2b
+        mov dword ptr [ebx + 0x320], 0x40040
+    3:  xor ebp, ebp
+        rdtsc
+        add eax, 20000000
+        adc edx, 0
+        mov ecx, 0x6e0
+        wrmsr
+    4:  sti
+        hlt
+        test ebp, ebp
+        jz 4b
+        mov esi, [0x6004]
+        mov dword ptr [ebx + 0x310], 0x1000000
+        mov dword ptr [ebx + 0x300], 0x4050
+    5:  pause
+        cmp esi, [0x6004]
+        je 5b
+        mov eax, [0x6004]
+        add eax, 'a' - 1
+        call putc
+        cmp dword ptr [0x6004], 26
+        jne 3b
+        mov al, 26; out 0xf4, al
+        hlt
+    tick:
+        inc ebp
+        mov dword ptr [ebx + 0xb0], 0
+        finish
+        .code16
+    real:
+        xor ax, ax
+        mov ds, ax
+        mov ss, ax
+        mov sp, 0x5000
+        mov word ptr [0x50 * 4], offset asked - real + 0x9000
+        mov word ptr [0x50 * 4 + 2], 0
+        # Unreal mode is not needed: its APIC is asked by x2APIC, after the first has started it.
+        mov ecx, 0x1b
+        rdmsr
+        or eax, 0x400
+        wrmsr
+        mov ecx, 0x80f
+        xor edx, edx
+        mov eax, 0x1ff
+        wrmsr
+        lock inc dword ptr [0x6000]
+    6:  sti
+        hlt
+        jmp 6b
+    asked:
+        inc dword ptr [0x6004]
+        mov ecx, 0x80b
+        xor eax, eax
+        xor edx, edx
+        wrmsr
+        iret
+    real_end:
+        .code32",
+        GATES.replace("\\mask", "0xff")
+    )
+}
+
+/// Lets a guest that prints letters go on by one processor and the other.
+fn check_letters(guest: &str, cpus: u32) {
     for (from, to) in ways() {
         let folder = Folder::new();
-        let mut config = config(&folder, &letters());
+        let mut config = config(&folder, guest);
+        config.cpus = cpus;
         let mut text = String::new();
         let mut stored: Option<PathBuf> = None;
         for (accel, wanted) in [(from, 'c'), (to, 'h'), (from, 'm'), (to, 'r')] {
             config.accel = accel;
             config.resume = stored.map(Resume::Stored);
-            println!("{accel:?} after {text}");
             let (machine, mut stream) = start(&mut config);
             read_until(&mut stream, &mut text, Some(wanted));
             let into = folder.0.join(format!("stored-{wanted}"));
@@ -171,5 +264,73 @@ fn a_guest_goes_there_and_back_and_notices_nothing() {
         let outcome = machine.wait();
         read_until(&mut stream, &mut text, None);
         assert_eq!((outcome, text.as_str()), (Outcome::DebugExit(26), LETTERS), "{from:?} {to:?}");
+    }
+}
+
+#[test]
+fn several_processors_go_there_and_back() {
+    check_letters(&two(), 2);
+}
+
+/// A level-triggered line of the I/O APIC, asserted while the guest stands still.
+#[test]
+fn an_interrupt_that_waits_is_stored_with_the_machine() {
+    for (from, to) in ways() {
+        let folder = Folder::new();
+        let mut config = config(&folder, &listener());
+        config.accel = from;
+        let (machine, mut stream) = start(&mut config);
+        read_until(&mut stream, &mut String::new(), Some('r'));
+        machine.pauser().pause();
+        machine.power_button().press();
+        let stored = folder.0.join("stored");
+        std::fs::create_dir(&stored).unwrap();
+        machine.storer().store(&stored).unwrap();
+        // It can go on, too.
+        machine.pauser().unpause();
+        read_until(&mut stream, &mut String::new(), Some('1'));
+        drop((machine, stream));
+        config.accel = to;
+        config.resume = Some(Resume::Stored(stored));
+        for (renew, told) in [(false, '1'), (true, '3')] {
+            config.renew_generation = renew;
+            let (machine, mut stream) = start(&mut config);
+            read_until(&mut stream, &mut String::new(), Some(told));
+            // The line has fallen.
+            machine.generation().renew().unwrap();
+            read_until(&mut stream, &mut String::new(), Some('2'));
+        }
+    }
+}
+
+/// A machine that goes on while what it was is written, or handed to another one.
+#[test]
+fn a_frozen_machine_is_another_one() {
+    for (from, to) in ways() {
+        let folder = Folder::new();
+        let mut config = config(&folder, &letters());
+        config.accel = from;
+        let (machine, mut stream) = start(&mut config);
+        let mut text = String::new();
+        read_until(&mut stream, &mut text, Some('c'));
+        machine.pauser().pause();
+        let storer = machine.storer();
+        let frozen = storer.freeze(&mut storer.park()).unwrap();
+        machine.pauser().unpause();
+        read_until(&mut stream, &mut text, Some('e'));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let received = std::thread::spawn(move || Handed::receive(&theirs).unwrap());
+        frozen.hand(&ours).unwrap();
+        config.accel = to;
+        config.resume = Some(Resume::Handed(Arc::new(received.join().unwrap())));
+        let (copy, mut copied) = start(&mut config);
+        for (machine, stream) in [(machine, &mut stream), (copy, &mut copied)] {
+            assert_eq!(machine.wait(), Outcome::DebugExit(26), "{from:?} {to:?}");
+            read_until(stream, &mut text, None);
+        }
+        drop(frozen);
+        // From what was printed by when it was frozen on.
+        let (first, second) = text.split_at(26);
+        assert!(first == LETTERS && LETTERS.ends_with(second) && second.len() > 20, "{text}");
     }
 }

@@ -141,7 +141,9 @@ impl std::str::FromStr for Baseline {
 
     fn from_str(text: &str) -> Result<Self, String> {
         Self::ALL.into_iter().find(|baseline| baseline.name() == text).ok_or_else(|| match text {
-            "x86-64-v4" => "the translator has no AVX-512, so that there is no x86-64-v4".to_owned(),
+            "x86-64-v4" => {
+                "the translator has no AVX-512, so that there is no x86-64-v4".to_owned()
+            }
             _ => format!(
                 "no processor is called {text}; there are host, x86-64, x86-64-v2, x86-64-v3"
             ),

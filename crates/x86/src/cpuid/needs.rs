@@ -98,11 +98,7 @@ const NAMES: [(u32, usize, &[(u32, &str)]); 6] = [
     (7, 2, &[(2, "umip")]),
     (7, 3, &[(4, "fsrm"), (26, "ibrs"), (27, "stibp"), (29, "arch_capabilities")]),
     (0x8000_0001, 2, &[(0, "lahf_lm"), (5, "abm"), (8, "3dnowprefetch")]),
-    (
-        0x8000_0001,
-        3,
-        &[(11, "syscall"), (20, "nx"), (26, "pdpe1gb"), (27, "rdtscp"), (29, "lm")],
-    ),
+    (0x8000_0001, 3, &[(11, "syscall"), (20, "nx"), (26, "pdpe1gb"), (27, "rdtscp"), (29, "lm")]),
 ];
 
 fn name(leaf: u32, subleaf: u32, register: usize, bit: u32) -> String {

@@ -271,11 +271,8 @@ impl Vcpu for KvmVcpu {
 
     fn inside(&mut self) -> Result<Option<Inside>, VcpuError> {
         self.finish()?;
-        let timing = Timing {
-            tsc_hz: self.tsc_hz,
-            now_ns: self.clock.now_ns(),
-            ran: self.timer_ran,
-        };
+        let timing =
+            Timing { tsc_hz: self.tsc_hz, now_ns: self.clock.now_ns(), ran: self.timer_ran };
         let inside = convert::get_mp_state(&self.fd)
             .and_then(|mp_state| convert::get_inside(&self.fd, mp_state, timing))
             .map_err(|(operation, error)| self.failed(operation, error))?;

@@ -10,8 +10,9 @@ use berth_vmm::console::SerialConfig;
 use berth_vmm::machine::{Baseline, Handed, Machine, MachineConfig, Resume, RunningMachine};
 use berth_vmm::outcome::Outcome;
 use berth_vmm::vcpu::probe::AccelChoice;
+use serde_json::Value;
 
-use crate::events::listener;
+use crate::events::{expect, kernel_or_skip, listener};
 use crate::guests::{GATES, MULTIBOOT};
 use crate::run::{Folder, Format, assemble, processors};
 
@@ -333,4 +334,157 @@ fn a_frozen_machine_is_another_one() {
         let (first, second) = text.split_at(26);
         assert!(first == LETTERS && LETTERS.ends_with(second) && second.len() > 20, "{text}");
     }
+}
+
+/// Alters what is stored in a directory.
+fn alter(stored: &Path, change: impl Fn(&mut Value)) {
+    let path = stored.join("machine.json");
+    let mut value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut value);
+    std::fs::write(path, value.to_string()).unwrap();
+}
+
+/// The rows of CPUID of the first vCPU that are of this leaf.
+fn rows(value: &mut Value, leaf: u32) -> Vec<&mut Value> {
+    let rows = value["cpus"][0]["cpuid"].as_array_mut().unwrap();
+    rows.iter_mut().filter(|row| row["leaf"] == leaf).collect()
+}
+
+fn put(value: &mut Value, leaf: u32, register: usize, change: impl Fn(u64) -> u64) {
+    for row in rows(value, leaf) {
+        let old = row["regs"][register].as_u64().unwrap();
+        row["regs"][register] = change(old).into();
+    }
+}
+
+#[test]
+fn what_the_host_lacks_is_named_before_anything_starts() {
+    for accel in processors() {
+        let folder = Folder::new();
+        let mut config = config(&folder, &letters());
+        config.accel = accel;
+        let (machine, stream) = start(&mut config);
+        let stored = folder.0.join("stored");
+        store(machine, stream, &stored, &mut String::new());
+        let sound = std::fs::read(stored.join("machine.json")).unwrap();
+        config.resume = Some(Resume::Stored(stored.clone()));
+        config.serial = SerialConfig::Null;
+        let altered = |change: &dyn Fn(&mut Value)| {
+            std::fs::write(stored.join("machine.json"), &sound).unwrap();
+            alter(&stored, change);
+            Machine::start(&config).map(drop).map_err(|error| chain(&error))
+        };
+        // Another model, by another name, with less; at home in another boot.
+        let other = altered(&|value| {
+            put(value, 1, 0, |eax| eax ^ 0x10);
+            put(value, 1, 3, |edx| edx & !(1 << 12));
+            put(value, 0x8000_0002, 0, |_| 0x2065_6854);
+            value["saved"]["boot_id"] = "another".into();
+        });
+        assert_eq!(other, Ok(()), "{accel:?}");
+        let lacks = |what: &str, found: Result<(), String>| {
+            let why = found.unwrap_err();
+            assert!(why.contains(what), "{accel:?}: {why}");
+        };
+        lacks("lacks avx512f", altered(&|value| put(value, 7, 1, |ebx| ebx | 1 << 16)));
+        lacks("lacks a processor of", altered(&|value| put(value, 0, 1, |ebx| ebx ^ 0x1d1a_1006)));
+        lacks(
+            "lacks physical addresses of 60 bits",
+            altered(&|value| put(value, 0x8000_0008, 0, |_| 48 << 8 | 60)),
+        );
+        lacks("rows of CPUID", altered(&|value| put(value, 0x4000_0010, 0, |khz| khz + 1)));
+        let faster = altered(&|value| {
+            put(value, 0x4000_0010, 0, |khz| khz * 3 / 2);
+            let khz = value["tsc_khz"].as_u64().unwrap() * 3 / 2;
+            value["tsc_khz"] = khz.into();
+            value["saved"]["boot_id"] = "another".into();
+        });
+        // Hardware can scale it.
+        if accel == AccelChoice::Translate || faster.is_err() {
+            lacks("time-stamp counter", faster);
+        }
+    }
+}
+
+/// Not every KVM has all that the host has.
+#[test]
+fn a_machine_with_the_hosts_processor_goes_on_where_that_is() {
+    for (from, to) in ways() {
+        let folder = Folder::new();
+        let mut config = config(&folder, &letters());
+        (config.cpu, config.accel) = (None, from);
+        let (machine, mut stream) = start(&mut config);
+        let mut text = String::new();
+        read_until(&mut stream, &mut text, Some('c'));
+        let stored = folder.0.join("stored");
+        store(machine, stream, &stored, &mut text);
+        config.accel = to;
+        config.resume = Some(Resume::Stored(stored));
+        config.serial = SerialConfig::Null;
+        match Machine::start(&config).map(RunningMachine::wait) {
+            Ok(outcome) => assert_eq!(outcome, Outcome::DebugExit(26), "{from:?} {to:?}"),
+            Err(error) => {
+                let why = chain(&error);
+                assert!(why.contains("the processor of this host lacks "), "{why}");
+                assert!(from != to && to == AccelChoice::Kvm, "{from:?} {to:?}: {why}");
+            }
+        }
+    }
+}
+
+#[test]
+fn levels_that_a_processor_lacks_are_refused() {
+    for accel in processors() {
+        for level in Baseline::ALL {
+            let folder = Folder::new();
+            let mut config = config(&folder, &letters());
+            (config.accel, config.cpu) = (accel, Some(level));
+            config.serial = SerialConfig::Null;
+            match Machine::start(&config).map(RunningMachine::wait) {
+                Ok(outcome) => assert_eq!(outcome, Outcome::DebugExit(26), "{accel:?} {level:?}"),
+                Err(error) => {
+                    let why = chain(&error);
+                    assert!(why.contains(level.name()) && why.contains(" lacks "), "{why}");
+                    assert!(level > Baseline::V1, "{why}");
+                }
+            }
+        }
+    }
+}
+
+/// KVM without hardware cannot run it, but holds all that it consists of.
+#[test]
+fn linux_goes_through_kvm() {
+    let Some(kernel) = kernel_or_skip() else { return };
+    if !processors().contains(&AccelChoice::Kvm) {
+        return;
+    }
+    let folder = Folder::new();
+    let mut config = MachineConfig::new(kernel);
+    (config.cpus, config.memory_bytes) = (2, 256 << 20);
+    config.accel = AccelChoice::Translate;
+    config.cpu = Some(Baseline::V1);
+    config.cmdline = "console=ttyS0 root=/dev/vda rootwait panic=-1".into();
+    let (machine, mut stream) = start(&mut config);
+    expect(&mut stream, "Waiting for root device");
+    let mut stored = folder.0.join("translated");
+    store(machine, stream, &stored, &mut String::new());
+    for round in 0..2 {
+        config.accel = AccelChoice::Kvm;
+        config.paused = true;
+        config.resume = Some(Resume::Stored(stored));
+        let (machine, stream) = start(&mut config);
+        stored = folder.0.join(format!("kvm-{round}"));
+        store(machine, stream, &stored, &mut String::new());
+    }
+    config.accel = AccelChoice::Translate;
+    config.paused = false;
+    config.resume = Some(Resume::Stored(stored));
+    let (machine, mut stream) = start(&mut config);
+    for _ in 0..2 {
+        machine.generation().renew().unwrap();
+        expect(&mut stream, "crng reseeded due to virtual machine fork");
+    }
+    machine.stop();
+    assert_eq!(machine.wait(), Outcome::Stopped);
 }

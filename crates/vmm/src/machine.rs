@@ -233,13 +233,14 @@ impl Machine {
         if config.cpus == 0 || config.cpus > CPUS_MAX {
             return Err(MachineError::Cpus(config.cpus));
         }
-        let accel = config.accel.resolve();
         let ram = GuestRam::new(config.memory_bytes)?;
         if let Some(resume) = &config.resume {
-            let begin = Begin::Stored(stored::read(config, resume)?);
+            let (accel, state) = stored::read(config, resume)?;
+            let begin = Begin::Stored(state);
             tracing::info!(cpus = config.cpus, %accel, "a stored machine goes on");
             return start_by(accel, config, Board::new(ram, config.cpus)?, &begin, attach);
         }
+        let accel = config.accel.resolve();
         check_addresses(config, &ram)?;
         let files = BootFiles {
             kernel: &config.kernel,

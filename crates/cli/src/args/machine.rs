@@ -98,7 +98,7 @@ pub struct SetArgs {
 
 const SET_EXAMPLES: &str = "\
 A machine that runs goes on as it is, and is changed when it is started again (`berth vm restart`). One
-that is suspended keeps what it was stored with: only --append, --env and --unset-env are possible.
+that is suspended keeps what it was stored with: only --accel, --append, --env and --unset-env are possible.
 
 Examples:
   berth vm set --cpus 4 --memory 2G web

@@ -31,6 +31,7 @@ use crate::state::{
 use crate::vcpu::kvm::vm::KvmChips;
 use crate::vcpu::mailbox::{Mailbox, Standing};
 use crate::vcpu::platform::ClockMsrs;
+use crate::vcpu::probe::Accel;
 
 /// What stores a machine.
 pub struct Storer {
@@ -141,19 +142,22 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Reads a machine that is to go on with this configuration.
+/// Reads a machine that is to go on with this configuration, and says by which processor.
 ///
 /// # Errors
 /// [`StateError`].
-pub(super) fn read(config: &MachineConfig, resume: &Resume) -> Result<Box<Resumed>, StateError> {
+pub(super) fn read(
+    config: &MachineConfig,
+    resume: &Resume,
+) -> Result<(Accel, Box<Resumed>), StateError> {
     let (state, memory) = match resume {
         Resume::Stored(directory) => (MachineState::read(directory)?, stored_memory(directory)?),
         Resume::Handed(handed) => (handed.state.clone(), handed.memory.clone()),
     };
     let (cpus, memory_bytes) = (config.cpus, config.memory_bytes);
-    Fit { accel: config.accel, cpus, memory_bytes }.check_state(&state)?;
+    let accel = Fit { accel: config.accel, cpus, memory_bytes }.check_state(&state)?;
     let shift = state.saved.shift_to(&Moment::now(&HostClock::new()));
-    Ok(Box::new(Resumed { state, memory, shift }))
+    Ok((accel, Box::new(Resumed { state, memory, shift })))
 }
 
 impl Resumed {

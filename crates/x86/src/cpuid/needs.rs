@@ -3,7 +3,7 @@
 //! What a guest may use has to be there: extensions, sizes, the vendor. What only describes a
 //! processor (its model, name and caches) is answered by whoever runs the guest, and may be any.
 
-use super::{CpuidEntry, CpuidTable, Vendor, XSAVE_AVX, XSAVE_SSE, vendor};
+use super::{CpuidEntry, CpuidTable, XSAVE_AVX, XSAVE_SSE};
 
 /// EAX, EBX, ECX, EDX.
 const REGISTERS: [&str; 4] = ["EAX", "EBX", "ECX", "EDX"];
@@ -112,10 +112,18 @@ fn name(leaf: u32, subleaf: u32, register: usize, bit: u32) -> String {
     }
 }
 
-fn vendor_name(vendor: Vendor) -> &'static str {
-    match vendor {
-        Vendor::Intel => "Intel",
-        Vendor::Amd => "AMD",
+/// The vendor's name: EBX, EDX, ECX of leaf 0.
+fn vendor_name([_, b, c, d]: [u32; 4]) -> String {
+    let bytes = [b, d, c].map(u32::to_le_bytes).concat();
+    let name = String::from_utf8_lossy(&bytes);
+    name.chars().filter(char::is_ascii_graphic).collect()
+}
+
+/// Vendors of which there are processors by other names.
+fn family(leaf0: [u32; 4]) -> String {
+    match vendor_name(leaf0) {
+        name if name == "HygonGenuine" => "AuthenticAMD".to_owned(),
+        name => name,
     }
 }
 
@@ -124,9 +132,8 @@ impl CpuidTable {
     #[must_use]
     pub fn lack(&self, rows: &[CpuidEntry]) -> Option<String> {
         let find = |leaf| rows.iter().find(|row| row.leaf == leaf).map_or([0; 4], |row| row.regs);
-        let theirs = vendor(find(0));
-        if theirs != self.vendor {
-            return Some(format!("a processor of {}", vendor_name(theirs)));
+        if family(find(0)) != family(self.find(0, 0)) {
+            return Some(format!("a processor of {}", vendor_name(find(0))));
         }
         if find(0x4000_0000)[1..] != self.find(0x4000_0000, 0)[1..] {
             return Some("what CPUID leaf 0x40000000 tells of".to_owned());
@@ -215,7 +222,15 @@ mod tests {
         let lack = table(&less, 1).lack(most.entries()).unwrap();
         assert!(lack.starts_with("physical addresses of "), "{lack}");
         let lack = most.lack(table(&amd_host(), 1).entries());
-        assert_eq!(lack.as_deref(), Some("a processor of AMD"));
+        assert_eq!(lack.as_deref(), Some("a processor of AuthenticAMD"));
+        let mut other = most.entries().to_vec();
+        other[0].regs[1] ^= 1;
+        assert_eq!(most.lack(&other).as_deref(), Some("a processor of FenuineIntel"));
+        let amd = table(&amd_host(), 1);
+        let mut hygon = amd.entries().to_vec();
+        let name = [0x6f67_7948, 0x656e_6975, 0x6e65_476e];
+        hygon[0].regs[1..].copy_from_slice(&name);
+        assert_eq!(amd.lack(&hygon), None);
     }
 
     #[test]

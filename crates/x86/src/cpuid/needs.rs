@@ -49,8 +49,11 @@ const SETS: [(u32, u32, usize, u32); 18] = [
     (0x8000_0021, 0, 2, 0),
 ];
 
-/// Names, as Linux has them in /proc/cpuinfo.
-const NAMES: [(u32, usize, &[(u32, &str)]); 6] = [
+/// Bits of a register of a leaf, and their names.
+type Names = (u32, usize, &'static [(u32, &'static str)]);
+
+/// As Linux has them in /proc/cpuinfo.
+const NAMES: [Names; 6] = [
     (
         1,
         2,

@@ -20,6 +20,7 @@ pub enum Baseline {
 /// Bits of physical addresses, which even small processors have.
 pub const PHYSICAL_BITS: u32 = 39;
 
+/// EBX, ECX, EDX of leaf 0.
 const INTEL: [u32; 3] = [0x756e_6547, 0x6c65_746e, 0x4965_6e69];
 const AMD: [u32; 3] = [0x6874_7541, 0x444d_4163, 0x6974_6e65];
 
@@ -56,7 +57,7 @@ impl Baseline {
     /// A processor that has everything of the level.
     fn processor(self, of: Vendor) -> HostCpuid {
         let amd = of == Vendor::Amd;
-        let [b, d, c] = if amd { AMD } else { INTEL };
+        let [b, c, d] = if amd { AMD } else { INTEL };
         // Of the first family of the level, as far as the vendor had one.
         let signature = match (of, self) {
             (Vendor::Intel, Self::V1 | Self::V2) => 0x0001_06a3,

@@ -205,6 +205,7 @@ mod tests {
             pair
         });
         assert_eq!(back.acknowledge(), 0x3a);
+        back.set_line(10, false);
         back.write(0xa0, 0, &[0x20]);
         back.write(0x20, 0, &[0x20]);
         assert_eq!(back.acknowledge(), 0x34);

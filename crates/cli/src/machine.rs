@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use berth_api::v1::machine::Cpu;
 use berth_vmm::boot::Module;
 use berth_vmm::console::{SerialConfig, SignalWatch};
 use berth_vmm::devices::{Devices, DiskFile, HostEnds, NetConfig};
-use berth_vmm::machine::{Machine, MachineConfig, RunningMachine};
+use berth_vmm::machine::{Baseline, Machine, MachineConfig, RunningMachine};
 use berth_vmm::outcome::{Ending, Outcome};
 use berth_vmm::vcpu::probe::AccelChoice;
 use berth_vmm::vcpu::translated::{Dump, Reports};
@@ -182,6 +183,7 @@ pub(crate) fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
         c.translator.code_cache_bytes = bytes;
     }
     c.accel = accel_choice(plan.accel);
+    c.cpu = baseline(plan.cpu);
     if let Some(initrd) = &plan.initrd {
         c.modules = Module::parse_list(&initrd.to_string_lossy());
     }
@@ -189,6 +191,15 @@ pub(crate) fn config(plan: &RunPlan, told: &Told) -> MachineConfig {
     c.debug_exit = plan.debug_exit;
     c.serial = console(&plan.console);
     c
+}
+
+fn baseline(cpu: Cpu) -> Option<Baseline> {
+    match cpu {
+        Cpu::Host => None,
+        Cpu::V1 => Some(Baseline::V1),
+        Cpu::V2 => Some(Baseline::V2),
+        Cpu::V3 => Some(Baseline::V3),
+    }
 }
 
 pub(crate) fn accel_choice(accel: Accel) -> AccelChoice {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use berth_api::agent::message::{Exec, TerminalSize};
 use berth_api::size::Size;
-use berth_api::v1::machine::{self as kept, MachineConfig};
+use berth_api::v1::machine::{self as kept, Cpu, MachineConfig};
 use berth_disk::chain::describe;
 use berth_disk::error::DiskError;
 use berth_disk::format::Format;
@@ -63,6 +63,8 @@ pub struct RunPlan {
     pub dump_blocks: Option<PathBuf>,
     /// What runs the guest's instructions.
     pub accel: Accel,
+    /// The processor that the guest sees.
+    pub cpu: Cpu,
     /// The kernel file, of any kind the machine boots.
     pub kernel: PathBuf,
     /// The initial RAM disk or first Multiboot module.
@@ -269,6 +271,7 @@ impl RunPlan {
             stats: args.stats,
             dump_blocks: args.dump_blocks.clone(),
             accel: args.machine.accel,
+            cpu: args.machine.cpu,
             kernel: files.kernel,
             initrd: files.initrd,
             disks,
@@ -303,6 +306,7 @@ impl RunPlan {
                 kept::Accel::Translate => Accel::Translate,
                 kept::Accel::Kvm => Accel::Kvm,
             },
+            cpu: config.cpu,
             kernel: config.kernel.as_ref().map(|kernel| folder.join(kernel)),
             initrd: config.initrd.as_deref().map(|list| own::modules_in(folder, list)),
             append: config.append.clone(),

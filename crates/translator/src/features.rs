@@ -1,10 +1,13 @@
 //! Which instructions the advertised CPUID promises.
 
 use berth_x86::cpuid::Features;
-use iced_x86::{CpuidFeature, Instruction, Mnemonic};
+use iced_x86::{CpuidFeature, DecoderOptions, Instruction, Mnemonic};
 
 /// A table by iced's feature numbers.
-pub struct Allowed(Vec<bool>);
+pub struct Allowed {
+    table: Vec<bool>,
+    decoder: u32,
+}
 
 impl Allowed {
     /// The instructions of a processor with these features.
@@ -82,7 +85,15 @@ impl Allowed {
         set(&[C::FSGSBASE], f.fsgsbase);
         set(&[C::RDTSCP], f.rdtscp);
         set(&[C::INVPCID], f.invpcid);
-        Self(t)
+        // Without these extensions their prefix means nothing (SDM vol. 2, TZCNT and LZCNT).
+        let bsf = if f.bmi1 { DecoderOptions::NONE } else { DecoderOptions::NO_MPFX_0FBC };
+        let bsr = if f.lzcnt { DecoderOptions::NONE } else { DecoderOptions::NO_MPFX_0FBD };
+        Self { table: t, decoder: bsf | bsr }
+    }
+
+    /// Options for decoding instructions of such a processor.
+    pub fn decoder_options(&self) -> u32 {
+        self.decoder
     }
 
     /// Whether all extensions an instruction belongs to are advertised.
@@ -95,6 +106,28 @@ impl Allowed {
         if matches!(ins.mnemonic(), Mnemonic::Rdsspd | Mnemonic::Rdsspq) {
             return true;
         }
-        ins.cpuid_features().iter().all(|f| self.0.get(*f as usize).copied().unwrap_or(false))
+        ins.cpuid_features().iter().all(|f| self.table.get(*f as usize).copied().unwrap_or(false))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Allowed;
+    use berth_x86::cpuid::Features;
+    use iced_x86::{Decoder, Mnemonic};
+
+    #[test]
+    fn a_prefix_that_means_nothing_is_none() {
+        for (bytes, with, without) in [
+            ([0xf3, 0x0f, 0xbc, 0xc1], Mnemonic::Tzcnt, Mnemonic::Bsf),
+            ([0xf3, 0x0f, 0xbd, 0xc1], Mnemonic::Lzcnt, Mnemonic::Bsr),
+        ] {
+            let most = Features { bmi1: true, lzcnt: true, ..Features::default() };
+            for (features, wanted) in [(most, with), (Features::default(), without)] {
+                let allowed = Allowed::new(&features);
+                let ins = Decoder::new(64, &bytes, allowed.decoder_options()).decode();
+                assert!(ins.mnemonic() == wanted && allowed.instruction(&ins), "{wanted:?}");
+            }
+        }
     }
 }

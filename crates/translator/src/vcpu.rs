@@ -1193,7 +1193,7 @@ impl Inner {
         let mut have = avail.min(start + USUAL_BYTES);
         self.lin.read_phys(key.gpa, &mut bytes[start..have]);
         let mut second_page = None;
-        let options = DecoderOptions::NONE;
+        let options = self.allowed.decoder_options();
         self.translation.begin(&self.code, key, mode);
         let mut at = start;
         let mut count = 0;
@@ -1232,6 +1232,10 @@ impl Inner {
                 && count > 0
             {
                 break;
+            }
+            if matches!(ins.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr) {
+                // It would be another instruction where the host has that.
+                ins.set_has_rep_prefix(false);
             }
             if ins.is_invalid() {
                 // The helper raises #UD at this address, or #GP for more than 15 bytes.

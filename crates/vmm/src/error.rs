@@ -18,6 +18,14 @@ pub enum MachineError {
     /// A number of vCPUs that cannot be.
     #[error("a machine has 1 to {CPUS_MAX} processors, not {0}; see --cpus")]
     Cpus(u32),
+    /// The processor that was chosen cannot be had here.
+    #[error("no processor {cpu} here: the processor of this host lacks {lack}; see --cpu")]
+    Processor {
+        /// Its name.
+        cpu: &'static str,
+        /// The first thing that is missing.
+        lack: String,
+    },
     /// Memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),

@@ -3,9 +3,12 @@
 use std::path::Path;
 
 use berth_x86::CpuState;
+use berth_x86::cpuid::CpuidTable;
 use berth_x86::state::XSAVE_SIZE;
 
-use crate::state::{MachineState, StateError};
+use crate::clock::HostClock;
+use crate::state::{MachineState, Moment, StateError};
+use crate::vcpu::kvm::vm::{KvmProcessor, TscRate};
 use crate::vcpu::probe::{Accel, AccelChoice};
 
 /// What it would go on with.
@@ -24,20 +27,16 @@ impl Fit {
     ///
     /// # Errors
     /// [`StateError`] says why it cannot go on.
-    pub fn check(self, directory: &Path) -> Result<(), StateError> {
+    pub fn check(self, directory: &Path) -> Result<Accel, StateError> {
         self.check_state(&MachineState::read(directory)?)
     }
 
-    /// Looks at what was read.
+    /// Looks at what was read. Where the processor may be any, and the one that is taken for a machine that
+    /// boots cannot go on with it, the translator may.
     ///
     /// # Errors
     /// [`StateError`] says why it cannot go on.
-    pub(crate) fn check_state(self, state: &MachineState) -> Result<(), StateError> {
-        if self.accel.resolve() != Accel::Translate {
-            return Err(StateError::Unfit(
-                "only the translator can go on with it; try --accel translate".into(),
-            ));
-        }
+    pub(crate) fn check_state(self, state: &MachineState) -> Result<Accel, StateError> {
         let (cpus, bytes) = (state.cpus.len(), state.memory_bytes);
         if cpus != self.cpus as usize || bytes != self.memory_bytes {
             return Err(StateError::Unfit(format!(
@@ -45,8 +44,36 @@ impl Fit {
                 self.cpus, self.memory_bytes
             )));
         }
-        state.check_processor(&berth_translator::host_cpuid())?;
-        state.cpus.iter().try_for_each(|cpu| check_extended(&cpu.state))
+        state.cpus.iter().try_for_each(|cpu| check_extended(&cpu.state))?;
+        let wanted = self.accel.resolve();
+        let found = check_by(wanted, state);
+        match (self.accel, wanted, found) {
+            (AccelChoice::Auto, Accel::Kvm, Err(error)) => {
+                check_by(Accel::Translate, state)?;
+                tracing::info!(%error, "the translator goes on with what KVM cannot");
+                Ok(Accel::Translate)
+            }
+            (_, _, found) => found.map(|()| wanted),
+        }
+    }
+}
+
+/// Whether one of the processors can go on with it here.
+fn check_by(accel: Accel, state: &MachineState) -> Result<(), StateError> {
+    let host = berth_translator::host_cpuid();
+    let table = |topology| CpuidTable::new(&host, topology, state.tsc_khz);
+    let here = Moment::now(&HostClock::new());
+    match accel {
+        Accel::Translate => {
+            state.check_processor(table)?;
+            state.check_tsc(&here, false)
+        }
+        Accel::Kvm => {
+            let kvm = KvmProcessor::look()
+                .map_err(|error| StateError::Unfit(format!("KVM cannot be used: {error}")))?;
+            state.check_processor(|topology| kvm.offered(&table(topology), topology))?;
+            state.check_tsc(&here, kvm.tsc == TscRate::Any)
+        }
     }
 }
 

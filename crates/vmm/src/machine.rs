@@ -9,6 +9,7 @@
 //!
 //! A reset ends the machine too: whoever started it decides whether to start it again.
 
+mod by_kvm;
 mod chips;
 mod handed;
 mod stored;
@@ -21,6 +22,8 @@ use std::time::Instant;
 
 use berth_translator::{Origin, SharedCode};
 use berth_x86::CpuState;
+pub use berth_x86::cpuid::baseline::Baseline;
+use berth_x86::cpuid::baseline::PHYSICAL_BITS;
 use berth_x86::cpuid::{CpuidTable, Topology};
 
 use crate::acpi;
@@ -37,7 +40,7 @@ use crate::generation::{self, Generation};
 use crate::irq::InterruptSink;
 use crate::limits::CPUS_MAX;
 pub use crate::machine::handed::Handed;
-use crate::machine::stored::Resumed;
+use crate::machine::stored::{Emulated, Hardware, Processor, Resumed};
 pub use crate::machine::stored::{FrozenMachine, Parked, Storer};
 use crate::machine::threads::Runner;
 use crate::memory::{GuestRam, Memory};
@@ -47,7 +50,7 @@ use crate::pvclock::PvClock;
 use crate::timer::TimerThread;
 use crate::vcpu::kvm::vm::KvmVm;
 use crate::vcpu::mailbox::Mailbox;
-use crate::vcpu::platform::{Surroundings, VcpuPlatform};
+use crate::vcpu::platform::{ClockMsrs, Surroundings, VcpuPlatform};
 use crate::vcpu::probe::{Accel, AccelChoice};
 use crate::vcpu::translated::{self, Translated};
 use crate::vcpu::{Vcpu, reset};
@@ -71,6 +74,10 @@ pub struct MachineConfig {
     pub serial: SerialConfig,
     /// Whether there is a debug-exit port.
     pub debug_exit: bool,
+    /// What CPUID tells of the processor; without, what the host has and guests can use.
+    pub cpu: Option<Baseline>,
+    /// Its vCPUs stand still at first; see [`RunningMachine::pauser`].
+    pub paused: bool,
     /// Limits of the translator.
     pub translator: berth_translator::Config,
     /// A machine that goes on, instead of booting.
@@ -111,6 +118,8 @@ impl MachineConfig {
             cmdline: String::new(),
             serial: SerialConfig::Stdio,
             debug_exit: false,
+            cpu: None,
+            paused: false,
             translator: berth_translator::Config::default(),
             resume: None,
             renew_generation: false,
@@ -158,7 +167,7 @@ pub struct RunningMachine {
     threads: Vec<JoinHandle<()>>,
     console: Console,
     pauser: Pauser,
-    storer: Option<Arc<Storer>>,
+    storer: Arc<Storer>,
     started: Instant,
     /// Devices and timers live as long as the machine.
     _timers: TimerThread,
@@ -191,7 +200,7 @@ impl Pauser {
 }
 
 /// A vCPU and its local APIC, unless that is inside; whether it waits for a start-up message.
-type Processor = (Box<dyn Vcpu>, Option<Arc<Lapic>>, bool);
+type Seat = (Box<dyn Vcpu>, Option<Arc<Lapic>>, bool);
 
 /// What is there before the first vCPU.
 struct Board {
@@ -224,18 +233,15 @@ impl Machine {
         if config.cpus == 0 || config.cpus > CPUS_MAX {
             return Err(MachineError::Cpus(config.cpus));
         }
-        let accel = config.accel.resolve();
         let ram = GuestRam::new(config.memory_bytes)?;
         if let Some(resume) = &config.resume {
-            let state = stored::read(config, resume)?;
-            tracing::info!(cpus = config.cpus, "a stored machine goes on");
-            return start_translated(
-                config,
-                Board::new(ram, config.cpus)?,
-                &Begin::Stored(state),
-                attach,
-            );
+            let (accel, state) = stored::read(config, resume)?;
+            let begin = Begin::Stored(state);
+            tracing::info!(cpus = config.cpus, %accel, "a stored machine goes on");
+            return start_by(accel, config, Board::new(ram, config.cpus)?, &begin, attach);
         }
+        let accel = config.accel.resolve();
+        check_addresses(config, &ram)?;
         let files = BootFiles {
             kernel: &config.kernel,
             modules: &config.modules,
@@ -256,10 +262,31 @@ impl Machine {
         tracing::info!(kind = ?loaded.kind, %accel, cpus = config.cpus, "starting a machine");
         let board = Board::new(ram, config.cpus)?;
         let begin = Begin::Entry(Box::new(loaded.entry));
-        match accel {
-            Accel::Translate => start_translated(config, board, &begin, attach),
-            Accel::Kvm => start_kvm(config, board, &begin, attach),
+        start_by(accel, config, board, &begin, attach)
+    }
+}
+
+fn start_by(
+    accel: Accel,
+    config: &MachineConfig,
+    board: Board,
+    begin: &Begin,
+    attach: Option<AttachPci>,
+) -> Result<RunningMachine, MachineError> {
+    match accel {
+        Accel::Translate => start_translated(config, board, begin, attach),
+        Accel::Kvm => start_kvm(config, board, begin, attach),
+    }
+}
+
+/// Whether all addresses are within those of the machine's processor.
+fn check_addresses(config: &MachineConfig, ram: &GuestRam) -> Result<(), MachineError> {
+    match config.cpu {
+        Some(cpu) if ram.pci_window_64().end > 1 << PHYSICAL_BITS => {
+            let lack = "addresses for so much memory".into();
+            Err(MachineError::Processor { cpu: cpu.name(), lack })
         }
+        _ => Ok(()),
     }
 }
 
@@ -325,9 +352,33 @@ impl Begin {
     }
 }
 
-/// What CPUID tells vCPU `index` of `count`, the same under both processors.
-fn cpuid_table(khz: u32, index: u32, count: u32) -> CpuidTable {
-    CpuidTable::new(&berth_translator::host_cpuid(), Topology { index, count }, khz)
+/// What CPUID tells the vCPUs, the same under both processors, of which `offered` says what they offer to a
+/// table of this host.
+fn cpuid_tables(
+    config: &MachineConfig,
+    begin: &Begin,
+    khz: u32,
+    offered: impl Fn(CpuidTable, Topology) -> CpuidTable,
+) -> Result<Vec<CpuidTable>, MachineError> {
+    let host = berth_translator::host_cpuid();
+    let count = config.cpus;
+    let table = |index| {
+        let topology = Topology { index, count };
+        let here = || offered(CpuidTable::new(&host, topology, khz), topology);
+        match (begin, config.cpu) {
+            // It was found to fit before.
+            (Begin::Stored(resumed), _) => Ok(resumed.state.cpuid(index)),
+            (Begin::Entry(_), None) => Ok(here()),
+            (Begin::Entry(_), Some(cpu)) => {
+                let table = cpu.table(host.vendor(), topology, khz);
+                match here().lack(table.entries()) {
+                    None => Ok(table),
+                    Some(lack) => Err(MachineError::Processor { cpu: cpu.name(), lack }),
+                }
+            }
+        }
+    };
+    (0..count).map(table).collect()
 }
 
 fn start_translated(
@@ -354,8 +405,9 @@ fn start_translated(
         return Err(MachineError::Cpus(0));
     };
     let chipset = Chipset::new(Arc::new(ApicBus::new(apics.clone())), boot_cpu);
-    let pit = chips::add_interrupt_chips(&board, &chipset)?;
+    chips::add_interrupt_chips(&board, &chipset)?;
     let interrupts = Arc::clone(&chipset) as Arc<dyn InterruptSink>;
+    let pit = chips::add_pit(&board, &interrupts)?;
     let (context, console, devices) = chips::add_devices(config, &board, &interrupts, attach)?;
 
     let shared = translated::share(&board.ram, begin.origin(), config.translator.clone())
@@ -372,36 +424,39 @@ fn start_translated(
         pvclock: Arc::clone(&pvclock),
     };
     let tsc_khz = begin.tsc_khz(&*board.clock);
-    let storer = Storer {
-        clock: Arc::clone(&board.clock),
-        ram: board.ram.clone(),
-        mailboxes: board.mailboxes.clone(),
+    let tables = cpuid_tables(config, begin, tsc_khz, |table, _| table)?;
+    let msrs: Vec<Arc<ClockMsrs>> = apics.iter().map(|_| Arc::default()).collect();
+    let processor = Processor::Translated(Emulated {
         apics: apics.clone(),
         chipset: Arc::clone(&around.chipset),
-        pit,
-        devices,
         pvclock: Arc::clone(&pvclock),
-        msrs: apics.iter().map(|_| Arc::default()).collect(),
-        tsc_khz,
+        msrs: msrs.clone(),
         shared: Arc::clone(&shared),
-    };
+    });
+    let storer = Storer::new(&board, processor, (pit, devices), tsc_khz, &tables);
     if let Begin::Stored(resumed) = begin {
         storer.restore(resumed)?;
-        if config.renew_generation {
-            Generation::new(context.memory.clone(), Arc::clone(&context.events)).renew()?;
-        }
+        renew_generation(config, &context)?;
     }
-    let mut vcpus: Vec<Processor> = Vec::new();
-    for ((index, apic), msrs) in (0..).zip(&apics).zip(&storer.msrs) {
+    let mut vcpus: Vec<Seat> = Vec::new();
+    for ((index, table), (apic, msrs)) in (0..).zip(tables).zip(apics.iter().zip(msrs)) {
         let platform = VcpuPlatform::new(around.clone(), Arc::clone(apic));
-        let platform = Box::new(platform.with_msrs(Arc::clone(msrs)));
-        let cpuid = cpuid_table(tsc_khz, index, config.cpus);
+        let platform = Box::new(platform.with_msrs(msrs));
         let state = begin.state(index);
         let code = begin.code(index);
-        let vcpu = Translated::new(index, Arc::clone(&shared), state, cpuid, platform, code)?;
+        let vcpu = Translated::new(index, Arc::clone(&shared), state, table, platform, code)?;
         vcpus.push((Box::new(vcpu), Some(Arc::clone(apic)), begin.is_waiting(index)));
     }
-    finish(board, Accel::Translate, vcpus, Some(Arc::new(storer)), (context, console))
+    let running = (context, console, Some(pvclock));
+    finish(config, board, Accel::Translate, vcpus, storer, running)
+}
+
+/// A machine that is a copy, or goes back to an earlier time, is told so.
+fn renew_generation(config: &MachineConfig, context: &DeviceContext) -> Result<(), MachineError> {
+    if config.renew_generation {
+        Generation::new(context.memory.clone(), Arc::clone(&context.events)).renew()?;
+    }
+    Ok(())
 }
 
 fn start_kvm(
@@ -411,33 +466,53 @@ fn start_kvm(
     attach: Option<AttachPci>,
 ) -> Result<RunningMachine, MachineError> {
     let mut vm = KvmVm::new(&board.ram)?;
-    let interrupts = vm.add_irqchip()?;
-    let (context, console, _) = chips::add_devices(config, &board, &interrupts, attach)?;
-    let mut vcpus: Vec<Processor> = Vec::new();
+    let inside = vm.add_irqchip()?;
+    let interrupts = Arc::clone(&inside) as Arc<dyn InterruptSink>;
+    let pit = chips::add_pit(&board, &interrupts)?;
+    let (context, console, devices) = chips::add_devices(config, &board, &interrupts, attach)?;
     let tsc_khz = begin.tsc_khz(&*board.clock);
-    for index in 0..config.cpus {
-        let (mmio, ports) = (Arc::clone(&board.mmio), Arc::clone(&board.ports));
-        let cpuid = cpuid_table(tsc_khz, index, config.cpus);
-        let mut vcpu = vm.add_vcpu(index, &cpuid, mmio, ports)?;
-        // Others wait for INIT and start-up inside KVM.
-        if index == 0 {
-            vcpu.set_state(&begin.state(0))?;
+    let offered = |table: CpuidTable, topology| vm.offered(&table, topology);
+    let tables = cpuid_tables(config, begin, tsc_khz, offered)?;
+    if let Begin::Stored(resumed) = begin {
+        resumed.begin_kvm(&board, &inside)?;
+    }
+    let mut vcpus: Vec<Seat> = Vec::new();
+    for (index, table) in (0..).zip(&tables) {
+        let buses = (Arc::clone(&board.mmio), Arc::clone(&board.ports));
+        let wanted = matches!(begin, Begin::Stored(_)).then_some(tsc_khz);
+        let mut vcpu = vm.add_vcpu(index, table, buses, Arc::clone(&board.clock), wanted)?;
+        match begin {
+            Begin::Entry(entry) if index == 0 => vcpu.set_state(entry)?,
+            // Others wait for INIT and start-up inside KVM.
+            Begin::Entry(_) => {}
+            Begin::Stored(resumed) => resumed.begin_kvm_cpu(index, &mut vcpu, &*board.clock)?,
         }
         // Waiting for a start-up message happens inside.
         vcpus.push((Box::new(vcpu), None, false));
     }
-    finish(board, Accel::Kvm, vcpus, None, (context, console))
+    let scaled = vm.scales(tsc_khz, &*board.clock) && matches!(begin, Begin::Stored(_));
+    let processor = Processor::Kvm(Hardware { chips: inside, scaled });
+    let storer = Storer::new(&board, processor, (pit, devices), tsc_khz, &tables);
+    if let Begin::Stored(resumed) = begin {
+        storer.restore(resumed)?;
+        renew_generation(config, &context)?;
+    }
+    finish(config, board, Accel::Kvm, vcpus, storer, (context, console, None))
 }
 
 /// Starts the threads.
 fn finish(
+    config: &MachineConfig,
     board: Board,
     accel: Accel,
-    vcpus: Vec<Processor>,
-    storer: Option<Arc<Storer>>,
-    (context, console): (DeviceContext, Console),
+    vcpus: Vec<Seat>,
+    storer: Storer,
+    (context, console, clock): (DeviceContext, Console, Option<Arc<PvClock>>),
 ) -> Result<RunningMachine, MachineError> {
     for ((vcpu, ..), mailbox) in vcpus.iter().zip(&board.mailboxes) {
+        if config.paused {
+            mailbox.pause();
+        }
         mailbox.connect(vcpu.handle());
         // What is pending in a machine that goes on.
         mailbox.interrupt();
@@ -453,11 +528,8 @@ fn finish(
         accel,
         threads: Vec::new(),
         console,
-        pauser: Pauser {
-            mailboxes: board.mailboxes.clone().into(),
-            clock: storer.as_ref().map(|storer| Arc::clone(&storer.pvclock)),
-        },
-        storer,
+        pauser: Pauser { mailboxes: board.mailboxes.clone().into(), clock },
+        storer: Arc::new(storer),
         started: Instant::now(),
         _timers: board.timers,
         context,
@@ -504,10 +576,10 @@ impl RunningMachine {
         Generation::new(self.context.memory.clone(), Arc::clone(&self.context.events))
     }
 
-    /// What stores it; none under KVM.
+    /// What stores it.
     #[must_use]
-    pub fn storer(&self) -> Option<Arc<Storer>> {
-        self.storer.clone()
+    pub fn storer(&self) -> Arc<Storer> {
+        Arc::clone(&self.storer)
     }
 
     /// What ends the machine from elsewhere, for signal handlers and servers.

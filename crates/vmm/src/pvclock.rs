@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::clock::Clock;
+use crate::clock::{Clock, scale};
 use crate::memory::Memory;
 
 /// MSR_KVM_WALL_CLOCK and MSR_KVM_SYSTEM_TIME, old and new numbers.
@@ -74,6 +74,36 @@ pub struct Stored {
     pages: BTreeMap<u32, u64>,
 }
 
+impl Stored {
+    /// A clock that KVM keeps, which shows `clock_ns` when the host's counter is `tsc`, which counts `hz`
+    /// ticks in a second, and the time of day is `wall`.
+    #[must_use]
+    pub fn of_kvm(
+        clock_ns: u64,
+        (tsc, hz): (u64, u64),
+        wall: Duration,
+        pages: BTreeMap<u32, u64>,
+    ) -> Self {
+        let (multiplier, shift) = rate(hz);
+        let zero = u64::try_from(wall.as_nanos()).unwrap_or(u64::MAX).saturating_sub(clock_ns);
+        let origin_tsc = tsc.wrapping_sub(scale(clock_ns, hz, 1_000_000_000));
+        Self { origin_tsc, wall_at_origin_ns: zero, multiplier, shift, pages }
+    }
+
+    /// Nanoseconds that it shows when the host's counter is `tsc`, if that was set back by `back` since.
+    #[must_use]
+    pub fn shows(&self, tsc: u64, back: u64) -> u64 {
+        let ticks = tsc.wrapping_add(back).wrapping_sub(self.origin_tsc);
+        nanoseconds(ticks, self.multiplier, self.shift.clamp(-31, 31))
+    }
+}
+
+/// The page that a value of MSR_KVM_SYSTEM_TIME names.
+#[must_use]
+pub fn page_of(system_time: u64) -> Option<u64> {
+    (system_time & ENABLED != 0).then_some(system_time & !ENABLED)
+}
+
 impl PvClock {
     /// What is to be stored.
     #[must_use]
@@ -119,7 +149,19 @@ impl PvClock {
         }
         pages.insert(cpu, value & !ENABLED);
         drop(pages);
-        let at = GuestAddress(value & !ENABLED);
+        self.show(value & !ENABLED, tsc_offset);
+    }
+
+    /// Shows the time again where the guest has it: it may have been another clock so far.
+    pub fn show_again(&self, tsc_offsets: impl Fn(u32) -> u64) {
+        let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for (cpu, page) in pages {
+            self.show(page, tsc_offsets(cpu));
+        }
+    }
+
+    fn show(&self, page: u64, tsc_offset: u64) {
+        let at = GuestAddress(page);
         let version: u32 = self.memory.read_obj(at).unwrap_or(0);
         let version = (version | 1).wrapping_add(1);
         let mut page = [0; 32];
@@ -214,6 +256,15 @@ mod tests {
         let wall: [u32; 3] = ram.memory().read_obj(GuestAddress(0x6000)).unwrap();
         let zero = FakeClock::default().wall();
         assert_eq!(wall, [2, zero.as_secs() as u32, zero.subsec_nanos() + 1000]);
+        // One of KVM that shows the same is the same.
+        let stored = pvclock.save();
+        let (shown, now) = (stored.shows(clock.tsc(), 0), (clock.tsc(), clock.tsc_hz()));
+        assert_eq!(shown, 5_000_000_000);
+        assert_eq!(super::Stored::of_kvm(shown, now, clock.wall(), stored.pages.clone()), stored);
+        ram.memory().write_slice(&[0; 32], GuestAddress(0x5000)).unwrap();
+        pvclock.show_again(|_| 100);
+        let again: [u8; 32] = ram.memory().read_obj(GuestAddress(0x5000)).unwrap();
+        assert_eq!((&again[4..29], again[29]), (&page[4..29], 1));
         pvclock.set_system_time(1, !0, 0);
         pvclock.set_wall_clock(!0);
     }

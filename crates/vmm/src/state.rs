@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use berth_translator::Origin;
-use berth_x86::cpuid::CpuidEntry;
+use berth_x86::cpuid::{CpuidEntry, CpuidTable};
 use berth_x86::{CpuState, cpuid};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::chips::{events, ioapic, lapic, pic, pit, rtc, serial};
 use crate::clock::{Clock, scale};
 use crate::limits::CPUS_MAX;
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError, ram_file};
 use crate::pci::root::StoredPci;
 use crate::pvclock;
 
@@ -35,6 +35,10 @@ const MACHINE_MAX: u64 = 4 << 20;
 /// Bytes of memory that are moved at once.
 const CHUNK: usize = 1 << 20;
 const PAGE: usize = 4096;
+/// The leaf of CPUID that tells the rate of the time-stamp counter.
+const TSC_LEAF: u32 = 0x4000_0010;
+/// Rows of CPUID of a vCPU: what KVM takes.
+const ROWS_MAX: usize = 80;
 
 /// Why a machine could not be stored, or one that was stored cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -102,11 +106,16 @@ impl Moment {
         }
     }
 
+    /// Whether both are of one boot of one host.
+    fn is_of_boot(&self, other: &Self) -> bool {
+        self.boot_id == other.boot_id && !other.boot_id.is_empty()
+    }
+
     /// How far counters have to be set for a machine that was stored at this moment, so that for it
     /// just the time has passed that did pass.
     #[must_use]
     pub fn shift_to(&self, now: &Self) -> Shift {
-        if self.boot_id == now.boot_id && !now.boot_id.is_empty() && now.tsc >= self.tsc {
+        if self.is_of_boot(now) && now.tsc >= self.tsc {
             return Shift::default();
         }
         let passed_ns = now.wall_ns.saturating_sub(self.wall_ns);
@@ -246,23 +255,54 @@ impl MachineState {
         synced.map_err(failed("syncing", directory))
     }
 
-    /// Whether a host with this processor can run it.
+    /// What CPUID tells a vCPU.
+    #[must_use]
+    pub fn cpuid(&self, index: u32) -> CpuidTable {
+        let rows = self.cpus.get(index as usize).map(|cpu| cpu.cpuid.clone()).unwrap_or_default();
+        let count = self.cpus.len() as u32;
+        CpuidTable::from_rows(rows, cpuid::Topology { index, count })
+    }
+
+    /// Whether a processor can run it, of which `offered` is what it offers to guests that come with
+    /// nothing.
     ///
     /// # Errors
-    /// [`StateError::Unfit`] says what differs.
-    pub fn check_processor(&self, host: &cpuid::HostCpuid) -> Result<(), StateError> {
+    /// [`StateError::Unfit`] says what it lacks.
+    pub fn check_processor(
+        &self,
+        offered: impl Fn(cpuid::Topology) -> CpuidTable,
+    ) -> Result<(), StateError> {
+        let count = self.cpus.len() as u32;
         for (index, cpu) in (0..).zip(&self.cpus) {
-            let topology = cpuid::Topology { index, count: self.cpus.len() as u32 };
-            let here = cpuid::CpuidTable::new(host, topology, self.tsc_khz);
-            if here.entries() != cpu.cpuid {
-                let differs = here.entries().iter().find(|entry| !cpu.cpuid.contains(entry));
-                let leaf = differs.map_or(0, |entry| entry.leaf);
+            let told = cpu.cpuid.iter().find(|row| row.leaf == TSC_LEAF).map(|row| row.regs[0]);
+            if told.is_some_and(|khz| khz != self.tsc_khz) || cpu.cpuid.len() > ROWS_MAX {
+                return Err(StateError::Unfit("its rows of CPUID cannot be".into()));
+            }
+            if let Some(lack) = offered(cpuid::Topology { index, count }).lack(&cpu.cpuid) {
                 return Err(StateError::Unfit(format!(
-                    "the processor of this host is another one (CPUID leaf {leaf:#x} differs)"
+                    "the processor of this host lacks {lack}, which the machine may use"
                 )));
             }
         }
         Ok(())
+    }
+
+    /// Whether its time-stamp counter can go on, if `sets_rate` says that its rate can be set.
+    ///
+    /// # Errors
+    /// [`StateError::Unfit`].
+    pub fn check_tsc(&self, here: &Moment, sets_rate: bool) -> Result<(), StateError> {
+        let hz = u64::from(self.tsc_khz) * 1000;
+        let same = hz.abs_diff(here.tsc_hz) <= here.tsc_hz / 1000;
+        if same || sets_rate && hz != 0 || self.saved.is_of_boot(here) {
+            return Ok(());
+        }
+        Err(StateError::Unfit(format!(
+            "its time-stamp counter counts {} ticks in a millisecond, and that of this host, whose rate \
+             cannot be set, {}",
+            self.tsc_khz,
+            here.tsc_hz / 1000
+        )))
     }
 }
 
@@ -335,21 +375,40 @@ pub fn stored_memory(directory: &Path) -> Result<Origin, StateError> {
     look().map_err(failed("reading", &path))
 }
 
-/// Fills memory, which is zero, from a file.
+/// Fills memory, which is zero, with what was stored.
 ///
 /// # Errors
-/// [`StateError::File`].
-pub fn load_memory(ram: &GuestRam, directory: &Path) -> Result<(), StateError> {
-    let path = directory.join(MEMORY);
-    let load = || {
-        let from = File::open(&path)?;
-        let mut chunk = vec![0; CHUNK];
-        for data in data_of(&from, 0..from.metadata()?.len().min(ram.bytes()))? {
-            save_data(&from, data, &mut chunk, ram.file())?;
-        }
-        Ok(())
+/// [`StateError::Unfit`]: it cannot be read.
+pub fn fill_memory(ram: &GuestRam, memory: &Origin) -> Result<(), StateError> {
+    save_memory(memory, ram.file())
+        .map_err(|error| StateError::Unfit(format!("its memory cannot be read: {error}")))
+}
+
+/// Where memory is that is in its own file.
+///
+/// # Errors
+/// [`StateError::Unsaved`]: the file cannot be opened once more.
+pub fn own_memory(ram: &GuestRam) -> Result<Origin, StateError> {
+    let pages = (ram.bytes() / PAGE as u64) as usize;
+    let file = ram.file().try_clone();
+    let file = file.map_err(|error| StateError::Unsaved(format!("its memory: {error}")))?;
+    Ok(Origin { files: vec![Arc::new(file.into())], of_page: vec![1; pages] })
+}
+
+/// A copy of memory, in a file of its own.
+///
+/// # Errors
+/// [`StateError::Unsaved`]: there is no room.
+pub fn copy_memory(memory: &Origin) -> Result<Origin, StateError> {
+    let bytes = (memory.of_page.len() * PAGE) as u64;
+    let copy = || {
+        let file = ram_file(bytes).map_err(|(_, error)| error)?;
+        save_memory(memory, &file)?;
+        Ok(Origin { files: vec![Arc::new(file.into())], of_page: vec![1; memory.of_page.len()] })
     };
-    load().map_err(failed("loading", &path))
+    copy().map_err(|error: io::Error| {
+        StateError::Unsaved(format!("its memory cannot be copied: {error}"))
+    })
 }
 
 /// Where a sparse file has data within a range, in whole pages.
@@ -389,15 +448,15 @@ mod tests {
         put((16 << 20) - 1, b"!");
         put(8 << 20, &vec![0; 1 << 20]);
         let file = File::create(dir.path().join(MEMORY)).unwrap();
-        let own = Arc::new(ram.file().try_clone().unwrap().into());
-        let origin = Origin { files: vec![own], of_page: vec![1; 4096] };
+        let origin = own_memory(&ram).unwrap();
         save_memory(&origin, &file).unwrap();
         let meta = file.metadata().unwrap();
         assert_eq!(meta.len(), 16 << 20);
         let blocks = std::os::unix::fs::MetadataExt::blocks(&meta);
         assert!(blocks * 512 < 1 << 20, "{blocks}");
         let other = GuestRam::new(16 << 20).unwrap();
-        load_memory(&other, dir.path()).unwrap();
+        let copy = copy_memory(&stored_memory(dir.path()).unwrap()).unwrap();
+        fill_memory(&other, &copy).unwrap();
         let mut bytes = [vec![0; 16 << 20], vec![0; 16 << 20]];
         ram.memory().read_slice(&mut bytes[0], GuestAddress(0)).unwrap();
         other.memory().read_slice(&mut bytes[1], GuestAddress(0)).unwrap();

@@ -13,6 +13,9 @@
 //! are translated in software), so the table says that these are absent and kernels leave page-table
 //! isolation off.
 
+pub mod baseline;
+mod needs;
+
 use serde::{Deserialize, Serialize};
 
 use crate::state::{CodeSize, CpuState, cr4};
@@ -220,6 +223,27 @@ impl CpuidTable {
         table.add_kvm(tsc_khz);
         table.add_extended(host);
         table
+    }
+
+    /// A table with these rows, which may be those of another processor; see [`Self::lack`].
+    #[must_use]
+    pub fn from_rows(rows: Vec<CpuidEntry>, topology: Topology) -> Self {
+        let told = |leaf: u32, subleaf: u32| {
+            let matches = |row: &&CpuidEntry| {
+                row.leaf == leaf && row.subleaf.is_none_or(|told| told == subleaf)
+            };
+            rows.iter().find(matches).map_or([0; 4], |row| row.regs)
+        };
+        let processor = HostCpuid::from_fn(told);
+        let (leaf7, ext1) = (processor.leaf7, processor.ext1);
+        let features = Features {
+            fsgsbase: leaf7[1] & 1 != 0,
+            rdtscp: ext1[3] >> 27 & 1 != 0,
+            invpcid: leaf7[1] >> 10 & 1 != 0,
+            umip: leaf7[2] >> 2 & 1 != 0,
+            ..Features::of(&processor)
+        };
+        Self { vendor: vendor(processor.leaf0), features, topology, entries: rows }
     }
 
     /// The vendor the guest sees.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::size::Size;
-use crate::v1::machine::{Accel, Net};
+use crate::v1::machine::{Accel, Cpu, Net};
 use crate::v1::network::Port;
 
 /// `PATCH /machines/{name}`: what is to be otherwise; what is absent stays. It takes effect at the next
@@ -24,6 +24,9 @@ pub struct ChangeMachine {
     /// What runs the guest's instructions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accel: Option<Accel>,
+    /// The processor that the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<Cpu>,
     /// Words added to the kernel command line, instead of those before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub append: Option<String>,

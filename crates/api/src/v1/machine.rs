@@ -51,6 +51,9 @@ pub struct MachineConfig {
     /// What runs the guest's instructions.
     #[serde(default)]
     pub accel: Accel,
+    /// The processor that the guest sees.
+    #[serde(default, skip_serializing_if = "Cpu::is_host")]
+    pub cpu: Cpu,
     /// Whether the guest has port 0xf4, which ends the machine.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub debug_exit: bool,
@@ -90,6 +93,7 @@ impl Default for MachineConfig {
             cpus: one(),
             memory: default_memory(),
             accel: Accel::default(),
+            cpu: Cpu::default(),
             debug_exit: false,
             net: Net::default(),
             env: BTreeMap::new(),
@@ -111,6 +115,63 @@ pub enum Accel {
     Translate,
     /// The kernel's KVM.
     Kvm,
+}
+
+/// The processor that a guest sees: what its snapshots need of the host on which they go on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum Cpu {
+    /// The host's, as far as guests can use it.
+    #[default]
+    #[serde(rename = "host")]
+    Host,
+    /// What every x86-64 processor has.
+    #[serde(rename = "x86-64")]
+    V1,
+    /// The second level of the x86-64 ABI.
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// The third level.
+    #[serde(rename = "x86-64-v3")]
+    V3,
+}
+
+impl Cpu {
+    const ALL: [Self; 4] = [Self::Host, Self::V1, Self::V2, Self::V3];
+
+    /// The name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::V1 => "x86-64",
+            Self::V2 => "x86-64-v2",
+            Self::V3 => "x86-64-v3",
+        }
+    }
+
+    /// Whether it is the host's.
+    #[must_use]
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+    pub const fn is_host(&self) -> bool {
+        matches!(self, Self::Host)
+    }
+}
+
+impl std::fmt::Display for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Cpu {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|cpu| cpu.name() == text).ok_or_else(|| match text {
+            "x86-64-v4" => "x86-64-v4 needs AVX-512, which the translator does not have".to_owned(),
+            _ => format!("there are {}", Self::ALL.map(Self::name).join(", ")),
+        })
+    }
 }
 
 /// The network card.

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use berth_api::size::Size;
+use berth_api::v1::machine::Cpu;
 use berth_api::v1::network::{Port, is_network_name};
 use clap::ValueEnum;
 
@@ -19,6 +20,10 @@ pub struct MachineArgs {
     /// What runs the guest's instructions
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]
     pub accel: Accel,
+    /// The processor that the guest sees: `host`, what this host has; or `x86-64`, `x86-64-v2` or
+    /// `x86-64-v3`, so that snapshots of it go on on any host of that level and of the same vendor
+    #[arg(long, value_name = "CPU", default_value_t = Cpu::Host)]
+    pub cpu: Cpu,
     /// A kernel: bzImage, PVH ELF or Multiboot, told apart by looking [default: the image's]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -63,6 +68,9 @@ pub struct SetArgs {
     /// What runs the guest's instructions
     #[arg(long, value_enum, value_name = "HOW")]
     pub accel: Option<Accel>,
+    /// The processor that the guest sees: `host`, `x86-64`, `x86-64-v2` or `x86-64-v3`
+    #[arg(long, value_name = "CPU")]
+    pub cpu: Option<Cpu>,
     /// Words added to the kernel command line, instead of those before
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
     pub append: Option<String>,
@@ -90,7 +98,7 @@ pub struct SetArgs {
 
 const SET_EXAMPLES: &str = "\
 A machine that runs goes on as it is, and is changed when it is started again (`berth vm restart`). One
-that is suspended keeps what it was stored with: only --append, --env and --unset-env are possible.
+that is suspended keeps what it was stored with: only --accel, --append, --env and --unset-env are possible.
 
 Examples:
   berth vm set --cpus 4 --memory 2G web

@@ -16,7 +16,7 @@ pub fn check(args: &CheckStateArgs) -> ExitCode {
         memory_bytes: args.memory.bytes(),
     };
     match fit.check(&args.directory) {
-        Ok(()) => ExitCode::Success,
+        Ok(_) => ExitCode::Success,
         Err(error) => {
             eprintln!("berth: {}", berth_daemon::failure::chain(&error));
             ExitCode::Failure

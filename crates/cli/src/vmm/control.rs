@@ -46,7 +46,7 @@ pub(super) struct Control {
     pauser: Pauser,
     button: PowerButton,
     hub: Arc<Hub>,
-    storer: Option<Arc<Storer>>,
+    storer: Arc<Storer>,
     folder: Folder,
     /// What the machine was started with.
     config: MachineConfig,
@@ -251,12 +251,9 @@ impl Control {
     /// Stores the machine, which then stands still; if that fails, it is as before.
     fn suspend(&self) -> Result<(), String> {
         self.check_storable()?;
-        let Some(storer) = &self.storer else {
-            return Err("a machine under KVM cannot be stored yet; try --accel translate".into());
-        };
         let status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         self.pauser.pause();
-        let stored = store(storer, &self.folder);
+        let stored = store(&self.storer, &self.folder);
         if stored.is_err() && status.state == MachineState::Running {
             self.pauser.unpause();
         }
@@ -268,17 +265,7 @@ impl Control {
         if into.is_some() || keep {
             self.check_storable()?;
         }
-        let storer = match (into.is_some() || keep, &self.storer) {
-            (false, _) => None,
-            (true, Some(storer)) => Some(storer),
-            (true, None) => {
-                return Err(
-                    "the memory of a machine under KVM cannot be stored yet; try --disk-only, \
-                     or --accel translate"
-                        .into(),
-                );
-            }
-        };
+        let storer = (into.is_some() || keep).then_some(&self.storer);
         // One at a time, and the machine is neither paused nor continued meanwhile.
         let status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         let disks = Disks::prepare(&self.config, &self.ends)?;

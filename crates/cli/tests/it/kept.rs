@@ -358,7 +358,7 @@ fn what_is_suspended_goes_on() {
     refused(&machine.replacen("\"waiting\"", "\"wondering\"", 1), "wondering");
     refused(&machine.replacen("\"memory_bytes\":67108864", "\"memory_bytes\":4096", 1), "memory");
     refused(&machine.replacen("\"mode\":3", "\"mode\":9", 1), "PIT");
-    refused(&machine.replacen("\"leaf\":1,", "\"leaf\":77,", 1), "CPUID leaf 0x1 ");
+    refused(&machine.replacen("\"leaf\":1,", "\"leaf\":77,", 1), "CPUID leaf 0x4d ");
     fs::write(stored.join("machine.json"), &machine).unwrap();
 
     cloud.ok("vm resume a");

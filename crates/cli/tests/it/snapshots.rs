@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use berth_disk::chain::{Access, open_image};
+use berth_vmm::vcpu::probe::kvm_runs_small_guests;
 use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 
@@ -220,6 +221,44 @@ fn what_is_suspended_has_snapshots_and_clones() {
     cloud.fails("vm clone --running a c", &["a is stopped", "without --running"]);
     cloud.ok("vm clone --running --tag one a c");
     cloud.add("c", 3, 8);
+}
+
+#[test]
+fn a_machine_goes_on_by_another_processor() {
+    if let Err(why) = kvm_runs_small_guests() {
+        return println!("skipped: no KVM: {why}");
+    }
+    let cloud = Cloud::new();
+    let kernel = cloud.kernel("a.elf", &SUM);
+    let options = "--accel translate --cpu x86-64 --memory 64M --debug-exit --disk 1M";
+    cloud.ok(&format!("vm create {options} --kernel {kernel} a"));
+    assert_eq!(cloud.inspect("a")["config"]["cpu"], "x86-64");
+    cloud.ok("vm start a");
+    cloud.add("a", 3, 3);
+    let to = |accel: &str| {
+        cloud.ok("vm suspend a");
+        cloud.fails("vm set --cpu host a", &["a is suspended", "processor"]);
+        cloud.ok(&format!("vm set --accel {accel} a"));
+        cloud.ok("vm resume a");
+    };
+    to("kvm");
+    cloud.add("a", 4, 7);
+    cloud.ok("vm snapshot --tag one a");
+    cloud.add("a", 5, 12);
+    cloud.ok("vm clone --running a b");
+    cloud.add("b", 1, 13);
+    to("translate");
+    cloud.add("a", 1, 13);
+    cloud.ok("vm snapshot --tag two a");
+    // Each with the processor that it had.
+    cloud.ok("vm restore --force a one");
+    assert_eq!(cloud.inspect("a")["config"]["accel"], "kvm");
+    cloud.add("a", 1, 8);
+    cloud.ok("vm restore --force a two");
+    cloud.add("a", 1, 14);
+    cloud.ok("vm clone --running --tag one a c");
+    cloud.add("c", 2, 9);
+    cloud.ok("vm kill a b c");
 }
 
 #[test]

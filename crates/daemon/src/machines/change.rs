@@ -59,12 +59,12 @@ impl Machines {
     }
 }
 
-/// What is part of a stored machine and not to be changed then.
+/// What is part of a stored machine and not to be changed then. What runs its instructions is not.
 fn fixed(change: &ChangeMachine) -> Option<&'static str> {
     let all = [
         (change.cpus.is_some(), "number of processors"),
         (change.memory.is_some(), "memory"),
-        (change.accel.is_some(), "processor"),
+        (change.cpu.is_some(), "processor"),
         (change.net.is_some(), "network card"),
         (change.debug_exit.is_some(), "debug-exit port"),
     ];
@@ -72,10 +72,11 @@ fn fixed(change: &ChangeMachine) -> Option<&'static str> {
 }
 
 fn apply(config: &mut MachineConfig, change: ChangeMachine) {
-    let ChangeMachine { cpus, memory, accel, append, net, ports, debug_exit, env } = change;
+    let ChangeMachine { cpus, memory, accel, cpu, append, net, ports, debug_exit, env } = change;
     config.cpus = cpus.unwrap_or(config.cpus);
     config.memory = memory.unwrap_or(config.memory);
     config.accel = accel.unwrap_or(config.accel);
+    config.cpu = cpu.unwrap_or(config.cpu);
     config.debug_exit = debug_exit.unwrap_or(config.debug_exit);
     if let Some(append) = append {
         config.append = append;
@@ -109,5 +110,7 @@ mod tests {
         assert!(change("{}").is_empty() && !change(r#"{"append":""}"#).is_empty());
         assert_eq!(fixed(&change(r#"{"append":"x","env":{"A":"b"}}"#)), None);
         assert_eq!(fixed(&change(r#"{"memory":"1G"}"#)), Some("memory"));
+        assert_eq!(fixed(&change(r#"{"accel":"kvm"}"#)), None);
+        assert_eq!(fixed(&change(r#"{"cpu":"x86-64-v3"}"#)), Some("processor"));
     }
 }

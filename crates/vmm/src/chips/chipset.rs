@@ -41,7 +41,7 @@ impl Chipset {
     /// Puts back what was stored.
     pub fn restore(&self, ioapic: &ioapic::Registers, pic: PicPair) {
         lock(&self.ioapic).restore(ioapic);
-        *lock(&self.pic) = pic;
+        *lock(&self.pic) = pic.sound();
         self.notify_boot_cpu();
     }
 
@@ -78,7 +78,7 @@ impl Chipset {
 }
 
 /// Pin of the I/O APIC of a line: the PIT's line 0 is on pin 2, and line 2 is the cascade.
-const fn pin_of(gsi: u32) -> Option<u32> {
+pub(crate) const fn pin_of(gsi: u32) -> Option<u32> {
     match gsi {
         0 => Some(2),
         2 => None,

@@ -20,8 +20,8 @@ const EOI: u64 = 0x40;
 const DELIVERY_STATUS: u64 = 1 << 12;
 const ACTIVE_LOW: u64 = 1 << 13;
 const REMOTE_IRR: u64 = 1 << 14;
-const LEVEL: u64 = 1 << 15;
-const MASKED: u64 = 1 << 16;
+pub(crate) const LEVEL: u64 = 1 << 15;
+pub(crate) const MASKED: u64 = 1 << 16;
 
 /// The chip.
 pub struct IoApic {
@@ -39,11 +39,11 @@ pub struct IoApic {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Registers {
-    id: u8,
-    index: u8,
-    entries: [u64; PINS as usize],
-    lines: u32,
-    edges: u32,
+    pub(crate) id: u8,
+    pub(crate) index: u8,
+    pub(crate) entries: [u64; PINS as usize],
+    pub(crate) lines: u32,
+    pub(crate) edges: u32,
 }
 
 impl IoApic {

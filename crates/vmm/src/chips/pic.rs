@@ -9,28 +9,28 @@ const SLAVE: u64 = 0xa0;
 const TRIGGER: u64 = 0x4d0;
 const CASCADE: u8 = 2;
 
-#[derive(Clone, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Chip {
+pub(crate) struct Chip {
     /// Requests, in service, masked.
-    irr: u8,
-    isr: u8,
-    imr: u8,
-    lines: u8,
+    pub(crate) irr: u8,
+    pub(crate) isr: u8,
+    pub(crate) imr: u8,
+    pub(crate) lines: u8,
     /// Inputs that are level-triggered.
-    level: u8,
-    base: u8,
+    pub(crate) level: u8,
+    pub(crate) base: u8,
     /// The input of lowest priority is this one less one.
-    top: u8,
+    pub(crate) top: u8,
     /// Which initialization word comes next, 0 when done.
-    init_step: u8,
-    init_4: bool,
-    read_isr: bool,
-    poll: bool,
-    special_mask: bool,
-    auto_eoi: bool,
-    rotate_auto: bool,
-    special_nested: bool,
+    pub(crate) init_step: u8,
+    pub(crate) init_4: bool,
+    pub(crate) read_isr: bool,
+    pub(crate) poll: bool,
+    pub(crate) special_mask: bool,
+    pub(crate) auto_eoi: bool,
+    pub(crate) rotate_auto: bool,
+    pub(crate) special_nested: bool,
 }
 
 impl Chip {
@@ -153,11 +153,11 @@ impl Chip {
 }
 
 /// Both chips.
-#[derive(Clone, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PicPair {
-    master: Chip,
-    slave: Chip,
+    pub(crate) master: Chip,
+    pub(crate) slave: Chip,
 }
 
 impl PicPair {
@@ -183,8 +183,35 @@ impl PicPair {
         self.update()
     }
 
+    /// With vectors and priorities that can be, whatever was stored.
+    #[must_use]
+    pub fn sound(mut self) -> Self {
+        for chip in [&mut self.master, &mut self.slave] {
+            chip.base &= 0xf8;
+            chip.top &= 7;
+        }
+        self
+    }
+
+    /// An interrupt that the processor has acknowledged, and then not begun to handle, is requested again.
+    pub fn request_again(&mut self, vector: u8) {
+        let again = |chip: &mut Chip| {
+            let bit = 1 << (vector & 7);
+            let is_it = vector & 0xf8 == chip.base && (chip.isr & bit != 0 || chip.auto_eoi);
+            if is_it {
+                chip.isr &= !bit;
+                chip.irr |= bit;
+            }
+            is_it
+        };
+        if !again(&mut self.master) && again(&mut self.slave) {
+            self.master.isr &= !(1 << CASCADE);
+        }
+        self.update();
+    }
+
     /// Passes the second chip's output on to the first.
-    fn update(&mut self) -> bool {
+    pub(crate) fn update(&mut self) -> bool {
         let slave = self.slave.pending(false).is_some();
         self.master.set_line(CASCADE, slave);
         self.pending()

@@ -20,17 +20,24 @@ use crate::pci::root::PciRoot;
 
 const PCI_PORTS: (u64, u64) = (0xcf8, 8);
 
-/// The interrupt controllers and the PIT, which KVM has inside.
+/// The interrupt controllers, which KVM has inside.
 pub(super) fn add_interrupt_chips(
     board: &Board,
     chipset: &Arc<Chipset>,
-) -> Result<Arc<Mutex<Pit>>, MachineError> {
+) -> Result<(), MachineError> {
     let ioapic = Arc::new(Mutex::new(IoApicRegisters(Arc::clone(chipset))));
     insert(&board.mmio, &[(IOAPIC_BASE, 0x1000)], &ioapic)?;
     let pic = Arc::new(Mutex::new(PicRegisters(Arc::clone(chipset))));
-    insert(&board.ports, &PicPair::RANGES, &pic)?;
-    let interrupts = Arc::clone(chipset) as Arc<dyn InterruptSink>;
-    let pit = Arc::new(Mutex::new(Pit::new(Arc::clone(&board.clock), interrupts)));
+    insert(&board.ports, &PicPair::RANGES, &pic)
+}
+
+/// The PIT. KVM has one, too, but does not tell all of it, and forgets how far it has counted when it is
+/// put back.
+pub(super) fn add_pit(
+    board: &Board,
+    interrupts: &Arc<dyn InterruptSink>,
+) -> Result<Arc<Mutex<Pit>>, MachineError> {
+    let pit = Arc::new(Mutex::new(Pit::new(Arc::clone(&board.clock), Arc::clone(interrupts))));
     let expired = Arc::downgrade(&pit);
     let alarm = board.timers.add(move || {
         if let Some(pit) = expired.upgrade() {

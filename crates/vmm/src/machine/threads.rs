@@ -69,9 +69,13 @@ impl Runner {
             let mut mail = self.mailbox.take();
             while mail.pause && !mail.stop {
                 // Without its state it cannot be stored, but it can stand still.
-                let state = self.vcpu.state().ok();
-                let standing = state.map(|state| Standing { state, waiting, mail });
-                if let Some(errand) = self.mailbox.stand_still(standing) {
+                let standing = self.vcpu.inside().and_then(|inside| {
+                    Ok(Standing { state: self.vcpu.state()?, inside, waiting, mail })
+                });
+                let standing = standing.inspect_err(|error| {
+                    tracing::warn!(index = self.index, why = with_causes(error), "no state");
+                });
+                if let Some(errand) = self.mailbox.stand_still(standing.ok()) {
                     errand(&mut *self.vcpu);
                     continue;
                 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use berth_x86::CpuState;
 
 use crate::chips::lapic::CpuSignals;
-use crate::vcpu::{Vcpu, VcpuHandle};
+use crate::vcpu::{Inside, Vcpu, VcpuHandle};
 
 /// What has been asked for since the last look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +41,9 @@ struct State {
     asleep: bool,
     /// It stands still, or has ended.
     still: bool,
+    ended: bool,
+    /// It is to look once more how it is, while it stands still.
+    again: bool,
     /// How it is while it stands still.
     standing: Option<Standing>,
     /// What it is to do meanwhile.
@@ -48,10 +51,12 @@ struct State {
 }
 
 /// A vCPU that stands still.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Standing {
     /// Its registers.
     pub state: CpuState,
+    /// What is inside of it besides.
+    pub inside: Option<Inside>,
     /// It waits for a start-up message.
     pub waiting: bool,
     /// What was asked for and not yet done.
@@ -129,7 +134,11 @@ impl Mailbox {
         state.still = true;
         state.asleep = true;
         self.stood.notify_all();
-        while state.mail.pause && !state.mail.stop && state.errand.is_none() {
+        while state.mail.pause
+            && !state.mail.stop
+            && state.errand.is_none()
+            && !std::mem::take(&mut state.again)
+        {
             state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.asleep = false;
@@ -161,11 +170,23 @@ impl Mailbox {
     /// On the vCPU's thread, as it ends: nobody waits for it any more.
     pub fn ended(&self) {
         let mut state = self.lock();
-        state.still = true;
+        (state.still, state.ended) = (true, true);
         state.standing = None;
         state.errand = None;
         drop(state);
         self.stood.notify_all();
+    }
+
+    /// Makes a vCPU that stands still look once more how it is: its interrupt controller, which may be
+    /// inside of it, does not stand still.
+    pub fn look_again(&self) {
+        let mut state = self.lock();
+        if state.still && !state.ended {
+            (state.still, state.again, state.standing) = (false, true, None);
+            drop(state);
+            self.wake.notify_one();
+            self.wait_until_still();
+        }
     }
 
     /// What is asked for, which stays.
@@ -282,6 +303,8 @@ mod tests {
         for _ in 0..2 {
             mailbox.pause();
             mailbox.wait_until_still();
+            mailbox.look_again();
+            mailbox.look_again();
             mailbox.interrupt();
             mailbox.unpause();
             // One that was not paused is not waited for.
@@ -290,9 +313,10 @@ mod tests {
         mailbox.pause();
         mailbox.wait_until_still();
         mailbox.stop();
-        assert!(thread.join().unwrap() >= 1);
+        assert!(thread.join().unwrap() >= 5);
         mailbox.pause();
         mailbox.wait_until_still();
+        mailbox.look_again();
     }
 
     #[test]

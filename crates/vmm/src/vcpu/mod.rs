@@ -12,6 +12,8 @@ use std::sync::Arc;
 use berth_translator::SharedCode;
 use berth_x86::CpuState;
 
+use crate::chips::lapic;
+
 /// Why [`Vcpu::run`] came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VcpuExit {
@@ -30,6 +32,23 @@ pub struct Capabilities {
     pub name: &'static str,
     /// The interrupt controllers are inside: INIT, start-up and HLT never come out of it.
     pub irqchip_inside: bool,
+}
+
+/// What is inside of a vCPU besides its registers, if it has its interrupt controller inside.
+#[derive(Clone)]
+pub struct Inside {
+    /// Its local APIC.
+    pub apic: lapic::Registers,
+    /// It waits for a start-up message.
+    pub waiting: bool,
+    /// It has received this one.
+    pub startup: Option<u8>,
+    /// MSR_KVM_SYSTEM_TIME.
+    pub system_time: u64,
+    /// MSR_KVM_WALL_CLOCK.
+    pub wall_clock: u64,
+    /// The interrupt that it has acknowledged, and not begun to handle.
+    pub acknowledged: Option<u8>,
 }
 
 /// Why a vCPU could not be made or cannot go on.
@@ -92,6 +111,13 @@ pub trait Vcpu: Send {
     /// # Errors
     /// [`VcpuError`] when it cannot be set.
     fn set_state(&mut self, state: &CpuState) -> Result<(), VcpuError>;
+    /// What is inside of it besides, if it is one that has that. To be asked before [`Self::state`].
+    ///
+    /// # Errors
+    /// [`VcpuError`] when it cannot be had.
+    fn inside(&mut self) -> Result<Option<Inside>, VcpuError> {
+        Ok(None)
+    }
     /// It stood still and is about to go on.
     fn stood_still(&mut self) {}
     /// What it has translated, for the vCPUs of clones; `None` if there is nothing, or it cannot be

@@ -12,6 +12,7 @@ use berth_x86::cpuid::{CpuidTable, Topology};
 
 use crate::boot;
 use crate::bus::{Bus, BusDevice};
+use crate::clock::HostClock;
 use crate::limits::MEMORY_BYTES_MIN;
 use crate::memory::GuestRam;
 use crate::vcpu::kvm::vm::KvmVm;
@@ -250,7 +251,9 @@ fn run_guest(
     ports.insert(PROBE_PORT, 1, witness.clone()).map_err(chain)?;
     let topology = Topology { index: 0, count: 1 };
     let cpuid = CpuidTable::new(&berth_translator::host_cpuid(), topology, 1_000_000);
-    let mut vcpu = vm.add_vcpu(0, &cpuid, Arc::new(Bus::new()), ports).map_err(chain)?;
+    let (cpuid, clock) = (vm.offered(&cpuid, topology), Arc::new(HostClock::new()));
+    let buses = (Arc::new(Bus::new()), ports);
+    let mut vcpu = vm.add_vcpu(0, &cpuid, buses, clock, None).map_err(chain)?;
     prepare(&mut vcpu, &ram)?;
     let handle = vcpu.handle();
     let (done, ended) = std::sync::mpsc::channel::<()>();

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use berth_vmm::console::SerialConfig;
 use berth_vmm::devices::{Devices, DiskFile, HostEnds};
-use berth_vmm::machine::{Machine, MachineConfig, Resume};
+use berth_vmm::machine::{Baseline, Machine, MachineConfig, Resume};
 use berth_vmm::outcome::Outcome;
 use berth_vmm::vcpu::probe::AccelChoice;
 use serde_json::Value;
 
 use crate::events::{expect, listener};
-use crate::run::{Folder, Format, assemble};
+use crate::run::{Folder, Format, assemble, processors};
 
 /// One that takes longer hangs.
 const TIME_LIMIT: Duration = Duration::from_secs(30);
@@ -110,6 +110,18 @@ fn alter(value: &mut Value, random: &mut Random) {
 
 #[test]
 fn altered_machines_harm_themselves_only() {
+    check_altered(AccelChoice::Translate);
+}
+
+#[test]
+fn altered_machines_harm_themselves_only_under_kvm() {
+    match processors().contains(&AccelChoice::Kvm) {
+        true => check_altered(AccelChoice::Kvm),
+        false => println!("skipped: no KVM"),
+    }
+}
+
+fn check_altered(accel: AccelChoice) {
     let panics = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&panics);
     let before = std::panic::take_hook();
@@ -121,8 +133,10 @@ fn altered_machines_harm_themselves_only() {
     let disk = folder.0.join("disk");
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let mut config = MachineConfig::new(assemble(&folder, &listener(), Format::Elf32));
-    config.accel = AccelChoice::Translate;
     config.memory_bytes = 32 << 20;
+    // Both processors have it, so that what is refused is what was altered.
+    config.cpu = Some(Baseline::V1);
+    config.accel = accel;
     let start = |config: &mut MachineConfig| {
         let (near, far) = UnixStream::pair().unwrap();
         config.serial = SerialConfig::Stream(Arc::new(far));
@@ -141,7 +155,7 @@ fn altered_machines_harm_themselves_only() {
     machine.pauser().pause();
     let stored = folder.0.join("stored");
     fs::create_dir(&stored).unwrap();
-    machine.storer().unwrap().store(&stored).unwrap();
+    machine.storer().store(&stored).unwrap();
     drop((machine, stream));
     let sound: Value =
         serde_json::from_slice(&fs::read(stored.join("machine.json")).unwrap()).unwrap();
@@ -188,6 +202,6 @@ fn altered_machines_harm_themselves_only() {
         let panics = panics.load(Ordering::SeqCst);
         assert!(!failed && panics == 0, "round {round}: {outcome:?} {panics} {places:?}");
     }
-    println!("{refused} were refused, {ran} ran");
+    println!("{accel:?}: {refused} were refused, {ran} ran");
     assert!(refused > rounds / 20 && ran > rounds / 20, "{refused} were refused, {ran} ran");
 }

@@ -5,4 +5,5 @@
 mod altered;
 mod events;
 mod guests;
+mod moved;
 mod run;

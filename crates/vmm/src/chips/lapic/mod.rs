@@ -5,6 +5,7 @@
 //! [`Effect`], so that no two APICs are ever locked at once.
 
 pub mod message;
+pub mod page;
 mod timer;
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::chips::lapic::page::Around;
 use crate::clock::{Clock, scale};
 use crate::timer::Alarm;
 
@@ -37,7 +38,69 @@ pub(super) struct Timer {
     deadline_tsc: u64,
 }
 
+/// A timer as its registers show it.
+pub(super) struct Remainder {
+    pub(super) initial: u32,
+    pub(super) divide: u32,
+    pub(super) current: u32,
+    pub(super) deadline_tsc: u64,
+}
+
+impl Mode {
+    fn of(entry: u32) -> Self {
+        match entry >> 17 & 3 {
+            0 => Self::OneShot,
+            1 => Self::Periodic,
+            _ => Self::Deadline,
+        }
+    }
+}
+
 impl Timer {
+    /// A timer whose registers are these, with its entry of the local vector table.
+    pub(super) fn from_remainder(registers: &Remainder, entry: u32, around: &Around) -> Self {
+        let Remainder { initial, divide, current, deadline_tsc } = *registers;
+        let mut timer =
+            Self { mode: Mode::of(entry), initial, divide: divide & 0xb, ..Self::default() };
+        let now = around.now_ns;
+        timer.started_ns = now;
+        if timer.mode == Mode::Deadline {
+            timer.deadline_tsc = deadline_tsc;
+            if deadline_tsc != 0 {
+                let ticks = deadline_tsc.saturating_sub(around.tsc);
+                let ns = scale(ticks, 1_000_000_000, around.tsc_hz);
+                timer.expires_ns = Some(now.saturating_add(ns));
+            }
+        } else if initial != 0 && (current != 0 || timer.mode == Mode::Periodic || around.ran) {
+            let left = u64::from(current.min(initial)) * timer.count_ns();
+            let gone = timer.span_ns().saturating_sub(left);
+            timer.started_ns = now.saturating_sub(gone);
+            timer.expires_ns = Some(now.saturating_add(left));
+        }
+        timer
+    }
+
+    /// Its registers. A count that has ended is none, since KVM would let it end once more; one whose
+    /// end was not noticed yet ends at once.
+    pub(super) fn remainder(&self, now_ns: u64) -> Remainder {
+        let counts = self.is_running() && self.mode != Mode::Deadline;
+        Remainder {
+            initial: if counts { self.initial } else { 0 },
+            divide: self.divide,
+            current: if counts { self.current(now_ns).max(1) } else { 0 },
+            deadline_tsc: self.deadline_tsc,
+        }
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.expires_ns.is_some()
+    }
+
+    #[cfg(test)]
+    pub(super) fn expires_at(&self) -> Option<u64> {
+        self.expires_ns
+    }
+
     pub(super) fn set_alarm(&mut self, alarm: Arc<dyn Alarm>) {
         self.alarm = Some(alarm);
     }
@@ -55,11 +118,7 @@ impl Timer {
     /// Mode bits 17 and 18 of the local vector table's entry. A change between deadline mode and the
     /// others stops the timer.
     pub(super) fn set_mode(&mut self, entry: u32) {
-        let mode = match entry >> 17 & 3 {
-            0 => Mode::OneShot,
-            1 => Mode::Periodic,
-            _ => Mode::Deadline,
-        };
+        let mode = Mode::of(entry);
         if (mode == Mode::Deadline) != (self.mode == Mode::Deadline) {
             self.stop();
         }

@@ -1,18 +1,27 @@
 //! Between [`CpuState`] and the structures of KVM.
 
-use berth_x86::state::{XSAVE_SIZE, flags, sreg};
+use berth_x86::state::{XsaveArea, flags, sreg};
 use berth_x86::{CpuState, Segment, TableReg};
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, Msrs, kvm_debugregs, kvm_dtable, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_dtable,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Error, VcpuFd};
 
-use crate::vcpu::reset;
+use crate::chips::lapic::page::Around;
+use crate::chips::lapic::{self, MSR_TSC_DEADLINE};
+use crate::pvclock::{MSR_SYSTEM_TIME, MSR_WALL_CLOCK};
+use crate::vcpu::{Inside, reset};
 
 type Result<T> = std::result::Result<T, (&'static str, Error)>;
 
 const IA32_TSC: u32 = 0x10;
+/// Where the header of an XSAVE area is, how long, and the parts that guests have: x87, SSE, AVX.
+const HEADER: usize = 512;
+const HEADER_SIZE: usize = 64;
+const PARTS: u8 = 7;
 
 /// Where the state keeps an MSR.
 type Field = fn(&mut CpuState) -> &mut u64;
@@ -124,10 +133,7 @@ pub(super) fn set(fd: &VcpuFd, state: &CpuState) -> Result<()> {
     let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
     xcrs.xcrs[0].value = state.xcr0;
     fd.set_xcrs(&xcrs).map_err(|e| ("KVM_SET_XCRS", e))?;
-    let mut xsave = kvm_xsave::default();
-    for (to, from) in xsave.region.iter_mut().zip(state.xsave.0.chunks_exact(4)) {
-        *to = u32::from_le_bytes([from[0], from[1], from[2], from[3]]);
-    }
+    let xsave = to_xsave(&state.xsave);
     // SAFETY: no dynamically enabled XSAVE features are in use, so KVM reads 4096 bytes, the size of
     // the structure.
     unsafe { fd.set_xsave(&xsave) }.map_err(|e| ("KVM_SET_XSAVE", e))?;
@@ -136,7 +142,7 @@ pub(super) fn set(fd: &VcpuFd, state: &CpuState) -> Result<()> {
         kvm_debugregs { db: state.dr, dr6: state.dr6, dr7: state.dr7, ..kvm_debugregs::default() };
     fd.set_debug_regs(&debug).map_err(|e| ("KVM_SET_DEBUGREGS", e))?;
     let mut events = fd.get_vcpu_events().map_err(|e| ("KVM_GET_VCPU_EVENTS", e))?;
-    events.interrupt.shadow = state.interrupt_shadow as u8;
+    events.interrupt.shadow = shadow(state.interrupt_shadow as u8);
     events.nmi.pending = u8::from(state.nmi_pending != 0);
     events.nmi.masked = u8::from(state.nmi_masked != 0);
     fd.set_vcpu_events(&events).map_err(|e| ("KVM_SET_VCPU_EVENTS", e))?;
@@ -225,19 +231,138 @@ pub(super) fn get(fd: &VcpuFd) -> Result<CpuState> {
         state.xcr0 = xcr0.value;
     }
     let xsave = fd.get_xsave().map_err(|e| ("KVM_GET_XSAVE", e))?;
-    let bytes = xsave.region.iter().flat_map(|word| word.to_le_bytes());
-    for (to, from) in state.xsave.0.iter_mut().zip(bytes.take(XSAVE_SIZE)) {
-        *to = from;
-    }
+    state.xsave = from_xsave(&xsave);
     let debug = fd.get_debug_regs().map_err(|e| ("KVM_GET_DEBUGREGS", e))?;
     (state.dr, state.dr6, state.dr7) = (debug.db, debug.dr6, debug.dr7);
     let events = fd.get_vcpu_events().map_err(|e| ("KVM_GET_VCPU_EVENTS", e))?;
-    state.interrupt_shadow = u32::from(events.interrupt.shadow);
-    state.nmi_pending = u32::from(events.nmi.pending != 0);
-    state.nmi_masked = u32::from(events.nmi.masked != 0);
+    set_events(&mut state, &events);
     let halted = fd.get_mp_state().is_ok_and(|mp| mp.mp_state == KVM_MP_STATE_HALTED);
     state.halted = u32::from(halted);
     Ok(state)
+}
+
+/// The first parts of KVM's area, which has places for whatever the host has. What guests have no use of
+/// (protection keys, AVX-512) is not told of by our CPUID.
+fn from_xsave(kvm: &kvm_xsave) -> XsaveArea {
+    let mut area = XsaveArea::default();
+    let bytes = kvm.region.iter().flat_map(|word| word.to_le_bytes());
+    for (to, from) in area.0.iter_mut().zip(bytes) {
+        *to = from;
+    }
+    for (at, byte) in area.0.iter_mut().enumerate().skip(HEADER).take(HEADER_SIZE) {
+        // The parts that are there, in the standard format.
+        *byte &= if at == HEADER { PARTS } else { 0 };
+    }
+    area
+}
+
+fn to_xsave(area: &XsaveArea) -> kvm_xsave {
+    let mut kvm = kvm_xsave::default();
+    for (to, from) in kvm.region.iter_mut().zip(area.0.chunks_exact(4)) {
+        *to = u32::from_le_bytes([from[0], from[1], from[2], from[3]]);
+    }
+    kvm
+}
+
+/// Between KVM's numbers of the shadows (MOV SS first) and ours (STI first).
+fn shadow(bits: u8) -> u8 {
+    bits >> 1 & 1 | (bits & 1) << 1
+}
+
+/// What waits to be delivered. An exception or a software interrupt under way comes again when its
+/// instruction, at which RIP still is, is executed again; an NMI waits as before.
+fn set_events(state: &mut CpuState, events: &kvm_vcpu_events) {
+    state.interrupt_shadow = u32::from(shadow(events.interrupt.shadow));
+    let begun = events.nmi.injected != 0;
+    state.nmi_pending = u32::from(begun || events.nmi.pending != 0);
+    state.nmi_masked = u32::from(!begun && events.nmi.masked != 0);
+}
+
+/// Whether a vCPU runs. To be asked before anything else: KVM acts on start-up messages by that.
+pub(super) fn get_mp_state(fd: &VcpuFd) -> Result<u32> {
+    Ok(fd.get_mp_state().map_err(|e| ("KVM_GET_MP_STATE", e))?.mp_state)
+}
+
+/// What is inside of a vCPU besides its registers.
+pub(super) fn get_inside(fd: &VcpuFd, mp_state: u32, timing: Timing) -> Result<Inside> {
+    let events = fd.get_vcpu_events().map_err(|e| ("KVM_GET_VCPU_EVENTS", e))?;
+    let sregs = fd.get_sregs().map_err(|e| ("KVM_GET_SREGS", e))?;
+    let kvm = fd.get_lapic().map_err(|e| ("KVM_GET_LAPIC", e))?;
+    let msr = |index| get_msr(fd, index).unwrap_or(0);
+    let around = Around {
+        base: sregs.apic_base,
+        deadline_tsc: msr(MSR_TSC_DEADLINE),
+        tsc: msr(IA32_TSC),
+        tsc_hz: timing.tsc_hz,
+        now_ns: timing.now_ns,
+        ran: timing.ran,
+    };
+    let apic = lapic::Registers::from_page(&kvm.regs.map(|byte| byte as u8), &around);
+    let began = mp_state == KVM_MP_STATE_SIPI_RECEIVED;
+    let waiting = [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED].contains(&mp_state);
+    let acknowledged = events.interrupt.injected != 0 && events.interrupt.soft == 0;
+    Ok(Inside {
+        apic,
+        waiting: waiting || began,
+        startup: began.then_some(events.sipi_vector as u8),
+        system_time: msr(MSR_SYSTEM_TIME),
+        wall_clock: msr(MSR_WALL_CLOCK),
+        acknowledged: acknowledged.then_some(events.interrupt.nr),
+    })
+}
+
+/// Gives a vCPU what is inside of it, after its registers. Its timer counts from `now_ns`.
+pub(super) fn set_inside(
+    fd: &VcpuFd,
+    index: u32,
+    state: &CpuState,
+    inside: &Inside,
+    now_ns: u64,
+) -> Result<()> {
+    let mut sregs = fd.get_sregs().map_err(|e| ("KVM_GET_SREGS", e))?;
+    sregs.apic_base = inside.apic.apic_base();
+    sregs.cr8 = u64::from(inside.apic.priority_class());
+    fd.set_sregs(&sregs).map_err(|e| ("KVM_SET_SREGS", e))?;
+    // The deadline is one by this counter.
+    set_msr(fd, IA32_TSC, host_tsc().wrapping_add(state.tsc_offset))?;
+    let page = inside.apic.to_page(index, now_ns);
+    let kvm = kvm_lapic_state { regs: page.map(|byte| byte as _) };
+    fd.set_lapic(&kvm).map_err(|e| ("KVM_SET_LAPIC", e))?;
+    for (msr, value) in [
+        (MSR_TSC_DEADLINE, inside.apic.deadline()),
+        (MSR_WALL_CLOCK, inside.wall_clock),
+        (MSR_SYSTEM_TIME, inside.system_time),
+    ] {
+        if value != 0 {
+            set_msr(fd, msr, value)?;
+        }
+    }
+    let mp_state = match (inside.waiting, state.halted != 0) {
+        (true, _) => KVM_MP_STATE_INIT_RECEIVED,
+        (false, true) => KVM_MP_STATE_HALTED,
+        (false, false) => KVM_MP_STATE_RUNNABLE,
+    };
+    fd.set_mp_state(kvm_mp_state { mp_state }).map_err(|e| ("KVM_SET_MP_STATE", e))
+}
+
+/// Sets one that this KVM has to have.
+fn set_msr(fd: &VcpuFd, index: u32, data: u64) -> Result<()> {
+    let entry = kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
+    let msrs =
+        Msrs::from_entries(&[entry]).map_err(|_| ("KVM_SET_MSRS", Error::new(libc::ENOMEM)))?;
+    match fd.set_msrs(&msrs) {
+        Ok(1) => Ok(()),
+        Ok(_) => Err(("KVM_SET_MSRS", Error::new(libc::EINVAL))),
+        Err(e) => Err(("KVM_SET_MSRS", e)),
+    }
+}
+
+/// When somebody looks.
+#[derive(Clone, Copy)]
+pub(super) struct Timing {
+    pub(super) tsc_hz: u64,
+    pub(super) now_ns: u64,
+    pub(super) ran: bool,
 }
 
 fn get_msr(fd: &VcpuFd, index: u32) -> Option<u64> {
@@ -249,4 +374,55 @@ fn get_msr(fd: &VcpuFd, index: u32) -> Option<u64> {
 fn host_tsc() -> u64 {
     // SAFETY: RDTSC exists on every x86-64 processor and only writes registers.
     unsafe { std::arch::x86_64::_rdtsc() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{from_segment, from_xsave, set_events, shadow, to_segment, to_xsave};
+    use crate::vcpu::reset;
+    use berth_x86::state::{Segment, XsaveArea};
+    use kvm_bindings::{kvm_vcpu_events, kvm_xsave};
+
+    #[test]
+    fn what_the_guest_does_not_have_is_left_out_of_its_extended_registers() {
+        let mut kvm = kvm_xsave { region: [0x0101_0101; 1024], ..kvm_xsave::default() };
+        // x87, SSE, AVX and protection keys; compacted.
+        (kvm.region[128], kvm.region[129]) = (0x0207, 0);
+        (kvm.region[130], kvm.region[131]) = (7, 1 << 31);
+        let area = from_xsave(&kvm);
+        let mut header = [0; 64];
+        header[0] = 7;
+        assert_eq!(area.0[512..576], header);
+        assert!(area.0[..512].iter().chain(&area.0[576..]).all(|&byte| byte == 1));
+        let again = to_xsave(&area);
+        assert_eq!(from_xsave(&again), area);
+        assert!(again.region[208..].iter().all(|&word| word == 0));
+        assert_eq!(from_xsave(&to_xsave(&XsaveArea::default())), XsaveArea::default());
+    }
+
+    #[test]
+    fn shadows_have_other_numbers() {
+        assert_eq!([0, 1, 2, 3].map(shadow), [0, 2, 1, 3]);
+    }
+
+    #[test]
+    fn an_nmi_that_was_not_begun_waits() {
+        let mut state = reset::power_up();
+        let mut events = kvm_vcpu_events::default();
+        events.nmi.masked = 1;
+        set_events(&mut state, &events);
+        assert_eq!((state.nmi_pending, state.nmi_masked), (0, 1));
+        events.nmi.injected = 1;
+        events.interrupt.shadow = 2;
+        set_events(&mut state, &events);
+        assert_eq!((state.nmi_pending, state.nmi_masked, state.interrupt_shadow), (1, 0, 1));
+    }
+
+    #[test]
+    fn segments_there_and_back() {
+        for attr in [0x209b, 0xc093, 0xf3, 0x8b, 0x82, 0] {
+            let segment = Segment { base: 0x1_0000, limit: 0xf_ffff, selector: 8, attr };
+            assert_eq!(from_segment(&to_segment(&segment)), segment);
+        }
+    }
 }

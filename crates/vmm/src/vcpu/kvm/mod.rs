@@ -1,6 +1,7 @@
 //! The KVM processor: a machine with KVM's interrupt controllers and timers, whose port and MMIO
 //! accesses go to the same buses as those of a translated one.
 
+mod chips;
 mod convert;
 pub mod vm;
 
@@ -11,7 +12,9 @@ use berth_x86::CpuState;
 use kvm_ioctls::{VcpuExit as KvmExit, VcpuFd};
 
 use crate::bus::Bus;
-use crate::vcpu::{Capabilities, Vcpu, VcpuError, VcpuExit, VcpuHandle};
+use crate::clock::Clock;
+use crate::vcpu::kvm::convert::Timing;
+use crate::vcpu::{Capabilities, Inside, Vcpu, VcpuError, VcpuExit, VcpuHandle};
 
 /// The signal that brings a vCPU thread out of KVM; its handler does nothing.
 fn kick_signal() -> i32 {
@@ -77,6 +80,13 @@ pub struct KvmVcpu {
     ports: Arc<Bus>,
     handle: Arc<Handle>,
     irqchip: bool,
+    clock: Arc<dyn Clock>,
+    /// How fast the guest's time-stamp counter counts.
+    tsc_hz: u64,
+    /// What an access asked for was done, and KVM has not finished the instruction.
+    unfinished: bool,
+    /// The timer of the APIC counted down when that was last looked at; the vCPU has not run since.
+    timer_ran: bool,
 }
 
 impl Drop for KvmVcpu {
@@ -88,17 +98,44 @@ impl Drop for KvmVcpu {
 /// What an exit left to do after the borrow of the shared page ended.
 enum Next {
     Continue,
+    /// An access was done; KVM finishes its instruction when it runs next.
+    Accessed,
     Return(VcpuExit),
     GiveUp(String),
 }
 
 impl KvmVcpu {
-    fn new(index: u32, mut fd: VcpuFd, mmio: Arc<Bus>, ports: Arc<Bus>, irqchip: bool) -> Self {
+    fn new(
+        index: u32,
+        mut fd: VcpuFd,
+        (mmio, ports): (Arc<Bus>, Arc<Bus>),
+        irqchip: bool,
+        clock: Arc<dyn Clock>,
+        tsc_hz: u64,
+    ) -> Self {
         install_handler();
         let immediate_exit = (&raw const fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
         let target = Mutex::new(Some(Target { immediate_exit, thread: None }));
         let handle = Arc::new(Handle { kicked: AtomicBool::new(false), target });
-        Self { index, fd, mmio, ports, handle, irqchip }
+        let (unfinished, timer_ran) = (false, false);
+        Self { index, fd, mmio, ports, handle, irqchip, clock, tsc_hz, unfinished, timer_ran }
+    }
+
+    /// Gives it what is inside of it besides its registers, which it has already; `now_ns` is the time by
+    /// the clock by which that was stored.
+    ///
+    /// # Errors
+    /// [`VcpuError`] when KVM refuses it.
+    pub fn set_inside(
+        &mut self,
+        state: &CpuState,
+        inside: &Inside,
+        now_ns: u64,
+    ) -> Result<(), VcpuError> {
+        convert::set_inside(&self.fd, self.index, state, inside, now_ns)
+            .map_err(|(operation, error)| self.failed(operation, error))?;
+        self.stood_still();
+        Ok(())
     }
 
     fn failed(&self, operation: &'static str, error: kvm_ioctls::Error) -> VcpuError {
@@ -122,6 +159,31 @@ impl KvmVcpu {
         kicked
     }
 
+    /// Lets KVM finish the instruction whose accesses were done, without another one. Before that the
+    /// registers are those from before it.
+    fn finish(&mut self) -> Result<(), VcpuError> {
+        while self.unfinished {
+            // As by a kick, which the next run takes.
+            self.handle.kick();
+            if let Next::GiveUp(why) = self.step()? {
+                return Err(self.gave_up(why));
+            }
+        }
+        Ok(())
+    }
+
+    fn gave_up(&self, why: String) -> VcpuError {
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        VcpuError::KvmGaveUp { index: self.index, rip, why }
+    }
+
+    fn step(&mut self) -> Result<Next, VcpuError> {
+        self.unfinished = false;
+        let next = self.run_once()?;
+        self.unfinished = matches!(next, Next::Accessed);
+        Ok(next)
+    }
+
     fn run_once(&mut self) -> Result<Next, VcpuError> {
         let (mmio, ports) = (Arc::clone(&self.mmio), Arc::clone(&self.ports));
         let exit = match self.fd.run() {
@@ -137,7 +199,7 @@ impl KvmVcpu {
                 for item in data.chunks(self.port_size(data.len())) {
                     ports.write(u64::from(port), item);
                 }
-                Next::Continue
+                Next::Accessed
             }
             KvmExit::IoIn(port, data) => {
                 let (start, len) = (data.as_mut_ptr(), data.len());
@@ -148,15 +210,15 @@ impl KvmVcpu {
                 for item in data.chunks_mut(size) {
                     ports.read(u64::from(port), item);
                 }
-                Next::Continue
+                Next::Accessed
             }
             KvmExit::MmioRead(address, data) => {
                 mmio.read(address, data);
-                Next::Continue
+                Next::Accessed
             }
             KvmExit::MmioWrite(address, data) => {
                 mmio.write(address, data);
-                Next::Continue
+                Next::Accessed
             }
             KvmExit::Hlt => Next::Return(VcpuExit::Halted),
             KvmExit::Shutdown => Next::Return(VcpuExit::Shutdown),
@@ -193,13 +255,11 @@ impl Vcpu for KvmVcpu {
             if self.take_kick() {
                 return Ok(VcpuExit::Kicked);
             }
-            match self.run_once()? {
-                Next::Continue => {}
+            self.timer_ran = false;
+            match self.step()? {
+                Next::Continue | Next::Accessed => {}
                 Next::Return(exit) => return Ok(exit),
-                Next::GiveUp(why) => {
-                    let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
-                    return Err(VcpuError::KvmGaveUp { index: self.index, rip, why });
-                }
+                Next::GiveUp(why) => return Err(self.gave_up(why)),
             }
         }
     }
@@ -209,7 +269,19 @@ impl Vcpu for KvmVcpu {
         let _ = self.fd.kvmclock_ctrl();
     }
 
+    fn inside(&mut self) -> Result<Option<Inside>, VcpuError> {
+        self.finish()?;
+        let timing =
+            Timing { tsc_hz: self.tsc_hz, now_ns: self.clock.now_ns(), ran: self.timer_ran };
+        let inside = convert::get_mp_state(&self.fd)
+            .and_then(|mp_state| convert::get_inside(&self.fd, mp_state, timing))
+            .map_err(|(operation, error)| self.failed(operation, error))?;
+        self.timer_ran = inside.apic.counts_down();
+        Ok(Some(inside))
+    }
+
     fn state(&mut self) -> Result<CpuState, VcpuError> {
+        self.finish()?;
         convert::get(&self.fd).map_err(|(operation, error)| self.failed(operation, error))
     }
 

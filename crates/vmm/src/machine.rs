@@ -139,6 +139,8 @@ pub struct DeviceContext {
     pub consoles: Consoles,
     /// Where the guest is told of what happens to the machine.
     pub events: Events,
+    /// Virtio types of the devices of a machine that goes on.
+    pub goes_on_with: Option<Vec<u16>>,
 }
 
 /// Makes the devices of the PCI bus; gives what answers at ports 0xcf8 to 0xcff.
@@ -308,6 +310,14 @@ impl Begin {
         }
     }
 
+    /// The devices of one that goes on.
+    fn devices(&self) -> Option<Vec<u16>> {
+        match self {
+            Self::Entry(_) => None,
+            Self::Stored(resumed) => Some(resumed.state.device_types()),
+        }
+    }
+
     /// Where memory is, if it is not new.
     fn origin(&self) -> Option<&Origin> {
         match self {
@@ -348,7 +358,8 @@ fn start_translated(
     let chipset = Chipset::new(Arc::new(ApicBus::new(apics.clone())), boot_cpu);
     let pit = chips::add_interrupt_chips(&board, &chipset)?;
     let interrupts = Arc::clone(&chipset) as Arc<dyn InterruptSink>;
-    let (context, console, devices) = chips::add_devices(config, &board, &interrupts, attach)?;
+    let (context, console, devices) =
+        chips::add_devices(config, &board, &interrupts, attach, begin.devices())?;
 
     let shared = translated::share(&board.ram, begin.origin(), config.translator.clone())
         .map_err(MachineError::Translator)?;
@@ -403,7 +414,7 @@ fn start_kvm(
 ) -> Result<RunningMachine, MachineError> {
     let mut vm = KvmVm::new(&board.ram)?;
     let interrupts = vm.add_irqchip()?;
-    let (context, console, _) = chips::add_devices(config, &board, &interrupts, attach)?;
+    let (context, console, _) = chips::add_devices(config, &board, &interrupts, attach, None)?;
     let mut vcpus: Vec<Processor> = Vec::new();
     let tsc_khz = begin.tsc_khz(&*board.clock);
     for index in 0..config.cpus {

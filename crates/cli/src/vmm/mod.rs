@@ -168,6 +168,7 @@ fn begin(
     let plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console, !goes_on)?;
     let mut parts = devices(&plan);
     parts.mac = Some(Mac(hardware_address(toml.id)));
+    parts.balloon = true;
     // What needs the host's network is made before it is left.
     parts.connect()?;
     confine::confine(folder, root, &plan);

@@ -218,7 +218,7 @@ pub enum VmCommand {
     Cp(CopyArgs),
     /// Print what machines use of this host, again and again
     Top(TopArgs),
-    /// Change what a machine is made of, from its next start on
+    /// Change what a machine is made of: at once where that is possible, else from its next start on
     Set(Box<SetArgs>),
     /// Give a machine another name
     Rename(RenameArgs),

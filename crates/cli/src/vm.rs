@@ -12,7 +12,7 @@ use std::path::Path;
 use std::thread;
 
 use berth_api::agent::message::{Exec, TerminalSize};
-use berth_api::v1::change::ChangeMachine;
+use berth_api::v1::change::{ChangeMachine, ChangedMachine, Later};
 use berth_api::v1::machine::{
     self as api, AdoptMachine, CreateMachine, Machine, MachineConfig, NewDisk, RenameMachine,
 };
@@ -142,11 +142,14 @@ pub fn set(client: &Client, args: &SetArgs) -> Done {
         return Err(CliError::Usage(text.into()));
     }
     let path = routes::machine(&args.name, None);
-    let machine: Machine = client.call(&Method::PATCH, &path, Some(&change))?;
-    if machine.state.is_up() {
-        let name = &machine.name;
+    let ChangedMachine { machine, later } = client.call(&Method::PATCH, &path, Some(&change))?;
+    let name = &machine.name;
+    for Later { what, why } in &later {
+        eprintln!("berth: {what} of {name}: {why}");
+    }
+    if !later.is_empty() {
         eprintln!(
-            "berth: {name} runs as it is until it is started again (`berth vm restart {name}`)"
+            "berth: in that {name} runs as it is until it is started again (`berth vm restart {name}`)"
         );
     }
     print(&format!("{}\n", machine.name))

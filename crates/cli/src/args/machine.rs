@@ -89,8 +89,10 @@ pub struct SetArgs {
 }
 
 const SET_EXAMPLES: &str = "\
-A machine that runs goes on as it is, and is changed when it is started again (`berth vm restart`). One
-that is suspended keeps what it was stored with: only --append, --env and --unset-env are possible.
+A machine that runs is changed at once in its processors and its memory, up to what it was started with,
+if its guest has Berth's agent and a driver for a memory balloon. All else is changed when it is started
+again (`berth vm restart`), and the command says so. One that is suspended keeps what it was stored with:
+only --append, --env and --unset-env are possible.
 
 Examples:
   berth vm set --cpus 4 --memory 2G web

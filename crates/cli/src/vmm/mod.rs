@@ -14,6 +14,7 @@ mod confine;
 mod control;
 mod disks;
 mod hub;
+mod resize;
 
 pub use check::check;
 
@@ -165,7 +166,14 @@ fn begin(
 ) -> Result<(RunningMachine, RunPlan, Told, Arc<Hub>), Failure> {
     let (near, far) = UnixStream::pair()?;
     let console = Console::Stream(Arc::new(far));
-    let plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console, !goes_on)?;
+    let mut plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console, !goes_on)?;
+    let (suspended, origin) = (folder.file(SUSPENDED), folder.file(ORIGIN));
+    if suspended.is_dir() && !origin.exists() {
+        // It has what it was started with, whatever is to be from the next start on.
+        let state = berth_vmm::state::MachineState::read(&suspended)?;
+        plan.cpus = u8::try_from(state.cpus.len()).unwrap_or(plan.cpus);
+        plan.memory_bytes = state.memory_bytes;
+    }
     let mut parts = devices(&plan);
     parts.mac = Some(Mac(hardware_address(toml.id)));
     parts.balloon = true;
@@ -187,7 +195,6 @@ fn begin(
     let told = Told::new(&plan)?;
     let hub = Hub::start(near, folder)?;
     let mut config = config(&plan, &told);
-    let (suspended, origin) = (folder.file(SUSPENDED), folder.file(ORIGIN));
     if origin.exists() {
         config.resume = Some(Resume::Handed(Arc::new(take(folder)?)));
         config.renew_generation = true;

@@ -14,6 +14,7 @@ mod kernels;
 mod killed;
 mod networks;
 mod remote;
+mod resize;
 mod rubbish;
 mod shares;
 mod snapshots;

@@ -1,21 +1,29 @@
-//! Changes of what a machine is made of: of its `vm.toml`, which the next start reads.
+//! Changes of what a machine is made of: of its `vm.toml`, which the next start reads, and at once of the
+//! machine that runs, where that can be.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use berth_api::v1::change::ChangeMachine;
+use berth_api::v1::change::{ChangeMachine, Later};
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{MachineConfig, MachineState};
+use berth_api::vmm::{RESIZE_TIME, Request};
 
-use crate::failure::{Result, conflict, failed, invalid};
+use crate::failure::{Result, chain, conflict, failed, invalid};
 use crate::machines::create::check;
 use crate::machines::{Entry, Machines};
+use crate::vmm::{self, VmmError};
+
+/// How long the process of a machine, and its guest, may take.
+const NOW_TIME: Duration = RESIZE_TIME.saturating_add(Duration::from_secs(10));
 
 impl Machines {
-    /// Changes what a machine is made of from its next start on; one that runs goes on as it is.
+    /// Changes what a machine is made of from its next start on, and as far as possible at once if it
+    /// runs. Gives what is changed later.
     ///
     /// # Errors
     /// It makes no sense, or the machine is suspended and what is stored of it fixes that.
-    pub async fn change(&self, entry: &Arc<Entry>, change: ChangeMachine) -> Result<()> {
+    pub async fn change(&self, entry: &Arc<Entry>, change: ChangeMachine) -> Result<Vec<Later>> {
         let _changing = entry.changing.lock().await;
         let name = entry.name();
         if change.is_empty() {
@@ -33,7 +41,7 @@ impl Machines {
         if let Some(net) = &change.net {
             self.check_network(net).await?;
         }
-        let changed = Arc::clone(entry);
+        let (changed, wanted) = (Arc::clone(entry), change.clone());
         let work = move || {
             let folder = changed.folder();
             // The process of one that runs has it; nobody else changes the folder then.
@@ -51,12 +59,54 @@ impl Machines {
             Ok(())
         };
         tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))??;
-        if !state.is_up() {
-            self.join_network(entry).await?;
-        }
+        let later = match state.is_up() {
+            true => change_now(entry, &wanted).await,
+            false => {
+                self.join_network(entry).await?;
+                Vec::new()
+            }
+        };
         self.tell(EventKind::Changed, entry, None);
-        Ok(())
+        Ok(later)
     }
+}
+
+/// Changes a machine that runs. Gives what cannot be changed as long as it does.
+async fn change_now(entry: &Entry, change: &ChangeMachine) -> Vec<Later> {
+    let folder = entry.folder();
+    let mut later: Vec<Later> = fixed_at_start(change)
+        .into_iter()
+        .map(|what| Later {
+            what: what.into(),
+            why: "it is fixed when a machine is started".into(),
+        })
+        .collect();
+    let mut note = |what: &str, done: std::result::Result<(), VmmError>| {
+        if let Err(error) = done {
+            later.push(Later { what: what.into(), why: chain(&error) });
+        }
+    };
+    if let Some(count) = change.cpus {
+        note("cpus", vmm::ask_within(&folder, &Request::Cpus { count }, NOW_TIME).await);
+    }
+    if let Some(memory) = change.memory {
+        let bytes = memory.bytes();
+        note("memory", vmm::ask_within(&folder, &Request::Memory { bytes }, NOW_TIME).await);
+    }
+    later
+}
+
+/// What of a change waits for the next start in any case, by the names of its fields.
+fn fixed_at_start(change: &ChangeMachine) -> Vec<&'static str> {
+    let all = [
+        (change.accel.is_some(), "accel"),
+        (change.append.is_some(), "append"),
+        (change.net.is_some(), "net"),
+        (change.ports.is_some(), "ports"),
+        (change.debug_exit.is_some(), "debug_exit"),
+        (!change.env.is_empty(), "env"),
+    ];
+    all.into_iter().filter_map(|(asked, what)| asked.then_some(what)).collect()
 }
 
 /// What is part of a stored machine and not to be changed then.

@@ -82,7 +82,9 @@ mod tests {
 
     #[test]
     fn parts_of_processors_are_exact_to_the_thousandth() {
-        for (text, thousandths) in [("2", 2000), ("0.5", 500), (".25", 250), ("0", 0), ("1.0004", 1000)] {
+        for (text, thousandths) in
+            [("2", 2000), ("0.5", 500), (".25", 250), ("0", 0), ("1.0004", 1000)]
+        {
             assert_eq!(text.parse(), Ok(Processors(thousandths)), "{text}");
         }
         for bad in ["", "-1", "1e3", "nan", "inf", "5000", "1,5", "."] {

@@ -88,6 +88,8 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
             append: machine.append.clone(),
             cpus: machine.cpus,
             memory: machine.memory,
+            cpu_limit: args.cpu_limit,
+            memory_limit: args.memory_limit,
             accel: accel_of(machine.accel),
             debug_exit: machine.debug_exit,
             env: machine.env.iter().cloned().map(Variable::into_pair).collect(),
@@ -130,6 +132,8 @@ pub fn set(client: &Client, args: &SetArgs) -> Done {
     let change = ChangeMachine {
         cpus: args.cpus,
         memory: args.memory,
+        cpu_limit: args.cpu_limit,
+        memory_limit: args.memory_limit,
         accel: args.accel.map(accel_of),
         append: args.append.clone(),
         net: args.net.as_ref().map(net_of),

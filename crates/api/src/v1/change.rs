@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::processors::Processors;
 use crate::size::Size;
 use crate::v1::machine::{Accel, Machine, Net};
 use crate::v1::network::Port;
 
 /// `PATCH /machines/{name}`: what is to be otherwise; what is absent stays. A machine that runs is changed
-/// at once where that is possible (processors and memory, within what it was started with), and else when
+/// at once where that is possible (limits; processors and memory, within what it was started with), and else when
 /// it is started again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -22,6 +23,12 @@ pub struct ChangeMachine {
     /// Memory, as `512M`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<Size>,
+    /// Processor time that its process may have at most; 0: no limit any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_limit: Option<Processors>,
+    /// Memory that its process may have at most; 0: no limit any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_limit: Option<Size>,
     /// What runs the guest's instructions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accel: Option<Accel>,

@@ -49,12 +49,17 @@ const LOCK_TIME: Duration = Duration::from_secs(3);
 
 /// Runs the machine of a folder to its end.
 #[must_use]
-pub fn run(root: &Path, path: &Path) -> ExitCode {
+pub fn run(root: &Path, path: &Path, groups: &[PathBuf]) -> ExitCode {
     let began = Instant::now();
     // A session of its own: nobody's terminal ends it. What it writes is its user's alone.
     let _ = rustix::process::setsid();
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    match start(root, path) {
+    // With limits it is in them before it uses anything.
+    let joined = groups.iter().try_for_each(|group| {
+        berth_daemon::cgroup::join(group, std::process::id())
+            .map_err(|error| format!("{}: {error}", group.display()).into())
+    });
+    match joined.and_then(|()| start(root, path)) {
         Ok(run) => {
             if run.goes_on {
                 let us = run.machine.started().saturating_duration_since(began).as_micros();

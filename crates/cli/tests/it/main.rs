@@ -8,6 +8,7 @@ mod consoles;
 mod copy;
 mod debian;
 mod frozen;
+mod groups;
 mod guest;
 mod kept;
 mod kernels;

@@ -93,6 +93,18 @@ async fn change_now(entry: &Entry, change: &ChangeMachine) -> Vec<Later> {
         let bytes = memory.bytes();
         note("memory", vmm::ask_within(&folder, &Request::Memory { bytes }, NOW_TIME).await);
     }
+    // After the guest has given memory back.
+    if change.cpu_limit.is_some() || change.memory_limit.is_some() {
+        let limits = entry.limits();
+        let group = entry.live().group.clone();
+        let limited = tokio::task::spawn_blocking(move || match group {
+            Some(group) => group.limit(limits),
+            None => Err("it runs without a control group".into()),
+        });
+        if let Err(why) = limited.await.unwrap_or_else(|error| Err(error.to_string())) {
+            later.push(Later { what: "limits".into(), why });
+        }
+    }
     later
 }
 
@@ -122,7 +134,24 @@ fn fixed(change: &ChangeMachine) -> Option<&'static str> {
 }
 
 fn apply(config: &mut MachineConfig, change: ChangeMachine) {
-    let ChangeMachine { cpus, memory, accel, append, net, ports, debug_exit, env } = change;
+    let ChangeMachine {
+        cpus,
+        memory,
+        cpu_limit,
+        memory_limit,
+        accel,
+        append,
+        net,
+        ports,
+        debug_exit,
+        env,
+    } = change;
+    if let Some(limit) = cpu_limit {
+        config.cpu_limit = Some(limit).filter(|limit| limit.thousandths() > 0);
+    }
+    if let Some(limit) = memory_limit {
+        config.memory_limit = Some(limit).filter(|limit| limit.bytes() > 0);
+    }
     config.cpus = cpus.unwrap_or(config.cpus);
     config.memory = memory.unwrap_or(config.memory);
     config.accel = accel.unwrap_or(config.accel);
@@ -157,6 +186,12 @@ mod tests {
         assert_eq!((config.cpus, config.append.as_str()), (4, "quiet"));
         assert_eq!(config.env.into_iter().collect::<Vec<_>>(), [("B".into(), "2".into())]);
         assert!(change("{}").is_empty() && !change(r#"{"append":""}"#).is_empty());
+        let mut limited = MachineConfig::default();
+        apply(&mut limited, change(r#"{"cpu_limit":1.5,"memory_limit":"1G"}"#));
+        let limits = (limited.cpu_limit.map(|limit| limit.thousandths()), limited.memory_limit);
+        assert_eq!(limits, (Some(1500), Some((1u64 << 30).into())));
+        apply(&mut limited, change(r#"{"cpu_limit":0,"memory_limit":0}"#));
+        assert_eq!(limited, MachineConfig::default());
         assert_eq!(fixed(&change(r#"{"append":"x","env":{"A":"b"}}"#)), None);
         assert_eq!(fixed(&change(r#"{"memory":"1G"}"#)), Some("memory"));
     }

@@ -320,6 +320,7 @@ fn code_that_is_given_back_is_gone() {
     shared.discard(CODE & !4095, 4096).unwrap();
     // Nobody is told of this.
     put(&fd, CODE, &[0xb8, 9, 0, 0, 0, 0xf4]);
-    vcpu.state_mut().rip = CODE;
+    let state = vcpu.state_mut();
+    (state.rip, state.halted) = (CODE, 0);
     assert_eq!((vcpu.run(), vcpu.state().gpr[0]), (Exit::Halted, 9));
 }

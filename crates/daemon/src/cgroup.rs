@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use berth_api::processors::Processors;
 use berth_api::size::Size;
 use berth_api::v1::machine::MachineConfig;
+use procfs::process::Process;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -242,12 +243,19 @@ impl Group {
         self.parts.iter().map(|part| part.directory.as_path())
     }
 
-    /// Puts a process into it. That takes the kernel some milliseconds.
+    /// Puts a process into it, and those that it has started before. That takes the kernel some
+    /// milliseconds.
     ///
     /// # Errors
     /// The process is gone, or the kernel refuses.
     pub fn join(&self, pid: u32) -> io::Result<()> {
-        self.directories().try_for_each(|directory| join(directory, pid))
+        self.directories().try_for_each(|directory| join(directory, pid))?;
+        // From here on what it starts is in it.
+        for child in children(pid) {
+            // It may have ended.
+            let _ = self.directories().try_for_each(|directory| join(directory, child));
+        }
+        Ok(())
     }
 
     /// Sets what it may use; what has no limit has none.
@@ -279,6 +287,13 @@ impl Group {
             }
         }
     }
+}
+
+/// The processes that a process has started.
+fn children(pid: u32) -> Vec<u32> {
+    let process = i32::try_from(pid).ok().and_then(|pid| Process::new(pid).ok());
+    let tasks = process.and_then(|process| process.tasks().ok()).into_iter().flatten().flatten();
+    tasks.flat_map(|task| task.children().unwrap_or_default()).collect()
 }
 
 /// Puts a process into a group.
@@ -484,6 +499,46 @@ mod tests {
         };
         let own = "0::/user.slice/x.scope\n";
         assert_eq!(of(two, own, true).unwrap(), [(place.into(), Kind::Unified)]);
+    }
+
+    #[test]
+    fn limits_are_written_as_each_version_has_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap_or_default();
+        // Files keep the rest of what was longer; the kernel's do not.
+        let clear = |names: &[&str]| {
+            names.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
+        };
+        let group = |kind| Group {
+            name: "x".into(),
+            parts: vec![Part { directory: dir.path().to_owned(), kind }],
+        };
+        let limits = Limits {
+            cpu: Some(Processors::from_thousandths(1500)),
+            memory: Some(Size::from(1 << 30)),
+        };
+        let one = ["cpu.cfs_period_us", "cpu.cfs_quota_us", "memory.limit_in_bytes"];
+        let two = ["cpu.max", "memory.max"];
+        clear(&one);
+        group(Kind::Both).limit(limits).unwrap();
+        assert_eq!(one.map(read), ["100000", "150000", "1073741824"]);
+        clear(&one);
+        group(Kind::Cpu).limit(Limits::default()).unwrap();
+        group(Kind::Memory).limit(Limits::default()).unwrap();
+        assert_eq!(one.map(read), ["100000", "-1", "-1"]);
+        assert!(group(Kind::Unified).limit(limits).is_err(), "it has no such files");
+        clear(&two);
+        group(Kind::Unified).limit(limits).unwrap();
+        assert_eq!(two.map(read), ["150000 100000", "1073741824"]);
+        clear(&two);
+        group(Kind::Unified).limit(Limits::default()).unwrap();
+        assert_eq!(two.map(read), ["max 100000", "max"]);
+        // More than that is in use, and not only copies of files.
+        fs::write(dir.path().join("memory.current"), "3221225472\n").unwrap();
+        let stat = "anon 5\nactive_file 1073741824\ninactive_file 4096\n";
+        fs::write(dir.path().join("memory.stat"), stat).unwrap();
+        let why = group(Kind::Unified).limit(limits).unwrap_err();
+        assert!(why.contains("1.9G are in use"), "{why}");
     }
 
     #[test]

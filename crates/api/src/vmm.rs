@@ -33,7 +33,8 @@ pub const SUSPENDED: &str = "state/suspended";
 /// Bytes a line may have.
 pub const LINE_MAX: u64 = 64 << 10;
 
-/// How long the guest may take for what [`Request::Memory`] asks.
+/// How long the guest may take for what [`Request::Memory`] asks, and its agent to be there for
+/// [`Request::Cpus`].
 pub const RESIZE_TIME: Duration = Duration::from_secs(15);
 
 /// What is asked of a machine's process.

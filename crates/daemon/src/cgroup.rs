@@ -48,6 +48,8 @@ const TRIES: usize = 8;
 /// What a machine may use at most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
+    /// Its processors: where time is short, it gets as much as so many processes.
+    pub weight: u8,
     /// Processor time.
     pub cpu: Option<Processors>,
     /// Memory of its process.
@@ -58,7 +60,7 @@ impl Limits {
     /// Those of a machine.
     #[must_use]
     pub fn of(config: &MachineConfig) -> Self {
-        Self { cpu: config.cpu_limit, memory: config.memory_limit }
+        Self { weight: config.cpus, cpu: config.cpu_limit, memory: config.memory_limit }
     }
 
     /// Whether there are any.
@@ -265,6 +267,7 @@ impl Group {
     pub fn limit(&self, limits: Limits) -> Result<(), String> {
         let failed = |what| move |error| format!("a limit of {what} cannot be set: {error}");
         for part in &self.parts {
+            part.weigh(limits.weight).map_err(failed("processors"))?;
             part.limit_cpu(limits.cpu).map_err(failed("processors"))?;
             part.limit_memory(limits.memory).map_err(failed("memory"))?;
         }
@@ -289,6 +292,12 @@ impl Group {
     }
 }
 
+/// Writes to a file of a group, which is not made where the kernel does not have it.
+fn put(path: &Path, value: &str) -> io::Result<()> {
+    let file = fs::File::options().write(true).open(path);
+    file.and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()))
+}
+
 /// The processes that a process has started.
 fn children(pid: u32) -> Vec<u32> {
     let process = i32::try_from(pid).ok().and_then(|pid| Process::new(pid).ok());
@@ -306,9 +315,7 @@ pub fn join(directory: &Path, pid: u32) -> io::Result<()> {
 
 impl Part {
     fn put(&self, name: &str, value: &str) -> io::Result<()> {
-        // Not made where the kernel does not have it.
-        let file = fs::File::options().write(true).open(self.directory.join(name));
-        file.and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()))
+        put(&self.directory.join(name), value)
     }
 
     fn members(&self) -> Vec<i32> {
@@ -335,6 +342,23 @@ impl Part {
                 other => return other,
             }
         }
+    }
+
+    /// So many times as much as a process has by default, and all machines together as much as so many
+    /// processes as the host has processors.
+    fn weigh(&self, weight: u8) -> io::Result<()> {
+        let (name, one, most) = match self.kind {
+            Kind::Unified => ("cpu.weight", 100, 10_000),
+            Kind::Cpu | Kind::Both => ("cpu.shares", 1024, 262_144),
+            Kind::Memory => return Ok(()),
+        };
+        let put = |directory: Option<&Path>, weight: usize| {
+            let path = directory.ok_or(ErrorKind::InvalidInput)?.join(name);
+            put(&path, &(weight.max(1) * one).min(most).to_string())
+        };
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        put(self.directory.parent(), processors)?;
+        put(Some(&self.directory), usize::from(weight))
     }
 
     fn limit_cpu(&self, limit: Option<Processors>) -> io::Result<()> {
@@ -503,40 +527,44 @@ mod tests {
 
     #[test]
     fn limits_are_written_as_each_version_has_them() {
-        let dir = tempfile::tempdir().unwrap();
-        let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap_or_default();
+        let above = tempfile::tempdir().unwrap();
+        let dir = above.path().join("x");
+        fs::create_dir(&dir).unwrap();
+        for name in ["cpu.shares", "cpu.weight"] {
+            fs::write(above.path().join(name), "").unwrap();
+        }
+        let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
         // Files keep the rest of what was longer; the kernel's do not.
         let clear = |names: &[&str]| {
-            names.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
+            names.iter().for_each(|name| fs::write(dir.join(name), "").unwrap());
         };
-        let group = |kind| Group {
-            name: "x".into(),
-            parts: vec![Part { directory: dir.path().to_owned(), kind }],
-        };
+        let group =
+            |kind| Group { name: "x".into(), parts: vec![Part { directory: dir.clone(), kind }] };
         let limits = Limits {
+            weight: 4,
             cpu: Some(Processors::from_thousandths(1500)),
             memory: Some(Size::from(1 << 30)),
         };
-        let one = ["cpu.cfs_period_us", "cpu.cfs_quota_us", "memory.limit_in_bytes"];
-        let two = ["cpu.max", "memory.max"];
+        let one = ["cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us", "memory.limit_in_bytes"];
+        let two = ["cpu.weight", "cpu.max", "memory.max"];
         clear(&one);
         group(Kind::Both).limit(limits).unwrap();
-        assert_eq!(one.map(read), ["100000", "150000", "1073741824"]);
+        assert_eq!(one.map(read), ["4096", "100000", "150000", "1073741824"]);
         clear(&one);
         group(Kind::Cpu).limit(Limits::default()).unwrap();
         group(Kind::Memory).limit(Limits::default()).unwrap();
-        assert_eq!(one.map(read), ["100000", "-1", "-1"]);
+        assert_eq!(one.map(read), ["1024", "100000", "-1", "-1"]);
         assert!(group(Kind::Unified).limit(limits).is_err(), "it has no such files");
         clear(&two);
         group(Kind::Unified).limit(limits).unwrap();
-        assert_eq!(two.map(read), ["150000 100000", "1073741824"]);
+        assert_eq!(two.map(read), ["400", "150000 100000", "1073741824"]);
         clear(&two);
         group(Kind::Unified).limit(Limits::default()).unwrap();
-        assert_eq!(two.map(read), ["max 100000", "max"]);
+        assert_eq!(two.map(read), ["100", "max 100000", "max"]);
         // More than that is in use, and not only copies of files.
-        fs::write(dir.path().join("memory.current"), "3221225472\n").unwrap();
+        fs::write(dir.join("memory.current"), "3221225472\n").unwrap();
         let stat = "anon 5\nactive_file 1073741824\ninactive_file 4096\n";
-        fs::write(dir.path().join("memory.stat"), stat).unwrap();
+        fs::write(dir.join("memory.stat"), stat).unwrap();
         let why = group(Kind::Unified).limit(limits).unwrap_err();
         assert!(why.contains("1.9G are in use"), "{why}");
     }

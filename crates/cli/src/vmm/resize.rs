@@ -12,8 +12,6 @@ use berth_api::vmm::RESIZE_TIME;
 use crate::command;
 use crate::vmm::control::{Agent, Control};
 
-/// How long an agent may take until it is there.
-const AGENT_TIME: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(5);
 
 impl Control {
@@ -26,7 +24,7 @@ impl Control {
         if status.state != MachineState::Running {
             return Err("its guest stands still, and cannot be asked".into());
         }
-        let asked = command::use_cpus(&mut Agent(Arc::clone(self)), AGENT_TIME, u32::from(count));
+        let asked = command::use_cpus(&mut Agent(Arc::clone(self)), RESIZE_TIME, u32::from(count));
         match asked {
             Ok(_) => Ok(()),
             Err(error) => Err(berth_daemon::failure::chain(&error)),

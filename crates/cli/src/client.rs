@@ -329,8 +329,9 @@ impl Client {
         let runtime = Arc::clone(&self.runtime);
         let relay = move || {
             runtime.block_on(async {
-                let mut far = tokio::net::UnixStream::from_std(far)?;
-                tokio::io::copy_bidirectional(&mut TokioIo::new(upgraded), &mut far).await
+                let far = tokio::net::UnixStream::from_std(far)?;
+                berth_daemon::server::relay(far, TokioIo::new(upgraded)).await;
+                Ok::<_, io::Error>(())
             })
         };
         // How it ends is for the two ends to notice.

@@ -16,6 +16,7 @@ mod networks;
 mod stats;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod stream;
+pub use stream::relay;
 mod tcp;
 
 use std::io;

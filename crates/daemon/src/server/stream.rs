@@ -3,6 +3,7 @@
 use std::io::{self, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use futures_util::stream;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::fs::File;
-use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
@@ -285,15 +286,12 @@ fn asks_for(headers: &HeaderMap, protocol: &str) -> Result<(), Failure> {
 }
 
 /// From here on the connection is that stream.
-fn upgrade(mut request: Request, protocol: &'static str, mut stream: UnixStream) -> Response {
+fn upgrade(mut request: Request, protocol: &'static str, stream: UnixStream) -> Response {
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgraded.await {
             // How it ends is for the two ends to notice.
-            Ok(client) => {
-                let mut client = TokioIo::new(client);
-                let _ = tokio::io::copy_bidirectional(&mut client, &mut stream).await;
-            }
+            Ok(client) => relay(TokioIo::new(client), stream).await,
             Err(error) => tracing::warn!(%error, protocol, "a connection was not upgraded"),
         }
     });
@@ -301,9 +299,46 @@ fn upgrade(mut request: Request, protocol: &'static str, mut stream: UnixStream)
     (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
 }
 
+/// Moves bytes both ways until the machine has said all. It may hang up before it has read all that the
+/// client sends: what it said until then still gets to the client.
+pub async fn relay(client: impl AsyncRead + AsyncWrite, machine: impl AsyncRead + AsyncWrite) {
+    let (mut from_client, mut to_client) = tokio::io::split(client);
+    let (mut from_machine, mut to_machine) = tokio::io::split(machine);
+    let up = async {
+        let _ = tokio::io::copy(&mut from_client, &mut to_machine).await;
+        let _ = to_machine.shutdown().await;
+        std::future::pending::<()>().await;
+    };
+    let down = async {
+        let _ = tokio::io::copy(&mut from_machine, &mut to_client).await;
+        let _ = to_client.shutdown().await;
+    };
+    futures_util::future::select(pin!(up), pin!(down)).await;
+}
+
 #[cfg(test)]
 mod tests {
-    use super::last_lines;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+
+    use super::{last_lines, relay};
+
+    /// The machine has said all and hung up before the client's last words arrive.
+    #[test]
+    fn what_was_said_before_hanging_up_arrives() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (mut client, near) = UnixStream::pair().unwrap();
+            let (far, mut machine) = UnixStream::pair().unwrap();
+            machine.write_all(b"said").await.unwrap();
+            drop(machine);
+            client.write_all(b"unheard").await.unwrap();
+            relay(near, far).await;
+            let mut said = String::new();
+            client.read_to_string(&mut said).await.unwrap();
+            assert_eq!(said, "said");
+        });
+    }
 
     #[test]
     fn the_last_lines_are_found() {

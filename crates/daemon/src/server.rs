@@ -16,8 +16,9 @@ mod networks;
 mod stats;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod stream;
-pub use stream::relay;
 mod tcp;
+
+pub use stream::relay;
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};

@@ -212,11 +212,11 @@ fn what_is_frozen_stays_as_long_as_it_is_held() {
     use std::os::fd::AsRawFd;
     const AT: u64 = 0x30_0000;
     let fd = memfd();
-    let mapping = std::sync::Arc::new(Reservation::new(RAM as usize).unwrap());
+    let mapping = Arc::new(Reservation::new(RAM as usize).unwrap());
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     mapping.map_file(0, RAM as usize, prot, fd.as_raw_fd(), 0).unwrap();
     let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
-    let raw = Some(std::sync::Arc::clone(&mapping));
+    let raw = Some(Arc::clone(&mapping));
     let shared = Shared::with_mapping(&slots, raw, None, Config::default()).unwrap();
     let write = |at: u64, byte: u8| {
         shared.before_write(at, 1);
@@ -260,11 +260,11 @@ fn what_is_given_back_is_zero_unless_somebody_else_has_it() {
     use std::os::fd::AsRawFd;
     const AT: u64 = 0x30_0000;
     let fd = memfd();
-    let mapping = std::sync::Arc::new(Reservation::new(RAM as usize).unwrap());
+    let mapping = Arc::new(Reservation::new(RAM as usize).unwrap());
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     mapping.map_file(0, RAM as usize, prot, fd.as_raw_fd(), 0).unwrap();
     let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
-    let raw = Some(std::sync::Arc::clone(&mapping));
+    let raw = Some(Arc::clone(&mapping));
     let shared = Shared::with_mapping(&slots, raw, None, Config::default()).unwrap();
     let write = |at: u64, byte: u8| {
         shared.before_write(at, 1);

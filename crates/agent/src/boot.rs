@@ -18,6 +18,11 @@ const NEW_ROOT: &str = "/newroot";
 const MODULE_LIST: &str = "/modules/order";
 /// A guest without shared folders starts sooner without these.
 const SHARE_MODULES: [&str; 2] = ["fuse.ko", "virtiofs.ko"];
+/// And without this one where there is no such device.
+const BALLOON_MODULE: &str = "virtio_balloon.ko";
+/// A file for each virtio device has its type.
+const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
+const BALLOON_TYPE: &str = "0x0005";
 
 /// Why the guest could not be brought up.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +78,7 @@ pub fn mount_kernel_interfaces() -> Result<(), BootError> {
 }
 
 /// Loads the modules the host put into the initramfs, in the order it computed; those for shared
-/// folders only where there are some.
+/// folders only where there are some, and likewise that for a balloon.
 pub fn load_modules(shares: bool) -> Result<(), BootError> {
     let order = match fs::read_to_string(MODULE_LIST) {
         Ok(order) => order,
@@ -83,6 +88,10 @@ pub fn load_modules(shares: bool) -> Result<(), BootError> {
     };
     let wanted = |name: &&str| !name.is_empty() && (shares || !SHARE_MODULES.contains(name));
     for name in order.lines().filter(wanted) {
+        // The bus is there by now.
+        if name == BALLOON_MODULE && !has_balloon() {
+            continue;
+        }
         let path = Path::new("/modules").join(name);
         let loaded = File::open(&path)
             .and_then(|file| Ok(rustix::system::finit_module(&file, c"", 0)?))
@@ -94,6 +103,12 @@ pub fn load_modules(shares: bool) -> Result<(), BootError> {
         loaded.map_err(|source| BootError::Module { path, source })?;
     }
     Ok(())
+}
+
+fn has_balloon() -> bool {
+    let devices = fs::read_dir(VIRTIO_DEVICES).into_iter().flatten().flatten();
+    let types = devices.filter_map(|device| fs::read_to_string(device.path().join("device")).ok());
+    types.into_iter().any(|text| text.trim() == BALLOON_TYPE)
 }
 
 /// Mounts the root disk and makes it `/`; the initramfs is emptied.

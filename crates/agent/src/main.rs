@@ -9,6 +9,7 @@ mod boot;
 mod button;
 mod cmdline;
 mod copy;
+mod cpus;
 mod dhcp;
 mod environment;
 mod identity;

@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
+use crate::cpus;
 use crate::identity;
 use crate::power::Power;
 use crate::reaper::Reaper;
@@ -213,6 +214,7 @@ impl Session {
                 Ok(()) => self.send(&ToHost::Pong),
                 Err(error) => self.refuse(&format!("new random numbers: {error}")),
             },
+            ToAgent::Cpus(count) => self.use_cpus(count),
             ToAgent::Exec(exec) => self.start(&exec),
             other => self.handle_input(other),
         }
@@ -253,6 +255,16 @@ impl Session {
         match identity::assume(identity) {
             Ok(()) => self.send(&ToHost::Identified),
             Err(why) => self.refuse(&format!("the guest is not all that it should be: {why}")),
+        }
+    }
+
+    fn use_cpus(&mut self, count: u32) -> Result<(), SessionError> {
+        if !self.can_shut_down {
+            return self.refuse(NO_MACHINE);
+        }
+        match cpus::use_first(count) {
+            Ok(used) => self.send(&ToHost::Cpus(used)),
+            Err(why) => self.refuse(&why),
         }
     }
 

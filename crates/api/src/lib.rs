@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod processors;
 pub mod size;
 #[cfg(feature = "v1")]
 pub mod v1;

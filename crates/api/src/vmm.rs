@@ -6,6 +6,7 @@
 //! that to [`Request::Watch`] nothing, until it is closed by the end of the process.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,10 @@ pub const RENEW: &str = "renew";
 pub const SUSPENDED: &str = "state/suspended";
 /// Bytes a line may have.
 pub const LINE_MAX: u64 = 64 << 10;
+
+/// How long the guest may take for what [`Request::Memory`] asks, and its agent to be there for
+/// [`Request::Cpus`].
+pub const RESIZE_TIME: Duration = Duration::from_secs(15);
 
 /// What is asked of a machine's process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -74,6 +79,17 @@ pub enum Request {
     PowerOff {
         /// How long.
         seconds: f64,
+    },
+    /// Lets the guest use only so many of its processors. Answered when it does.
+    Cpus {
+        /// How many.
+        count: u8,
+    },
+    /// Leaves the guest only so much of its memory. Answered when it has given the rest back, or has
+    /// taken back what it may; refused, and done by and by, when that takes too long.
+    Memory {
+        /// How many bytes.
+        bytes: u64,
     },
     /// Ends the machine at once.
     Kill,

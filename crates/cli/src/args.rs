@@ -12,6 +12,7 @@ use berth_vmm::vcpu::translated::Optimizations;
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use berth_api::processors::Processors;
 use berth_api::size::Size;
 
 use crate::args::appliance::{ExportArgs, ImportArgs};
@@ -142,6 +143,9 @@ pub enum Command {
         /// What the time-stamp counter's frequency is known to be, in Hz
         #[arg(long)]
         tsc_hz: Option<u64>,
+        /// A control group to be in
+        #[arg(long)]
+        group: Vec<PathBuf>,
         /// The machine's folder
         folder: PathBuf,
     },
@@ -218,7 +222,7 @@ pub enum VmCommand {
     Cp(CopyArgs),
     /// Print what machines use of this host, again and again
     Top(TopArgs),
-    /// Change what a machine is made of, from its next start on
+    /// Change what a machine is made of: at once where that is possible, else from its next start on
     Set(Box<SetArgs>),
     /// Give a machine another name
     Rename(RenameArgs),
@@ -280,6 +284,13 @@ pub struct CreateArgs {
     /// `,format=qcow2` says so. May be repeated
     #[arg(long = "disk", value_name = "SIZE|FILE[,ro][,format=F]")]
     pub disks: Vec<KeptDisk>,
+    /// Processor time that the machine may have at most, as 1.5 for that of one and a half processors
+    #[arg(long, value_name = "N")]
+    pub cpu_limit: Option<Processors>,
+    /// Memory that the machine's process may have at most: its guest's and about 100M. Beyond that it is
+    /// killed
+    #[arg(long, value_name = "SIZE")]
+    pub memory_limit: Option<Size>,
     /// The machine's name, also its host name
     #[arg(value_name = "NAME")]
     pub name: String,

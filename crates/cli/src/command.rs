@@ -176,6 +176,14 @@ pub fn shut_down(dial: &mut dyn Dial, patience: Duration) -> Result<(), CommandE
     Ok(connect(dial, patience)?.shutdown(Shutdown::PowerOff)?)
 }
 
+/// Lets the guest use only so many of its processors; its agent has so long to answer.
+///
+/// # Errors
+/// [`CommandError`] when it does not.
+pub fn use_cpus(dial: &mut dyn Dial, patience: Duration, count: u32) -> Result<u32, CommandError> {
+    Ok(connect(dial, patience)?.use_cpus(count)?)
+}
+
 /// Connects as soon as the agent listens, for which it has so long.
 ///
 /// # Errors

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
+use berth_daemon::cgroup::Groups;
 use berth_image::agent;
 use berth_image::store::Store;
 use berth_vmm::vcpu::probe::{Accel, probe};
@@ -49,6 +50,7 @@ pub fn run(root: &Path, json: bool) -> Result<ExitCode, CliError> {
         program("mke2fs", "e2fsprogs", "making images"),
         agent_program(),
         images(root),
+        groups(root),
     ];
     let text = match json {
         true => serde_json::to_string_pretty(&findings).map_err(CliError::Json)?,
@@ -158,6 +160,22 @@ fn agent_program() -> Finding {
             found: error.to_string(),
             advice: None,
         },
+    }
+}
+
+/// Whether machines get control groups, and where.
+fn groups(root: &Path) -> Finding {
+    let about = "control groups";
+    match Groups::find(root).check() {
+        Ok(places) => {
+            let places: Vec<_> = places.iter().map(|path| path.display().to_string()).collect();
+            let found = format!("machines are in {}", places.join(" and "));
+            Finding { about, grade: Grade::Good, found, advice: None }
+        }
+        Err(found) => {
+            let advice = "machines run without, and cannot have --cpu-limit and --memory-limit";
+            Finding { about, grade: Grade::Notice, found, advice: Some(advice.into()) }
+        }
     }
 }
 

@@ -145,9 +145,9 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
             let place: Result<Place, CliError> = place;
             keeper::run(&root()?, place?, daemon.listen.as_deref(), &tls, daemon.detached)
         }
-        Command::Vmm { tsc_hz, folder } => {
+        Command::Vmm { tsc_hz, group, folder } => {
             tsc_hz.into_iter().for_each(HostClock::expect);
-            Ok(vmm::run(&root()?, &folder))
+            Ok(vmm::run(&root()?, &folder, &group))
         }
         Command::CheckState(check) => Ok(vmm::check(&check)),
         Command::Image(ImageCommand::Bootstrap(bootstrap)) => {

@@ -241,6 +241,8 @@ pub(crate) fn devices(plan: &RunPlan) -> Devices {
         link: Default::default(),
         vsock_cid: Some(GUEST_CID),
         console: plan.virtio_console.as_ref().map(console),
+        // Nobody could ask one that is not kept.
+        balloon: false,
     }
 }
 

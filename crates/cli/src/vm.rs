@@ -12,7 +12,7 @@ use std::path::Path;
 use std::thread;
 
 use berth_api::agent::message::{Exec, TerminalSize};
-use berth_api::v1::change::ChangeMachine;
+use berth_api::v1::change::{ChangeMachine, ChangedMachine, Later};
 use berth_api::v1::machine::{
     self as api, AdoptMachine, CreateMachine, Machine, MachineConfig, NewDisk, RenameMachine,
 };
@@ -88,6 +88,8 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
             append: machine.append.clone(),
             cpus: machine.cpus,
             memory: machine.memory,
+            cpu_limit: args.cpu_limit,
+            memory_limit: args.memory_limit,
             accel: accel_of(machine.accel),
             cpu: machine.cpu,
             debug_exit: machine.debug_exit,
@@ -131,6 +133,8 @@ pub fn set(client: &Client, args: &SetArgs) -> Done {
     let change = ChangeMachine {
         cpus: args.cpus,
         memory: args.memory,
+        cpu_limit: args.cpu_limit,
+        memory_limit: args.memory_limit,
         accel: args.accel.map(accel_of),
         cpu: args.cpu,
         append: args.append.clone(),
@@ -144,11 +148,14 @@ pub fn set(client: &Client, args: &SetArgs) -> Done {
         return Err(CliError::Usage(text.into()));
     }
     let path = routes::machine(&args.name, None);
-    let machine: Machine = client.call(&Method::PATCH, &path, Some(&change))?;
-    if machine.state.is_up() {
-        let name = &machine.name;
+    let ChangedMachine { machine, later } = client.call(&Method::PATCH, &path, Some(&change))?;
+    let name = &machine.name;
+    for Later { what, why } in &later {
+        eprintln!("berth: {what} of {name}: {why}");
+    }
+    if !later.is_empty() {
         eprintln!(
-            "berth: {name} runs as it is until it is started again (`berth vm restart {name}`)"
+            "berth: in that {name} runs as it is until it is started again (`berth vm restart {name}`)"
         );
     }
     print(&format!("{}\n", machine.name))

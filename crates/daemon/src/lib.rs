@@ -5,6 +5,7 @@
 //! daemon ends, and is found again by the next one.
 #![forbid(unsafe_code)]
 
+pub mod cgroup;
 pub mod events;
 pub mod failure;
 pub mod folder;

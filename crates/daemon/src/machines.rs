@@ -20,6 +20,7 @@ mod change;
 mod clone;
 mod create;
 mod export;
+mod groups;
 pub mod import;
 mod load;
 mod network;
@@ -46,6 +47,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use uuid::Uuid;
 
+use crate::cgroup::{Group, Groups, Limits};
 use crate::events::Events;
 use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{Folder, VmToml};
@@ -75,6 +77,8 @@ pub struct Machines {
     events: Events,
     /// The networks they can be in.
     networks: Networks,
+    /// Their control groups.
+    groups: Arc<Groups>,
     all: Mutex<BTreeMap<String, Arc<Entry>>>,
 }
 
@@ -96,6 +100,8 @@ struct Live {
     counts: Counts,
     /// In the network it is in.
     address: Option<Ipv4Addr>,
+    /// Of its process.
+    group: Option<Group>,
 }
 
 /// A process of a machine.
@@ -122,6 +128,7 @@ impl Entry {
                 last_exit,
                 counts: Counts::default(),
                 address: None,
+                group: None,
             }),
         })
     }
@@ -152,6 +159,10 @@ impl Entry {
         self.live().run.as_ref().map(|run| run.ended.clone())
     }
 
+    fn limits(&self) -> Limits {
+        Limits::of(&self.live().config.machine)
+    }
+
     /// What is told of it.
     #[must_use]
     pub fn describe(&self) -> Machine {
@@ -166,6 +177,7 @@ impl Entry {
             last_exit: live.last_exit.clone().filter(|_| live.run.is_none()),
             folder: live.folder.path().display().to_string(),
             address: live.address,
+            control_group: live.group.iter().flat_map(Group::directories).map(shown).collect(),
             config: live.config.machine.clone(),
         }
     }
@@ -181,6 +193,10 @@ impl Live {
             (None, _) => MachineState::Stopped,
         }
     }
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
 }
 
 /// An error of a machine's process.
@@ -257,15 +273,17 @@ impl Machines {
         }
         entry.live().config = config;
         let tap = self.plug(entry).await?;
-        let started = vmm::start(&self.program, &self.root, &folder, tap).await;
+        let started = self.start_in_group(entry, tap).await;
         if started.is_err() {
             self.unplug(entry).await;
+            self.remove_group(entry).await;
             // It says there what is told here.
             entry.live().last_exit = folder.last_exit();
         }
         started.map_err(|error| of_vmm(&format!("{name} cannot be started"), &error))?;
         if !self.find_process(entry).await {
             self.unplug(entry).await;
+            self.remove_group(entry).await;
             let message = format!("{name} was started, and its process does not answer");
             return Err(error(ErrorCode::Failed, message));
         }
@@ -286,6 +304,9 @@ impl Machines {
             // Found twice at the same time.
             return;
         }
+        if live.group.is_none() {
+            live.group = self.groups.of_process(entry.id, status.pid);
+        }
         live.run = Some(Run { status, process, paused, ended });
         drop(live);
         let (machines, entry) = (Arc::clone(self), Arc::clone(entry));
@@ -295,6 +316,7 @@ impl Machines {
             let mut nothing = [0; 64];
             while matches!(stream.read(&mut nothing).await, Ok(count) if count > 0) {}
             machines.unplug(&entry).await;
+            machines.remove_group(&entry).await;
             machines.ended(&entry);
             let _ = over.send(true);
         });

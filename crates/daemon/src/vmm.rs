@@ -1,6 +1,7 @@
 //! The process of a machine, seen from the daemon: it is started here, and spoken with on the socket
 //! in the machine's folder.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -18,6 +19,7 @@ use tokio::net::UnixStream;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use crate::cgroup::{Group, Limits};
 use crate::folder::Folder;
 
 /// How long the process of a machine may take for an answer.
@@ -192,7 +194,8 @@ pub async fn watch(folder: &Folder) -> Result<(UnixStream, Status), VmmError> {
 }
 
 /// Starts the process of a machine, and hands it the tap interface of its network card if that is in a
-/// network; returns once the guest runs.
+/// network; returns once the guest runs. It is put into its group: meanwhile, or before it does anything
+/// if there are limits.
 ///
 /// # Errors
 /// [`VmmError::NotStarted`] with the reason it gave.
@@ -201,6 +204,7 @@ pub async fn start(
     root: &Path,
     folder: &Folder,
     tap: Option<OwnedFd>,
+    group: Option<(Group, Limits)>,
 ) -> Result<(), VmmError> {
     let not = |what: &str, error: &dyn std::fmt::Display| {
         VmmError::NotStarted(format!("{what}: {error}"))
@@ -209,17 +213,29 @@ pub async fn start(
     let log =
         crate::log::for_process(&path).map_err(|error| not(&path.display().to_string(), &error))?;
     let known = program.tsc_hz.get().map(|hz| format!("--tsc-hz={hz}"));
+    let (group, limits) = group.unzip();
+    let joins = limits.is_some_and(Limits::any);
+    let joined = group.iter().filter(|_| joins).flat_map(Group::directories);
     let mut child = Command::new(&program.path)
         .arg("--root")
         .arg(root)
         .arg("vmm")
         .args(known)
+        .args(joined.flat_map(|group| [OsStr::new("--group"), group.as_os_str()]))
         .arg(folder.path())
         .stdin(tap.map_or_else(Stdio::null, Stdio::from))
         .stdout(Stdio::piped())
         .stderr(log)
         .spawn()
         .map_err(|error| not(&program.path.display().to_string(), &error))?;
+    // It is this process until it has been waited for.
+    let join = child.id().zip(group.filter(|_| !joins)).map(|(pid, group)| {
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = group.join(pid) {
+                tracing::warn!(pid, %error, "a machine's process is not in its control group");
+            }
+        })
+    });
     let Some(mut greetings) = child.stdout.take() else {
         return Err(VmmError::NotStarted("its standard output is missing".into()));
     };
@@ -230,7 +246,13 @@ pub async fn start(
     }
     // The child is not ended with its handle; whoever waits for it here keeps it from becoming a
     // zombie.
-    tokio::spawn(async move { child.wait().await });
+    tokio::spawn(async move {
+        if let Some(join) = join {
+            // It does not panic.
+            let _ = join.await;
+        }
+        child.wait().await
+    });
     match greeting {
         Ok(Ok(Greeting::Started(_))) => Ok(()),
         Ok(Ok(Greeting::Failed(why))) => Err(VmmError::NotStarted(why)),

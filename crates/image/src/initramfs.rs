@@ -12,7 +12,7 @@ use crate::modules::{Modules, ModulesError, OPTIONAL, REQUIRED};
 use crate::store::{Image, StoreError, failed};
 
 /// Changes whenever the same input gives another archive.
-const LAYOUT: &str = "3";
+const LAYOUT: &str = "4";
 
 /// Why there is no initramfs.
 #[derive(Debug, thiserror::Error)]

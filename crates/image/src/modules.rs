@@ -12,13 +12,14 @@ use object::{Object, ObjectSection};
 /// What Berth's machine cannot do without.
 pub const REQUIRED: [&str; 4] = ["virtio_pci", "virtio_blk", "ext4", "vmw_vsock_virtio_transport"];
 /// What it also has when the kernel has it.
-pub const OPTIONAL: [&str; 8] = [
+pub const OPTIONAL: [&str; 9] = [
     "crc32c_generic",
     "crc32c_intel",
     "virtio_net",
     "virtio_rng",
     "virtio_console",
     "virtiofs",
+    "virtio_balloon",
     // The power button, and what makes a file of its key.
     "button",
     "evdev",

@@ -205,6 +205,18 @@ impl Shared {
         self.ram.unfreeze(frozen)
     }
 
+    /// Gives memory of whole pages within a range, which the guest does not need, back to the host. It
+    /// is zero from here on, but for pages that somebody else has, too: they stay as they are. Says how
+    /// many bytes were given back. vCPUs may run.
+    ///
+    /// # Errors
+    /// The system refuses; then some pages stay as they are.
+    pub fn discard(&self, gpa: u64, len: u64) -> io::Result<u64> {
+        let given = self.ram.discard(gpa, len);
+        self.ram_written(gpa, len);
+        given
+    }
+
     /// Whether any vCPU has blocks made from a page.
     #[inline]
     pub(crate) fn has_code(&self, page: u64) -> bool {

@@ -217,15 +217,16 @@ pub(crate) fn enter(kind: Kind) {
     seccompiler::apply_filter(filter).expect("a filter that was installed before");
 }
 
-/// Takes this process, which has one thread, into namespaces without network and System V objects; for
-/// others than root in a user namespace in which they are who they were.
+/// Takes this process, which has one thread, into namespaces without network and System V objects, in a
+/// user namespace in which it is who it was: its user's files are its own, and there is nothing else that it
+/// may do to the host. Root can keep its rights.
 ///
 /// # Errors
 /// The kernel does not allow that; it may be in a part of them.
-pub fn leave_network() -> io::Result<()> {
+pub fn leave_network(root_stays: bool) -> io::Result<()> {
     let wanted = UnshareFlags::NEWNET | UnshareFlags::NEWIPC;
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
-    if uid.is_root() {
+    if uid.is_root() && root_stays {
         // SAFETY: neither memory nor the table of files is unshared.
         return Ok(unsafe { rustix::thread::unshare_unsafe(wanted) }?);
     }

@@ -9,6 +9,7 @@ use berth_disk::format::Format;
 use crate::console::{Console, ConsoleError, SerialConfig};
 use crate::machine::{AttachPci, DeviceContext};
 use crate::pci::root::PciRoot;
+use crate::virtio::balloon::device::{self as balloon, Balloon, BalloonSwitch};
 use crate::virtio::block::device::Block;
 use crate::virtio::block::disk::{DiskConfig, DiskError};
 use crate::virtio::block::live::DiskSwitch;
@@ -69,6 +70,8 @@ pub struct Devices {
     pub vsock_cid: Option<u32>,
     /// Where the virtio console leads; none: no such device.
     pub console: Option<SerialConfig>,
+    /// Whether the guest can be asked for memory. One that was stored without that cannot.
+    pub balloon: bool,
     /// The network card's, once it is connected.
     pub link: Connected,
 }
@@ -118,6 +121,8 @@ pub struct HostEnds {
     pub console: Arc<OnceLock<ConsoleSize>>,
     /// What freezes the disks, in their order; nothing for those that cannot be.
     pub disks: Arc<OnceLock<Vec<Option<DiskSwitch>>>>,
+    /// For the guest's memory.
+    pub balloon: Arc<OnceLock<BalloonSwitch>>,
 }
 
 impl Devices {
@@ -203,9 +208,18 @@ impl Devices {
             let mut console = Console::open(target)?;
             console.connect(near, &context.ending)?;
             context.consoles.add(console);
-            attach(&mut root, memory, Box::new(device))?;
+            attach(&mut root, Arc::clone(&memory), Box::new(device))?;
             // As above.
             let _ = ends.console.set(size);
+        }
+        // Last: machines that were stored before there were any have the others in their places.
+        let had = |types: &Vec<u16>| types.contains(&balloon::DEVICE_TYPE);
+        if self.balloon && context.goes_on_with.as_ref().is_none_or(had) {
+            let device = Balloon::new();
+            let switch = device.switch();
+            attach(&mut root, memory, Box::new(device))?;
+            // As above.
+            let _ = ends.balloon.set(switch);
         }
         Ok(root)
     }

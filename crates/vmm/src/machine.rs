@@ -148,6 +148,8 @@ pub struct DeviceContext {
     pub consoles: Consoles,
     /// Where the guest is told of what happens to the machine.
     pub events: Events,
+    /// Virtio types of the devices of a machine that goes on.
+    pub goes_on_with: Option<Vec<u16>>,
 }
 
 /// Makes the devices of the PCI bus; gives what answers at ports 0xcf8 to 0xcff.
@@ -343,6 +345,14 @@ impl Begin {
         }
     }
 
+    /// The devices of one that goes on.
+    fn devices(&self) -> Option<Vec<u16>> {
+        match self {
+            Self::Entry(_) => None,
+            Self::Stored(resumed) => Some(resumed.state.device_types()),
+        }
+    }
+
     /// Where memory is, if it is not new.
     fn origin(&self) -> Option<&Origin> {
         match self {
@@ -408,7 +418,8 @@ fn start_translated(
     chips::add_interrupt_chips(&board, &chipset)?;
     let interrupts = Arc::clone(&chipset) as Arc<dyn InterruptSink>;
     let pit = chips::add_pit(&board, &interrupts)?;
-    let (context, console, devices) = chips::add_devices(config, &board, &interrupts, attach)?;
+    let (context, console, devices) =
+        chips::add_devices(config, &board, &interrupts, attach, begin.devices())?;
 
     let shared = translated::share(&board.ram, begin.origin(), config.translator.clone())
         .map_err(MachineError::Translator)?;
@@ -469,7 +480,8 @@ fn start_kvm(
     let inside = vm.add_irqchip()?;
     let interrupts = Arc::clone(&inside) as Arc<dyn InterruptSink>;
     let pit = chips::add_pit(&board, &interrupts)?;
-    let (context, console, devices) = chips::add_devices(config, &board, &interrupts, attach)?;
+    let (context, console, devices) =
+        chips::add_devices(config, &board, &interrupts, attach, begin.devices())?;
     let tsc_khz = begin.tsc_khz(&*board.clock);
     let offered = |table: CpuidTable, topology| vm.offered(&table, topology);
     let tables = cpuid_tables(config, begin, tsc_khz, offered)?;

@@ -20,6 +20,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::{Arc, OnceLock};
 
 use berth_translator::Reservation;
+use rustix::fs::FallocateFlags;
 use vm_memory::bitmap::{BS, Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -48,6 +49,7 @@ pub const PCI_WINDOW_64_SIZE: u64 = 64 << 30;
 pub struct Memory {
     map: GuestMemoryMmap<CodeBitmap>,
     before: WriteHook,
+    backing: Arc<Backing>,
     /// The regions lie in it.
     _mapping: Arc<Reservation>,
 }
@@ -70,6 +72,44 @@ impl GuestMemory for Memory {
             wrote(&self.before, address.0, count);
         }
         GuestMemory::get_slices(&self.map, address, count, access)
+    }
+}
+
+/// Gives a range of guest memory back to the host.
+pub type DiscardHook = Box<dyn Fn(u64, u64) -> io::Result<u64> + Send + Sync>;
+
+/// What guest memory is made of.
+struct Backing {
+    file: Arc<File>,
+    pieces: Vec<RamPiece>,
+    /// Whoever else knows of its pages does it instead.
+    discard: OnceLock<DiscardHook>,
+}
+
+impl Memory {
+    /// Gives memory of whole pages within a range back to the host; the guest does not need what is in
+    /// it. What it finds there afterwards is zero, or as before. Says how many bytes were given back.
+    ///
+    /// # Errors
+    /// The system refuses; then some pages stay as they are.
+    pub fn discard(&self, gpa: u64, len: u64) -> io::Result<u64> {
+        const PAGE: u64 = 4096;
+        if let Some(discard) = self.backing.discard.get() {
+            return discard(gpa, len);
+        }
+        let mut given = 0;
+        for piece in &self.backing.pieces {
+            let start = gpa.max(piece.gpa).next_multiple_of(PAGE);
+            let end = gpa.saturating_add(len).min(piece.gpa + piece.size) & !(PAGE - 1);
+            let len = end.saturating_sub(start);
+            if len > 0 {
+                let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                let offset = piece.offset + (start - piece.gpa);
+                rustix::fs::fallocate(&self.backing.file, how, offset, len)?;
+                given += len;
+            }
+        }
+        Ok(given)
     }
 }
 
@@ -267,7 +307,14 @@ impl GuestRam {
         }
         let map =
             GuestMemoryMmap::from_regions(regions).map_err(|e| MemoryError::Map(e.to_string()))?;
-        let memory = Memory { map, before: Arc::clone(&before), _mapping: Arc::clone(&mapping) };
+        let backing =
+            Backing { file: Arc::clone(&file), pieces: pieces.clone(), discard: OnceLock::new() };
+        let memory = Memory {
+            map,
+            before: Arc::clone(&before),
+            backing: Arc::new(backing),
+            _mapping: Arc::clone(&mapping),
+        };
         Ok(Self { memory, file, pieces, before, hook, mapping })
     }
 
@@ -311,6 +358,12 @@ impl GuestRam {
     #[must_use]
     pub fn write_hook(&self) -> &WriteHook {
         &self.hook
+    }
+
+    /// Lets a function give memory back to the host, instead of doing so by the file alone; says
+    /// whether there was none before.
+    pub fn set_discard(&self, discard: DiscardHook) -> bool {
+        self.memory.backing.discard.set(discard).is_ok()
     }
 
     /// Bytes of RAM below the hole.

@@ -193,6 +193,13 @@ pub struct StoredCpu {
 }
 
 impl MachineState {
+    /// Virtio types of its devices.
+    #[must_use]
+    pub fn device_types(&self) -> Vec<u16> {
+        let slots = self.pci.iter().flat_map(|pci| &pci.slots);
+        slots.filter_map(|slot| Some(slot.virtio.as_ref()?.device_type)).collect()
+    }
+
     /// Reads a machine from the directory in which it was stored.
     ///
     /// # Errors

@@ -129,6 +129,18 @@ impl<R: Read, W: Write> Client<R, W> {
         }
     }
 
+    /// Lets the guest use only so many of its processors; gives how many it uses then.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when it has not so many, or its kernel does not do that.
+    pub fn use_cpus(&mut self, count: u32) -> Result<u32, ClientError> {
+        self.send(&ToAgent::Cpus(count))?;
+        match self.receive("the processors")? {
+            ToHost::Cpus(count) => Ok(count),
+            _ => Err(ClientError::Unexpected("the processors")),
+        }
+    }
+
     /// Asks the guest to stop in order. The machine is not off yet when this returns.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Sizes both sides of the agent protocol hold each other to.
 
 /// The protocol's version; a side that meets another one says so and closes.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// The vsock port on which the agent listens.
 pub const AGENT_PORT: u32 = 1024;

@@ -136,6 +136,8 @@ pub enum ToAgent {
     /// Mix these bytes into the random numbers at once, and answer `Pong`: without them a copy would
     /// draw the same ones.
     Reseed(Vec<u8>),
+    /// Use only so many of the machine's processors, and answer `Cpus`.
+    Cpus(u32),
 }
 
 /// From the agent to the host.
@@ -161,6 +163,8 @@ pub enum ToHost {
     ShuttingDown,
     /// The answer to `Identify`. An address on the network may come later.
     Identified,
+    /// The answer to `Cpus`: so many are used now.
+    Cpus(u32),
     /// The request was not carried out.
     Refused(Refusal),
 }
@@ -197,6 +201,7 @@ mod kind {
     pub(super) const SET_TIME: u8 = 0x0a;
     pub(super) const IDENTIFY: u8 = 0x0b;
     pub(super) const RESEED: u8 = 0x0c;
+    pub(super) const CPUS: u8 = 0x0d;
     pub(super) const AGENT_HELLO: u8 = 0x81;
     pub(super) const STARTED: u8 = 0x82;
     pub(super) const STDOUT: u8 = 0x83;
@@ -208,6 +213,7 @@ mod kind {
     pub(super) const SHUTTING_DOWN: u8 = 0x89;
     pub(super) const REFUSED: u8 = 0x8a;
     pub(super) const IDENTIFIED: u8 = 0x8b;
+    pub(super) const CPUS_USED: u8 = 0x8c;
 }
 
 impl ToAgent {
@@ -228,6 +234,7 @@ impl ToAgent {
             Self::SetTime(ns) => json(kind::SET_TIME, ns),
             Self::Identify(identity) => json(kind::IDENTIFY, identity),
             Self::Reseed(bytes) => raw(kind::RESEED, bytes),
+            Self::Cpus(count) => json(kind::CPUS, count),
             Self::Shutdown(shutdown) => json(kind::SHUTDOWN, shutdown),
         }
     }
@@ -249,6 +256,7 @@ impl ToAgent {
             kind::SET_TIME => Self::SetTime(parse(&frame)?),
             kind::IDENTIFY => Self::Identify(parse(&frame)?),
             kind::RESEED => Self::Reseed(frame.payload),
+            kind::CPUS => Self::Cpus(parse(&frame)?),
             kind::SHUTDOWN => Self::Shutdown(parse(&frame)?),
             other => return Err(MessageError::UnknownKind(other)),
         })
@@ -272,6 +280,7 @@ impl ToHost {
             Self::Clocks(clocks) => json(kind::CLOCKS, clocks),
             Self::ShuttingDown => raw(kind::SHUTTING_DOWN, &[]),
             Self::Identified => raw(kind::IDENTIFIED, &[]),
+            Self::Cpus(count) => json(kind::CPUS_USED, count),
             Self::Refused(refusal) => json(kind::REFUSED, refusal),
         }
     }
@@ -292,6 +301,7 @@ impl ToHost {
             kind::CLOCKS => Self::Clocks(parse(&frame)?),
             kind::SHUTTING_DOWN => Self::ShuttingDown,
             kind::IDENTIFIED => Self::Identified,
+            kind::CPUS_USED => Self::Cpus(parse(&frame)?),
             kind::REFUSED => Self::Refused(parse(&frame)?),
             other => return Err(MessageError::UnknownKind(other)),
         })
@@ -342,6 +352,7 @@ mod tests {
             ToAgent::Shutdown(Shutdown::PowerOff),
             ToAgent::SetTime(u64::MAX),
             ToAgent::Reseed(vec![7; 64]),
+            ToAgent::Cpus(3),
             ToAgent::Identify(Identify {
                 hostname: "b".into(),
                 machine_id: "0".repeat(32),
@@ -363,6 +374,7 @@ mod tests {
             ToHost::Clocks(Clocks { realtime_ns: u64::MAX, uptime_ns: 0 }),
             ToHost::ShuttingDown,
             ToHost::Identified,
+            ToHost::Cpus(3),
             ToHost::Refused(Refusal { reason: Reason::NotFound, message: "no".into() }),
         ] {
             assert_eq!(ToHost::from_frame(message.to_frame().unwrap()).unwrap(), message);

@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::processors::Processors;
 use crate::size::Size;
-use crate::v1::machine::{Accel, Cpu, Net};
+use crate::v1::machine::{Accel, Cpu, Machine, Net};
 use crate::v1::network::Port;
 
-/// `PATCH /machines/{name}`: what is to be otherwise; what is absent stays. It takes effect at the next
-/// start.
+/// `PATCH /machines/{name}`: what is to be otherwise; what is absent stays. A machine that runs is changed
+/// at once where that is possible (limits; processors and memory, within what it was started with), and else when
+/// it is started again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChangeMachine {
@@ -21,6 +23,12 @@ pub struct ChangeMachine {
     /// Memory, as `512M`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<Size>,
+    /// Processor time that its process may have at most; 0: no limit any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_limit: Option<Processors>,
+    /// Memory that its process may have at most; 0: no limit any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_limit: Option<Size>,
     /// What runs the guest's instructions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accel: Option<Accel>,
@@ -50,4 +58,24 @@ impl ChangeMachine {
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
+}
+
+/// What became of a [`ChangeMachine`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ChangedMachine {
+    /// The machine.
+    #[serde(flatten)]
+    pub machine: Machine,
+    /// What is not so yet, but will be when it is started again. Nothing for one that does not run.
+    #[serde(default)]
+    pub later: Vec<Later>,
+}
+
+/// Something of a machine that runs that could not be changed at once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Later {
+    /// What: the name of a field of [`ChangeMachine`].
+    pub what: String,
+    /// Why not at once, for people.
+    pub why: String,
 }

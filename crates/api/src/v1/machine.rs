@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::processors::Processors;
 use crate::size::Size;
 use crate::v1::network::Port;
 
@@ -48,6 +49,14 @@ pub struct MachineConfig {
     #[serde(default = "default_memory")]
     #[schema(example = "512M")]
     pub memory: Size,
+    /// Processor time that its process may have at most, as `1.5` for that of one and a half processors.
+    /// None: as much as there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_limit: Option<Processors>,
+    /// Memory that its process may have at most, as `768M`: that of its guest and about 100 MiB. Beyond
+    /// that it is killed. None: as much as there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_limit: Option<Size>,
     /// What runs the guest's instructions.
     #[serde(default)]
     pub accel: Accel,
@@ -92,6 +101,8 @@ impl Default for MachineConfig {
             append: String::new(),
             cpus: one(),
             memory: default_memory(),
+            cpu_limit: None,
+            memory_limit: None,
             accel: Accel::default(),
             cpu: Cpu::default(),
             debug_exit: false,
@@ -376,6 +387,9 @@ pub struct Machine {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub address: Option<Ipv4Addr>,
+    /// The directories of its control group while it runs. None: it has no group.
+    #[serde(default)]
+    pub control_group: Vec<String>,
     /// What it is made of.
     pub config: MachineConfig,
 }

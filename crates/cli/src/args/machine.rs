@@ -2,7 +2,9 @@
 //! how one that is kept is changed.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
+use berth_api::processors::Processors;
 use berth_api::size::Size;
 use berth_api::v1::machine::Cpu;
 use berth_api::v1::network::{Port, is_network_name};
@@ -65,6 +67,12 @@ pub struct SetArgs {
     /// Memory: bytes, or with K, M, G or T
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
+    /// Processor time that the machine may have at most, as 1.5, or `none`
+    #[arg(long, value_name = "N", value_parser = limit::<Processors>)]
+    pub cpu_limit: Option<Processors>,
+    /// Memory that the machine's process may have at most, or `none`
+    #[arg(long, value_name = "SIZE", value_parser = limit::<Size>)]
+    pub memory_limit: Option<Size>,
     /// What runs the guest's instructions
     #[arg(long, value_enum, value_name = "HOW")]
     pub accel: Option<Accel>,
@@ -96,12 +104,26 @@ pub struct SetArgs {
     pub name: String,
 }
 
+/// A limit, or the zero that is none.
+fn limit<T: FromStr<Err = String> + Default + PartialEq>(text: &str) -> Result<T, String> {
+    match text {
+        "none" => Ok(T::default()),
+        _ => match text.parse::<T>()? {
+            zero if zero == T::default() => Err("nothing is no limit; `none` is".into()),
+            limit => Ok(limit),
+        },
+    }
+}
+
 const SET_EXAMPLES: &str = "\
-A machine that runs goes on as it is, and is changed when it is started again (`berth vm restart`). One
-that is suspended keeps what it was stored with: only --accel, --append, --env and --unset-env are possible.
+A machine that runs is changed at once in its limits, and in its processors and its memory, up to what it
+was started with, if its guest has Berth's agent and a driver for a memory balloon. All else is changed when it is started
+again (`berth vm restart`), and the command says so. One that is suspended keeps what it was stored with:
+only --accel, --append, --env, --unset-env and limits are possible.
 
 Examples:
   berth vm set --cpus 4 --memory 2G web
+  berth vm set --cpu-limit 1.5 --memory-limit none web
   berth vm set --env MODE=test --unset-env DEBUG web && berth vm restart web
   berth vm set --publish 8080:80 --publish 127.0.0.1:5353:53/udp web";
 
@@ -122,7 +144,7 @@ impl Variable {
     }
 }
 
-impl std::str::FromStr for Variable {
+impl FromStr for Variable {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -146,7 +168,7 @@ pub struct ShareArg {
     pub read_only: bool,
 }
 
-impl std::str::FromStr for ShareArg {
+impl FromStr for ShareArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -189,7 +211,7 @@ pub enum NetArg {
     None,
 }
 
-impl std::str::FromStr for NetArg {
+impl FromStr for NetArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {

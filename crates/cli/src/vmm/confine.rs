@@ -1,10 +1,11 @@
-//! The process of a kept machine has no network, sees of the file system what it was handed, and is
-//! refused the calls that no part of it needs.
+//! The process of a kept machine has no network and no rights over the host, sees of the file system what it
+//! was handed, and is refused the calls that no part of it needs.
 //!
 //! What the host does not allow (older kernels, containers without namespaces) is said in the log, and
 //! the machine runs without it.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use berth_daemon::folder::Folder;
@@ -72,7 +73,7 @@ const REFUSED: &[i64] = &[
 /// Confines this process, which has one thread. `outside` is not in the folder and used all the same.
 pub(super) fn confine(folder: &Folder, root: &Path, plan: &RunPlan) {
     let steps: [(&str, Result<(), Failure>); 4] = [
-        ("a network namespace of its own", leave_network().map_err(Into::into)),
+        ("a network namespace of its own", leave(folder, plan)),
         ("the view of the file system", restrict_files(folder, root, plan)),
         ("the calls of all threads", refuse_calls()),
         ("the calls of each kind of thread", prepare(!plan.shares.is_empty()).map_err(Into::into)),
@@ -83,6 +84,71 @@ pub(super) fn confine(folder: &Folder, root: &Path, plan: &RunPlan) {
             eprintln!("berth: this host does not confine {what}: {error}");
         }
     }
+}
+
+/// Leaves the network, and with it the rights of root that the machine does not need.
+fn leave(folder: &Folder, plan: &RunPlan) -> Result<(), Failure> {
+    if rustix::process::geteuid().is_root() {
+        let Err(why) = needs_no_rights(folder, plan) else {
+            match leave_network(false) {
+                Ok(()) => return Ok(()),
+                Err(error) => eprintln!("berth: root keeps its rights here: {error}"),
+            }
+            return Ok(leave_network(true)?);
+        };
+        eprintln!("berth: the machine's process keeps the rights of root: {why}");
+    }
+    Ok(leave_network(true)?)
+}
+
+/// Whether root without rights over other users' files can do all that the machine needs; else why not.
+fn needs_no_rights(folder: &Folder, plan: &RunPlan) -> Result<(), String> {
+    if !plan.shares.is_empty() {
+        return Err("it shares folders, in which files may be anybody's".into());
+    }
+    let may = |path: &Path, write: bool| match owner_may(path, write) {
+        true => Ok(()),
+        false => Err(format!("{} is not root's", path.display())),
+    };
+    for directory in [folder.path(), &folder.file("state")] {
+        may(directory, true)?;
+        let entries = std::fs::read_dir(directory).map_err(|error| error.to_string())?;
+        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|t| t.is_file()))
+        {
+            may(&entry.path(), false)?;
+        }
+    }
+    // Its clones come to it by its name.
+    let real = std::fs::canonicalize(folder.path()).map_err(|error| error.to_string())?;
+    may(&real, true)?;
+    // One that goes on has none.
+    for path in std::iter::once(&plan.kernel).chain(&plan.initrd).filter(|path| path.exists()) {
+        may(path, false)?;
+    }
+    for disk in &plan.disks {
+        let layers = berth_disk::chain::describe(&disk.path, disk.format);
+        let layers = layers.map_err(|error| berth_daemon::failure::chain(&error))?;
+        for layer in layers {
+            may(&layer.path, layer.path == disk.path && !disk.read_only)?;
+        }
+    }
+    match Path::new("/dev/kvm") {
+        kvm if kvm.exists() => may(kvm, true),
+        _ => Ok(()),
+    }
+}
+
+/// Whether user 0 may open a file by its mode alone.
+fn owner_may(path: &Path, write: bool) -> bool {
+    let allows = |path: &Path, wanted: u32| {
+        std::fs::metadata(path).is_ok_and(|meta| {
+            let shift = if meta.uid() == 0 { 6 } else { 0 };
+            meta.mode() >> shift & wanted == wanted
+        })
+    };
+    let wanted = if write { 6 } else { 4 };
+    allows(path, wanted)
+        && path.ancestors().skip(1).all(|path| path.as_os_str().is_empty() || allows(path, 1))
 }
 
 /// Landlock: the folder, the disks and shared folders that are elsewhere, and kernels and images to read.

@@ -41,8 +41,8 @@ const CONNECTIONS_MAX: usize = 128;
 
 /// What the connections share.
 pub(super) struct Control {
-    ends: HostEnds,
-    ending: Arc<Ending>,
+    pub(super) ends: HostEnds,
+    pub(super) ending: Arc<Ending>,
     pauser: Pauser,
     button: PowerButton,
     hub: Arc<Hub>,
@@ -88,7 +88,11 @@ impl Control {
             hub,
             storer: machine.storer(),
             folder: folder.clone(),
-            config: kept.toml.machine.clone(),
+            config: MachineConfig {
+                cpus: status.cpus,
+                memory: status.memory_bytes.into(),
+                ..kept.toml.machine.clone()
+            },
             identity: Identify {
                 hostname: kept.name.to_owned(),
                 machine_id: kept.toml.id.simple().to_string(),
@@ -193,6 +197,14 @@ impl Control {
                 Ok(()) => answer(stream, &Answer::Done),
                 Err(why) => refuse(why),
             },
+            Request::Cpus { count } => match self.use_cpus(*count) {
+                Ok(()) => answer(stream, &Answer::Done),
+                Err(why) => refuse(why),
+            },
+            Request::Memory { bytes } => match self.set_memory(*bytes) {
+                Ok(()) => answer(stream, &Answer::Done),
+                Err(why) => refuse(why),
+            },
             Request::Kill => {
                 let done = answer(stream, &Answer::Done);
                 self.ending.end(Outcome::Stopped);
@@ -222,7 +234,7 @@ impl Control {
         }
     }
 
-    fn status(&self) -> Status {
+    pub(super) fn status(&self) -> Status {
         self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -434,7 +446,7 @@ fn store(storer: &Storer, folder: &Folder) -> Result<(), Box<dyn std::error::Err
 }
 
 /// The way to the agent.
-struct Agent(Arc<Control>);
+pub(super) struct Agent(pub(super) Arc<Control>);
 
 impl Dial for Agent {
     fn dial(&mut self) -> io::Result<UnixStream> {

@@ -14,6 +14,7 @@ mod confine;
 mod control;
 mod disks;
 mod hub;
+mod resize;
 
 pub use check::check;
 
@@ -48,12 +49,17 @@ const LOCK_TIME: Duration = Duration::from_secs(3);
 
 /// Runs the machine of a folder to its end.
 #[must_use]
-pub fn run(root: &Path, path: &Path) -> ExitCode {
+pub fn run(root: &Path, path: &Path, groups: &[PathBuf]) -> ExitCode {
     let began = Instant::now();
     // A session of its own: nobody's terminal ends it. What it writes is its user's alone.
     let _ = rustix::process::setsid();
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    match start(root, path) {
+    // With limits it is in them before it uses anything.
+    let joined = groups.iter().try_for_each(|group| {
+        berth_daemon::cgroup::join(group, std::process::id())
+            .map_err(|error| format!("{}: {error}", group.display()).into())
+    });
+    match joined.and_then(|()| start(root, path)) {
         Ok(run) => {
             if run.goes_on {
                 let us = run.machine.started().saturating_duration_since(began).as_micros();
@@ -165,9 +171,17 @@ fn begin(
 ) -> Result<(RunningMachine, RunPlan, Told, Arc<Hub>), Failure> {
     let (near, far) = UnixStream::pair()?;
     let console = Console::Stream(Arc::new(far));
-    let plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console, !goes_on)?;
+    let mut plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console, !goes_on)?;
+    let (suspended, origin) = (folder.file(SUSPENDED), folder.file(ORIGIN));
+    if suspended.is_dir() && !origin.exists() {
+        // It has what it was started with, whatever is to be from the next start on.
+        let state = berth_vmm::state::MachineState::read(&suspended)?;
+        plan.cpus = u8::try_from(state.cpus.len()).unwrap_or(plan.cpus);
+        plan.memory_bytes = state.memory_bytes;
+    }
     let mut parts = devices(&plan);
     parts.mac = Some(Mac(hardware_address(toml.id)));
+    parts.balloon = true;
     // What needs the host's network is made before it is left.
     parts.connect()?;
     confine::confine(folder, root, &plan);
@@ -186,7 +200,6 @@ fn begin(
     let told = Told::new(&plan)?;
     let hub = Hub::start(near, folder)?;
     let mut config = config(&plan, &told);
-    let (suspended, origin) = (folder.file(SUSPENDED), folder.file(ORIGIN));
     if origin.exists() {
         config.resume = Some(Resume::Handed(Arc::new(take(folder)?)));
         config.renew_generation = true;

@@ -152,7 +152,7 @@ fn apart(test: fn()) {
     if !rustix::process::geteuid().is_root() {
         return println!("skipped: bridges need root");
     }
-    let thread = std::thread::spawn(move || match berth_vmm::confine::leave_network() {
+    let thread = std::thread::spawn(move || match berth_vmm::confine::leave_network(true) {
         Ok(()) => test(),
         Err(error) => println!("skipped: no network namespace: {error}"),
     });

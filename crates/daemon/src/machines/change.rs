@@ -1,21 +1,29 @@
-//! Changes of what a machine is made of: of its `vm.toml`, which the next start reads.
+//! Changes of what a machine is made of: of its `vm.toml`, which the next start reads, and at once of the
+//! machine that runs, where that can be.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use berth_api::v1::change::ChangeMachine;
+use berth_api::v1::change::{ChangeMachine, Later};
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{MachineConfig, MachineState};
+use berth_api::vmm::{RESIZE_TIME, Request};
 
-use crate::failure::{Result, conflict, failed, invalid};
+use crate::failure::{Result, chain, conflict, failed, invalid};
 use crate::machines::create::check;
 use crate::machines::{Entry, Machines};
+use crate::vmm::{self, VmmError};
+
+/// How long the process of a machine, and its guest, may take.
+const NOW_TIME: Duration = RESIZE_TIME.saturating_add(Duration::from_secs(10));
 
 impl Machines {
-    /// Changes what a machine is made of from its next start on; one that runs goes on as it is.
+    /// Changes what a machine is made of from its next start on, and as far as possible at once if it
+    /// runs. Gives what is changed later.
     ///
     /// # Errors
     /// It makes no sense, or the machine is suspended and what is stored of it fixes that.
-    pub async fn change(&self, entry: &Arc<Entry>, change: ChangeMachine) -> Result<()> {
+    pub async fn change(&self, entry: &Arc<Entry>, change: ChangeMachine) -> Result<Vec<Later>> {
         let _changing = entry.changing.lock().await;
         let name = entry.name();
         if change.is_empty() {
@@ -33,7 +41,7 @@ impl Machines {
         if let Some(net) = &change.net {
             self.check_network(net).await?;
         }
-        let changed = Arc::clone(entry);
+        let (changed, wanted) = (Arc::clone(entry), change.clone());
         let work = move || {
             let folder = changed.folder();
             // The process of one that runs has it; nobody else changes the folder then.
@@ -51,12 +59,67 @@ impl Machines {
             Ok(())
         };
         tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))??;
-        if !state.is_up() {
-            self.join_network(entry).await?;
-        }
+        let later = match state.is_up() {
+            true => change_now(entry, &wanted).await,
+            false => {
+                self.join_network(entry).await?;
+                Vec::new()
+            }
+        };
         self.tell(EventKind::Changed, entry, None);
-        Ok(())
+        Ok(later)
     }
+}
+
+/// Changes a machine that runs. Gives what cannot be changed as long as it does.
+async fn change_now(entry: &Entry, change: &ChangeMachine) -> Vec<Later> {
+    let folder = entry.folder();
+    let mut later: Vec<Later> = fixed_at_start(change)
+        .into_iter()
+        .map(|what| Later {
+            what: what.into(),
+            why: "it is fixed when a machine is started".into(),
+        })
+        .collect();
+    let mut note = |what: &str, done: std::result::Result<(), VmmError>| {
+        if let Err(error) = done {
+            later.push(Later { what: what.into(), why: chain(&error) });
+        }
+    };
+    if let Some(count) = change.cpus {
+        note("cpus", vmm::ask_within(&folder, &Request::Cpus { count }, NOW_TIME).await);
+    }
+    if let Some(memory) = change.memory {
+        let bytes = memory.bytes();
+        note("memory", vmm::ask_within(&folder, &Request::Memory { bytes }, NOW_TIME).await);
+    }
+    // After the guest has given memory back.
+    if change.cpu_limit.is_some() || change.memory_limit.is_some() {
+        let limits = entry.limits();
+        let group = entry.live().group.clone();
+        let limited = tokio::task::spawn_blocking(move || match group {
+            Some(group) => group.limit(limits),
+            None => Err("it runs without a control group".into()),
+        });
+        if let Err(why) = limited.await.unwrap_or_else(|error| Err(error.to_string())) {
+            later.push(Later { what: "limits".into(), why });
+        }
+    }
+    later
+}
+
+/// What of a change waits for the next start in any case, by the names of its fields.
+fn fixed_at_start(change: &ChangeMachine) -> Vec<&'static str> {
+    let all = [
+        (change.accel.is_some(), "accel"),
+        (change.cpu.is_some(), "cpu"),
+        (change.append.is_some(), "append"),
+        (change.net.is_some(), "net"),
+        (change.ports.is_some(), "ports"),
+        (change.debug_exit.is_some(), "debug_exit"),
+        (!change.env.is_empty(), "env"),
+    ];
+    all.into_iter().filter_map(|(asked, what)| asked.then_some(what)).collect()
 }
 
 /// What is part of a stored machine and not to be changed then. What runs its instructions is not.
@@ -72,7 +135,25 @@ fn fixed(change: &ChangeMachine) -> Option<&'static str> {
 }
 
 fn apply(config: &mut MachineConfig, change: ChangeMachine) {
-    let ChangeMachine { cpus, memory, accel, cpu, append, net, ports, debug_exit, env } = change;
+    let ChangeMachine {
+        cpus,
+        memory,
+        cpu_limit,
+        memory_limit,
+        accel,
+        cpu,
+        append,
+        net,
+        ports,
+        debug_exit,
+        env,
+    } = change;
+    if let Some(limit) = cpu_limit {
+        config.cpu_limit = Some(limit).filter(|limit| limit.thousandths() > 0);
+    }
+    if let Some(limit) = memory_limit {
+        config.memory_limit = Some(limit).filter(|limit| limit.bytes() > 0);
+    }
     config.cpus = cpus.unwrap_or(config.cpus);
     config.memory = memory.unwrap_or(config.memory);
     config.accel = accel.unwrap_or(config.accel);
@@ -108,6 +189,12 @@ mod tests {
         assert_eq!((config.cpus, config.append.as_str()), (4, "quiet"));
         assert_eq!(config.env.into_iter().collect::<Vec<_>>(), [("B".into(), "2".into())]);
         assert!(change("{}").is_empty() && !change(r#"{"append":""}"#).is_empty());
+        let mut limited = MachineConfig::default();
+        apply(&mut limited, change(r#"{"cpu_limit":1.5,"memory_limit":"1G"}"#));
+        let limits = (limited.cpu_limit.map(|limit| limit.thousandths()), limited.memory_limit);
+        assert_eq!(limits, (Some(1500), Some((1u64 << 30).into())));
+        apply(&mut limited, change(r#"{"cpu_limit":0,"memory_limit":0}"#));
+        assert_eq!(limited, MachineConfig::default());
         assert_eq!(fixed(&change(r#"{"append":"x","env":{"A":"b"}}"#)), None);
         assert_eq!(fixed(&change(r#"{"memory":"1G"}"#)), Some("memory"));
         assert_eq!(fixed(&change(r#"{"accel":"kvm"}"#)), None);

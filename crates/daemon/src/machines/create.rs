@@ -25,6 +25,8 @@ use crate::machines::{Entry, Machines, check_name, load};
 const CPUS_MAX: u8 = 16;
 /// Least memory: what the machine needs for itself.
 const MEMORY_MIN: u64 = 4 << 20;
+/// Thousandths of a processor; the kernel counts no less.
+const CPU_LIMIT_MIN: u32 = 10;
 /// Memory is in whole pages.
 const PAGE: u64 = 4096;
 /// Disks are in whole sectors.
@@ -159,6 +161,7 @@ pub(super) fn check(config: &MachineConfig) -> Result<()> {
             config.memory
         )));
     }
+    check_limits(config)?;
     if config.image.is_none() && config.kernel.is_none() {
         return Err(invalid("a machine needs an image or a kernel"));
     }
@@ -173,6 +176,23 @@ pub(super) fn check(config: &MachineConfig) -> Result<()> {
     check_shares(&config.shares, config.image.is_some()).map_err(invalid)?;
     check_ports(config)?;
     check_env(config)
+}
+
+fn check_limits(config: &MachineConfig) -> Result<()> {
+    if let Some(limit) = config.cpu_limit
+        && limit.thousandths() < CPU_LIMIT_MIN
+    {
+        return Err(invalid(format!("{limit} processors are too few; 0.01 are the least")));
+    }
+    if let Some(limit) = config.memory_limit
+        && limit < config.memory
+    {
+        return Err(invalid(format!(
+            "a limit of {limit} is less than the {} that the guest has; its process needs some more",
+            config.memory
+        )));
+    }
+    Ok(())
 }
 
 /// What a client names is on the daemon's host.

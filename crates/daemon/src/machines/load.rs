@@ -15,6 +15,7 @@ use berth_net::networks::Networks;
 use jiff::Timestamp;
 use uuid::Uuid;
 
+use crate::cgroup::Groups;
 use crate::events::Events;
 use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{self, Folder, FolderError, unsettled};
@@ -99,6 +100,7 @@ impl Machines {
         let networks = Networks::open(root).await.map_err(|error| network::of_net(&error))?;
         let machines = Arc::new(Self {
             networks,
+            groups: Arc::new(Groups::find(root)),
             root: root.to_owned(),
             program,
             boot,
@@ -133,6 +135,7 @@ impl Machines {
         };
         let _ = tokio::time::timeout(SETTLE, all).await;
         machines.settle_networks().await;
+        machines.sweep_groups().await;
         Ok(machines)
     }
 

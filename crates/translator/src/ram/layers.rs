@@ -503,6 +503,39 @@ impl Ram {
         free
     }
 
+    /// Gives memory of whole pages within a range back to the host: they are zero from here on. Pages
+    /// that are frozen stay as they are, for whoever else has them. Says how many bytes were given back.
+    ///
+    /// # Errors
+    /// The system refuses; then some pages stay as they are.
+    pub fn discard(&self, gpa: u64, len: u64) -> io::Result<u64> {
+        let _guard = lock(&self.mapping);
+        let end = gpa.saturating_add(len).min(self.span());
+        let mut runs: Vec<(u8, u64, u64)> = Vec::new();
+        for gpa in (gpa.next_multiple_of(PAGE)..end).step_by(PAGE as usize) {
+            if end - gpa < PAGE || self.is_frozen(gpa) {
+                continue;
+            }
+            let Some(offset) = self.offset_of(gpa) else { continue };
+            let Some(number) = self.layers.number(offset) else { continue };
+            match runs.last_mut() {
+                Some((last, first, len)) if *last == number && *first + *len == offset => {
+                    *len += PAGE;
+                }
+                _ => runs.push((number, offset, PAGE)),
+            }
+        }
+        let mut given = 0;
+        for (number, offset, len) in runs {
+            if let Some(file) = self.layers.file(number) {
+                // All mappings are of the file: what is in it is what everybody sees.
+                sys::punch_hole(file.as_raw_fd(), offset, len)?;
+                given += len;
+            }
+        }
+        Ok(given)
+    }
+
     /// Frees what files of our own hold in the place of pages that are elsewhere.
     fn give_back(&self, free: &[u8]) -> io::Result<()> {
         let mut offset = 0;

@@ -6,6 +6,7 @@ mod clones;
 mod direct;
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 
 use berth_translator::{
     Config, Exit, Frozen, RamSlot, Reservation, Shared, TranslatedVcpu, host_cpuid,
@@ -212,11 +213,11 @@ fn what_is_frozen_stays_as_long_as_it_is_held() {
     use std::os::fd::AsRawFd;
     const AT: u64 = 0x30_0000;
     let fd = memfd();
-    let mapping = std::sync::Arc::new(Reservation::new(RAM as usize).unwrap());
+    let mapping = Arc::new(Reservation::new(RAM as usize).unwrap());
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     mapping.map_file(0, RAM as usize, prot, fd.as_raw_fd(), 0).unwrap();
     let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
-    let raw = Some(std::sync::Arc::clone(&mapping));
+    let raw = Some(Arc::clone(&mapping));
     let shared = Shared::with_mapping(&slots, raw, None, Config::default()).unwrap();
     let write = |at: u64, byte: u8| {
         shared.before_write(at, 1);
@@ -252,4 +253,75 @@ fn what_is_frozen_stays_as_long_as_it_is_held() {
     shared.unfreeze(third).unwrap();
     let last = shared.freeze(memfd()).unwrap();
     assert_eq!([held(&last, AT), held(&last, AT + 4096)], [199, 5]);
+}
+
+/// What is given back is zero for this machine, whatever it is in, and stays for whoever else has it.
+#[test]
+fn what_is_given_back_is_zero_unless_somebody_else_has_it() {
+    use std::os::fd::AsRawFd;
+    const AT: u64 = 0x30_0000;
+    let fd = memfd();
+    let mapping = Arc::new(Reservation::new(RAM as usize).unwrap());
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    mapping.map_file(0, RAM as usize, prot, fd.as_raw_fd(), 0).unwrap();
+    let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
+    let raw = Some(Arc::clone(&mapping));
+    let shared = Shared::with_mapping(&slots, raw, None, Config::default()).unwrap();
+    let write = |at: u64, byte: u8| {
+        shared.before_write(at, 1);
+        // SAFETY: inside the mapping, which is writable there since that was said.
+        unsafe { ((mapping.addr() + at) as *mut u8).write_volatile(byte) };
+        shared.ram_written(at, 1);
+    };
+    // SAFETY: inside the mapping, which is readable.
+    let read = |at: u64| unsafe { ((mapping.addr() + at) as *const u8).read_volatile() };
+    let held = |frozen: &Frozen, at: u64| {
+        let number = usize::from(frozen.origin.of_page[(at / 4096) as usize]);
+        number.checked_sub(1).map_or(0, |file| get(&frozen.origin.files[file], at, 1)[0])
+    };
+    let pages = [AT, AT + 4096, AT + 8192];
+    for at in pages {
+        write(at, 1);
+    }
+    // Whole pages only, and what is no memory is none.
+    assert_eq!(shared.discard(AT + 4096, 8191).unwrap(), 4096);
+    assert_eq!(pages.map(read), [1, 0, 1]);
+    assert_eq!(shared.discard(RAM - 4096, u64::MAX).unwrap(), 4096);
+    assert_eq!(shared.discard(1 << 50, 4096).unwrap(), 0);
+    let frozen = shared.freeze(memfd()).unwrap();
+    write(AT, 2);
+    // One is this machine's own by now, the others are not.
+    assert_eq!(shared.discard(AT, 3 * 4096).unwrap(), 4096);
+    assert_eq!(pages.map(read), [0, 0, 1]);
+    assert_eq!(pages.map(|at| held(&frozen, at)), [1, 0, 1]);
+    write(AT + 8192, 3);
+    write(AT, 4);
+    assert_eq!(pages.map(|at| held(&frozen, at)), [1, 0, 1]);
+    // Nobody needs it any more: what was copied is in one file, what was not in the other.
+    shared.unfreeze(frozen).unwrap();
+    write(AT + 4096, 5);
+    assert_eq!(pages.map(read), [4, 5, 3]);
+    assert!(shared.discard(AT, 3 * 4096).unwrap() >= 2 * 4096);
+    assert_eq!(pages.map(read), [0, 0, 0]);
+    let last = shared.freeze(memfd()).unwrap();
+    assert_eq!(pages.map(|at| held(&last, at)), [0, 0, 0]);
+}
+
+/// Translations of a page that is given back are not executed any more.
+#[test]
+fn code_that_is_given_back_is_gone() {
+    // mov eax, 7; hlt
+    let (s, fd) = guest(&[0xb8, 7, 0, 0, 0, 0xf4]);
+    let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
+    let shared = Shared::new(&slots, Config::default()).unwrap();
+    let cpuid = CpuidTable::new(&host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
+    let platform = Box::<Counter>::default();
+    let mut vcpu = TranslatedVcpu::new(Arc::clone(&shared), s, cpuid, platform).unwrap();
+    assert_eq!((vcpu.run(), vcpu.state().gpr[0]), (Exit::Halted, 7));
+    shared.discard(CODE & !4095, 4096).unwrap();
+    // Nobody is told of this.
+    put(&fd, CODE, &[0xb8, 9, 0, 0, 0, 0xf4]);
+    let state = vcpu.state_mut();
+    (state.rip, state.halted) = (CODE, 0);
+    assert_eq!((vcpu.run(), vcpu.state().gpr[0]), (Exit::Halted, 9));
 }

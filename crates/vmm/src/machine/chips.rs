@@ -63,6 +63,7 @@ pub(super) fn add_devices(
     board: &Board,
     interrupts: &Arc<dyn InterruptSink>,
     attach: Option<AttachPci>,
+    goes_on_with: Option<Vec<u16>>,
 ) -> Result<(DeviceContext, Console, StoredDevices), MachineError> {
     let (ram, ports) = (&board.ram, &board.ports);
     let power = Arc::new(Mutex::new(Power::new(Arc::clone(&board.ending))));
@@ -86,6 +87,7 @@ pub(super) fn add_devices(
         ending: Arc::clone(&board.ending),
         consoles: Consoles::default(),
         events: Arc::clone(&events),
+        goes_on_with,
     };
     // The PCI root bus: whatever `attach` gives answers at the configuration ports.
     let pci = attach.map(|attach| attach(&context)).transpose().map_err(MachineError::Device)?;

@@ -135,6 +135,11 @@ impl Chain {
         self.writable_len
     }
 
+    /// Address and length of what the device may write.
+    pub fn writable(&self) -> impl Iterator<Item = (u64, u64)> + use<'_> {
+        self.writable.iter().map(|part| (part.address.raw_value(), u64::from(part.len)))
+    }
+
     /// Reads all of `buffer` from `offset` of the readable bytes.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 //! A [`Device`] is owned by its transport while the guest does not use it and by its worker thread
 //! from DRIVER_OK to reset. There it is called for one event at a time.
 
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -236,6 +237,8 @@ impl Poller {
 #[derive(Debug)]
 pub struct DeviceConfig {
     bytes: Mutex<Vec<u8>>,
+    /// What the driver may write.
+    writable: Range<usize>,
     interrupts: Mutex<Weak<Interrupter>>,
 }
 
@@ -248,7 +251,40 @@ impl std::fmt::Debug for Interrupter {
 impl DeviceConfig {
     /// A configuration space of these bytes.
     pub fn new(bytes: Vec<u8>) -> Arc<Self> {
-        Arc::new(Self { bytes: Mutex::new(bytes), interrupts: Mutex::new(Weak::new()) })
+        Self::with_writable(bytes, 0..0)
+    }
+
+    /// The same, of which the driver may write a part.
+    pub fn with_writable(bytes: Vec<u8>, writable: Range<usize>) -> Arc<Self> {
+        let interrupts = Mutex::new(Weak::new());
+        Arc::new(Self { bytes: Mutex::new(bytes), writable, interrupts })
+    }
+
+    /// The driver writes; nothing happens where it may not.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (index, new) in data.iter().enumerate() {
+            let at = start.saturating_add(index);
+            if let Some(byte) = bytes.get_mut(at).filter(|_| self.writable.contains(&at)) {
+                *byte = *new;
+            }
+        }
+    }
+
+    /// A little-endian number in it.
+    pub fn u32_at(&self, offset: u64) -> u32 {
+        let mut raw = [0; 4];
+        self.read(offset, &mut raw);
+        u32::from_le_bytes(raw)
+    }
+
+    /// Changes bytes without telling the driver.
+    pub fn put(&self, offset: usize, data: &[u8]) {
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        for (byte, new) in bytes.iter_mut().skip(offset).zip(data) {
+            *byte = *new;
+        }
     }
 
     /// Reads; zeroes past the end.
@@ -272,12 +308,7 @@ impl DeviceConfig {
 
     /// Changes bytes from the device's side and tells the driver.
     pub fn update(&self, offset: usize, data: &[u8]) {
-        {
-            let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-            for (byte, new) in bytes.iter_mut().skip(offset).zip(data) {
-                *byte = *new;
-            }
-        }
+        self.put(offset, data);
         let interrupts = self.interrupts.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
         if let Some(interrupts) = interrupts {
             interrupts.config_changed();

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::bus::{Bus, BusDevice};
 use crate::memory::Memory;
 use crate::pci::root::{CONFIG_PORTS, MMIO_WINDOW_START, PciRoot};
+use crate::virtio::balloon::device::Balloon;
 use crate::virtio::block::device::Block;
 use crate::virtio::block::disk::DiskConfig;
 use crate::virtio::console::device::Console;
@@ -31,7 +32,7 @@ struct Host {
 
 fn device(kind: u8) -> Option<(Box<dyn Device>, Host)> {
     let mut host = Host { console: None, _vsock: None };
-    let device: Box<dyn Device> = match kind % 5 {
+    let device: Box<dyn Device> = match kind % 6 {
         0 => Box::new(Rng::new()),
         1 => {
             let (near, far) = UnixStream::pair().ok()?;
@@ -45,6 +46,7 @@ fn device(kind: u8) -> Option<(Box<dyn Device>, Host)> {
             host._vsock = Some(vsock);
             Box::new(device)
         }
+        5 => Box::new(Balloon::new()),
         kind => {
             // A file without a name, so that nothing is left behind.
             let file = unnamed_file()?;

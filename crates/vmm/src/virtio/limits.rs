@@ -33,6 +33,9 @@ pub const NET_RECEIVE_BUFFER: usize = 512 * 1024;
 /// Random bytes for one request.
 pub const RNG_REQUEST_MAX: u64 = 64 * 1024;
 
+/// Pages that one request puts into the balloon; what is beyond stays the guest's.
+pub const BALLOON_REQUEST_PAGES_MAX: u64 = 16 * 1024;
+
 /// Bytes of guest output that wait for the console's reader.
 pub const CONSOLE_BACKLOG: usize = 64 * 1024;
 

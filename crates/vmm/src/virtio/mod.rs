@@ -5,12 +5,13 @@
 //! * `worker`: the thread of a device, between DRIVER_OK and reset.
 //! * `queue`, `chain`: split virtqueues with every address and length checked.
 //! * `interrupt`: MSI-X or the interrupt pin, and the status the worker can change.
-//! * `block`, `net`, `rng`, `console`, `vsock`, `fs`: the devices.
+//! * `block`, `net`, `rng`, `console`, `vsock`, `fs`, `balloon`: the devices.
 //!
 //! Everything in guest memory is hostile. A malformed ring or chain stops the device and sets
 //! DEVICE_NEEDS_RESET; nothing the guest writes makes this module panic, loop without end or touch
 //! memory that is not guest RAM.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod console;

@@ -69,7 +69,7 @@ fn random_vsock_packets_do_no_harm() {
 #[test]
 fn devices_survive_drivers_that_break_all_rules() {
     let mut random = Random(0xdec0de);
-    for kind in 0..5 {
+    for kind in 0..6 {
         for _ in 0..60 {
             let mut data = random.bytes(0x2000);
             data[0] = kind;

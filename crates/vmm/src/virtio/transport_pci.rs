@@ -644,6 +644,7 @@ impl PciFunction for VirtioPci {
                     let _ = kick.write(1);
                 }
             }
+            DEVICE => self.device_config.write(within, data),
             MSIX_TABLE => self.interrupts.write_table(within, data),
             _ => {}
         }

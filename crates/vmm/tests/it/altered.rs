@@ -145,6 +145,7 @@ fn check_altered(accel: AccelChoice) {
             disks: vec![DiskFile { path: disk.clone(), format, read_only: false }],
             vsock_cid: Some(3),
             console: Some(SerialConfig::Stream(Arc::new(UnixStream::pair().unwrap().0))),
+            balloon: true,
             ..Devices::default()
         };
         Machine::start_with(config, Some(devices.into_attach(&HostEnds::default())))

@@ -37,6 +37,7 @@ use crate::sys::{self, Reservation};
 mod dropped;
 mod known;
 mod sources;
+mod spaces;
 
 pub use dropped::Dropped;
 use sources::Sources;
@@ -590,24 +591,6 @@ impl Tlb {
         }
         self.flush_kernel_local();
         self.returns_stale = true;
-    }
-
-    /// How many address spaces there were so far; it wraps.
-    pub fn spaces(&self) -> u16 {
-        self.spaces
-    }
-
-    /// For each slot its PCID, and the number of the address space.
-    pub fn space_slots(&self) -> Vec<(Option<u16>, u16)> {
-        self.slots.iter().map(|s| (s.pcid, s.space)).collect()
-    }
-
-    /// Takes over the address spaces of another vCPU, without any translations of addresses.
-    pub fn adopt_spaces(&mut self, spaces: u16, slots: &[(Option<u16>, u16)]) {
-        self.spaces = spaces;
-        for (slot, &(pcid, space)) in self.slots.iter_mut().zip(slots) {
-            (slot.pcid, slot.space) = (pcid, space);
-        }
     }
 
     /// Number of the current address space, or of some that had its PCID.

@@ -181,8 +181,7 @@ impl Store {
         self.map(0..self.size)
     }
 
-    /// Copies what is in the file that has the fewest pages, which is not needed any more then. The
-    /// caller maps it.
+    /// Copies what is in the file that has the fewest pages, which is not needed any more then.
     fn leave_smallest(&mut self) -> io::Result<()> {
         let mut counts = vec![0; self.files.len()];
         for &n in &self.file_of {
@@ -203,7 +202,7 @@ impl Store {
         for n in &mut self.file_of {
             *n -= u8::from(*n > smallest);
         }
-        Ok(())
+        self.map(0..self.size)
     }
 
     /// Shares what is in `live`, places that are in order; the rest is forgotten.
@@ -229,11 +228,20 @@ impl Store {
         let files = self.files.clone();
         self.files.push(new);
         let own = self.own_number();
-        for (now, of) in self.file_of.iter_mut().zip(&of_page) {
-            *now = of.checked_sub(1).unwrap_or(own);
+        let mut at = 0;
+        for run in of_page.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
+            let (first, len) = (at / PAGE, run.len() * PAGE);
+            if run.first() == Some(&0) {
+                // What is forgotten is in the new file.
+                self.file_of[first..first + run.len()].fill(own);
+                self.map(at..at + len)?;
+            } else {
+                // It stays mapped as it is.
+                sys::mprotect(self.rw() + at as u64, len, READ)?;
+            }
+            at += len;
         }
         self.singles = 0;
-        self.map(0..self.size)?;
         Ok(Pages { files, of_page })
     }
 

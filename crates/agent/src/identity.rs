@@ -53,6 +53,21 @@ pub fn assume(identity: &Identify) -> Result<(), String> {
     }
 }
 
+/// Does what [`assume`] does, to no effect: the host name and the hardware address stay what they are,
+/// and a file that nobody reads is replaced. A clone does it sooner then, since what its original has executed is
+/// translated.
+pub fn rehearse() {
+    let name = rustix::system::uname();
+    let _ = rustix::system::sethostname(name.nodename().to_bytes());
+    let aside = Path::new("/var/tmp/berth-rehearsal");
+    // Only a file that was not there.
+    if fs::File::create_new(aside).is_ok() {
+        let _ = replace_if_there(aside, "rehearsal");
+        let _ = fs::remove_file(aside);
+    }
+    let _ = network::stay_the_same();
+}
+
 /// These go into files that other programs read.
 fn check(identity: &Identify) -> Result<(), String> {
     let name = &identity.hostname;

@@ -65,6 +65,14 @@ pub fn become_another(mac: [u8; 6]) -> io::Result<()> {
     Ok(())
 }
 
+/// Gives the card the address that it has.
+///
+/// # Errors
+/// There is no card, or it refuses.
+pub fn stay_the_same() -> io::Result<()> {
+    sys::set_hardware_address(CARD, hardware_address()?)
+}
+
 fn hardware_address() -> io::Result<[u8; 6]> {
     let mac = fs::read_to_string(Path::new("/sys/class/net").join(CARD).join("address"))?;
     Ok(dhcp::parse_mac(mac.trim()).ok_or(io::ErrorKind::InvalidData)?)

@@ -214,6 +214,7 @@ impl Session {
                 Ok(()) => self.send(&ToHost::Pong),
                 Err(error) => self.refuse(&format!("new random numbers: {error}")),
             },
+            ToAgent::Rehearse => self.rehearse(),
             ToAgent::Cpus(count) => self.use_cpus(count),
             ToAgent::Exec(exec) => self.start(&exec),
             other => self.handle_input(other),
@@ -266,6 +267,14 @@ impl Session {
             Ok(used) => self.send(&ToHost::Cpus(used)),
             Err(why) => self.refuse(&why),
         }
+    }
+
+    fn rehearse(&mut self) -> Result<(), SessionError> {
+        if !self.can_shut_down {
+            return self.refuse(NO_MACHINE);
+        }
+        identity::rehearse();
+        self.send(&ToHost::Pong)
     }
 
     fn begin_shutdown(&mut self, how: Shutdown) -> Result<(), SessionError> {

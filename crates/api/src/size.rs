@@ -92,9 +92,11 @@ impl<'de> Deserialize<'de> for Size {
 #[cfg(feature = "v1")]
 impl utoipa::PartialSchema for Size {
     fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
+        use utoipa::openapi::schema::{SchemaType, Type};
         let text = utoipa::openapi::Object::builder()
-            .schema_type(utoipa::openapi::schema::Type::String)
+            .schema_type(SchemaType::from_iter([Type::String, Type::Integer]))
             .description(Some("bytes, or a number with K, M, G or T, powers of 1024"))
+            .minimum(Some(0))
             .pattern(Some("^[0-9]+[KMGTkmgt]?$"));
         text.build().into()
     }

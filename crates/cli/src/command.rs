@@ -124,15 +124,29 @@ pub fn begin(
     let mut client = connect(dial, patience)?;
     if is_copy {
         // First: what is random from here on is not the other one's.
-        let mut seed = [0; 64];
-        berth_vmm::virtio::rng::fill_random(&mut seed).map_err(CommandError::Random)?;
-        client.reseed(&seed)?;
+        reseed(&mut client)?;
     }
     set_time(&mut client)?;
     match identity {
         Some(identity) => Ok(client.identify(identity)?),
         None => Ok(()),
     }
+}
+
+/// Lets a guest that has booted do what its clones will have to do first, to no effect.
+///
+/// # Errors
+/// [`CommandError`].
+pub fn rehearse(dial: &mut dyn Dial, patience: Duration) -> Result<(), CommandError> {
+    let mut client = connect(dial, patience)?;
+    reseed(&mut client)?;
+    Ok(client.rehearse()?)
+}
+
+fn reseed(client: &mut Client<UnixStream, UnixStream>) -> Result<(), CommandError> {
+    let mut seed = [0; 64];
+    berth_vmm::virtio::rng::fill_random(&mut seed).map_err(CommandError::Random)?;
+    Ok(client.reseed(&seed)?)
 }
 
 /// Sets the clock until it was done fast enough: it is late by the time the request takes.

@@ -210,9 +210,7 @@ impl Groups {
             // As long as others are in it, it stays.
             let _ = part.directory.parent().map(fs::remove_dir);
         }
-        gone(fs::remove_file(self.notes.join(&group.name)))?;
-        let _ = fs::remove_dir(&self.notes);
-        Ok(())
+        gone(fs::remove_file(self.notes.join(&group.name)))
     }
 
     fn noted(&self) -> impl Iterator<Item = Group> + use<> {
@@ -332,8 +330,13 @@ impl Part {
                 _ => {}
             }
             if self.kind == Kind::Unified {
-                for above in [parent.parent(), Some(parent)].into_iter().flatten() {
-                    give_controllers(above)?;
+                let mut above = [parent.parent(), Some(parent)].into_iter().flatten();
+                match above.try_for_each(give_controllers) {
+                    Err(error) if error.kind() == ErrorKind::NotFound && tries < TRIES => {
+                        tries += 1;
+                        continue;
+                    }
+                    other => other?,
                 }
             }
             match fs::create_dir(&self.directory) {

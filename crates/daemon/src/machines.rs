@@ -283,7 +283,8 @@ impl Machines {
         started.map_err(|error| of_vmm(&format!("{name} cannot be started"), &error))?;
         if !self.find_process(entry).await {
             self.unplug(entry).await;
-            self.remove_group(entry).await;
+            // It is not ended: it may have begun to go on from memory that is nowhere else. Its group
+            // stays for when it is found.
             let message = format!("{name} was started, and its process does not answer");
             return Err(error(ErrorCode::Failed, message));
         }
@@ -441,6 +442,15 @@ impl Machines {
         let Some(mut ended) = entry.ended() else {
             return Err(conflict(format!("{name} does not run")));
         };
+        // Processes that are older do not say.
+        let run = entry.live().run.as_ref().map(|run| run.status.clone());
+        let has = run.filter(|status| status.cpus != 0).map(|status| status.net);
+        if has.is_some_and(|net| net != entry.describe().config.net) {
+            return Err(conflict(format!(
+                "{name} is to have another network card at its next start, and one that is suspended goes on \
+                 with the one it has; set that again with --net, or restart it"
+            )));
+        }
         let stored = vmm::ask_within(&entry.folder(), &Request::Suspend, SUSPEND_TIME).await;
         stored.map_err(|error| of_vmm(&name, &error))?;
         match timeout(KILL_TIME, ended.wait_for(|over| *over)).await {

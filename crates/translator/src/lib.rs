@@ -273,6 +273,7 @@ impl TranslatedVcpu {
     /// instruction.
     pub fn state_mut(&mut self) -> &mut CpuState {
         self.inner.state_changed = true;
+        self.inner.inherited = false;
         self.inner.state()
     }
 

@@ -268,7 +268,12 @@ impl Shared {
         let _guard = lock(&self.ram.mapping);
         pages.iter().all(|&page| {
             let Some(c) = self.code.get(page as usize) else { return false };
-            c.fetch_or(bit, Ordering::SeqCst) != 0 || self.ram.protect(page * PAGE, false).is_ok()
+            let done = c.fetch_or(bit, Ordering::SeqCst) != 0
+                || self.ram.protect(page * PAGE, false).is_ok();
+            if !done {
+                c.fetch_and(!bit, Ordering::SeqCst);
+            }
+            done
         })
     }
 

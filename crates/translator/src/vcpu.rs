@@ -161,7 +161,7 @@ pub struct Inner {
     /// Set by whoever changed the state from outside.
     pub(crate) state_changed: bool,
     /// What was translated, and the address spaces, are those of another vCPU in the same state.
-    inherited: bool,
+    pub(crate) inherited: bool,
     /// An event whose delivery suppresses the single-step trap of the instruction that caused it.
     pub(crate) no_step_trap: bool,
     /// The instruction that ran traps although TF was clear before it.
@@ -283,7 +283,8 @@ fn cache_for(
     begin: Option<&SharedCode>,
 ) -> Result<(CodeCache, Thunks, Option<Around>), SetupError> {
     let helpers = [mem_helper, first_helper, commit_helper, instr_helper];
-    let from = begin.map(|begin| Begin::new(shared, begin)).transpose()?.flatten();
+    // What cannot be taken over is translated.
+    let from = begin.and_then(|begin| Begin::new(shared, begin).ok().flatten());
     if let Some(Begin { mut code, around }) = from {
         let thunks = Thunks::new(&mut code, helpers);
         if thunks.len() == around.thunks {

@@ -445,10 +445,6 @@ fn start_translated(
         shared: Arc::clone(&shared),
     });
     let storer = Storer::new(&board, processor, (pit, devices), tsc_khz, &tables);
-    if let Begin::Stored(resumed) = begin {
-        storer.restore(resumed)?;
-        renew_generation(config, &context)?;
-    }
     let mut vcpus: Vec<Seat> = Vec::new();
     for ((index, table), (apic, msrs)) in (0..).zip(tables).zip(apics.iter().zip(msrs)) {
         let platform = VcpuPlatform::new(around.clone(), Arc::clone(apic));
@@ -457,6 +453,11 @@ fn start_translated(
         let code = begin.code(index);
         let vcpu = Translated::new(index, Arc::clone(&shared), state, table, platform, code)?;
         vcpus.push((Box::new(vcpu), Some(Arc::clone(apic)), begin.is_waiting(index)));
+    }
+    if let Begin::Stored(resumed) = begin {
+        // Devices write to memory from here on: whatever was translated of it is marked by now.
+        storer.restore(resumed)?;
+        renew_generation(config, &context)?;
     }
     let running = (context, console, Some(pvclock));
     finish(config, board, Accel::Translate, vcpus, storer, running)

@@ -129,6 +129,18 @@ impl<R: Read, W: Write> Client<R, W> {
         }
     }
 
+    /// Lets the guest do all that [`Client::identify`] needs, without changing anything.
+    ///
+    /// # Errors
+    /// [`ClientError`] when the agent cannot.
+    pub fn rehearse(&mut self) -> Result<(), ClientError> {
+        self.send(&ToAgent::Rehearse)?;
+        match self.receive("the rehearsal")? {
+            ToHost::Pong => Ok(()),
+            _ => Err(ClientError::Unexpected("the rehearsal")),
+        }
+    }
+
     /// Lets the guest use only so many of its processors; gives how many it uses then.
     ///
     /// # Errors

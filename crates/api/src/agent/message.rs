@@ -136,6 +136,9 @@ pub enum ToAgent {
     /// Mix these bytes into the random numbers at once, and answer `Pong`: without them a copy would
     /// draw the same ones.
     Reseed(Vec<u8>),
+    /// Do all that `Identify` needs without changing anything, and answer `Pong`: what was executed once is
+    /// translated, and clones begin with that.
+    Rehearse,
     /// Use only so many of the machine's processors, and answer `Cpus`.
     Cpus(u32),
 }
@@ -155,7 +158,7 @@ pub enum ToHost {
     StdinCredit(u32),
     /// The process ended; the last frame of a session.
     Exit(Exit),
-    /// The answer to `Ping` and `Reseed`.
+    /// The answer to `Ping`, `Reseed` and `Rehearse`.
     Pong,
     /// The answer to `Time`.
     Clocks(Clocks),
@@ -202,6 +205,7 @@ mod kind {
     pub(super) const IDENTIFY: u8 = 0x0b;
     pub(super) const RESEED: u8 = 0x0c;
     pub(super) const CPUS: u8 = 0x0d;
+    pub(super) const REHEARSE: u8 = 0x0e;
     pub(super) const AGENT_HELLO: u8 = 0x81;
     pub(super) const STARTED: u8 = 0x82;
     pub(super) const STDOUT: u8 = 0x83;
@@ -234,6 +238,7 @@ impl ToAgent {
             Self::SetTime(ns) => json(kind::SET_TIME, ns),
             Self::Identify(identity) => json(kind::IDENTIFY, identity),
             Self::Reseed(bytes) => raw(kind::RESEED, bytes),
+            Self::Rehearse => raw(kind::REHEARSE, &[]),
             Self::Cpus(count) => json(kind::CPUS, count),
             Self::Shutdown(shutdown) => json(kind::SHUTDOWN, shutdown),
         }
@@ -256,6 +261,7 @@ impl ToAgent {
             kind::SET_TIME => Self::SetTime(parse(&frame)?),
             kind::IDENTIFY => Self::Identify(parse(&frame)?),
             kind::RESEED => Self::Reseed(frame.payload),
+            kind::REHEARSE => Self::Rehearse,
             kind::CPUS => Self::Cpus(parse(&frame)?),
             kind::SHUTDOWN => Self::Shutdown(parse(&frame)?),
             other => return Err(MessageError::UnknownKind(other)),
@@ -352,6 +358,7 @@ mod tests {
             ToAgent::Shutdown(Shutdown::PowerOff),
             ToAgent::SetTime(u64::MAX),
             ToAgent::Reseed(vec![7; 64]),
+            ToAgent::Rehearse,
             ToAgent::Cpus(3),
             ToAgent::Identify(Identify {
                 hostname: "b".into(),

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use berth_api::vmm::SUSPENDED;
 use berth_daemon::folder::Folder;
 use landlock::{
     ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
@@ -18,6 +19,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
+use berth_vmm::boot::Module;
 use berth_vmm::confine::{leave_network, prepare};
 
 use crate::plan::RunPlan;
@@ -110,7 +112,10 @@ fn needs_no_rights(folder: &Folder, plan: &RunPlan) -> Result<(), String> {
         true => Ok(()),
         false => Err(format!("{} is not root's", path.display())),
     };
-    for directory in [folder.path(), &folder.file("state")] {
+    let inside = ["state", SUSPENDED, "snapshots"].map(|name| folder.file(name));
+    let directories = std::iter::once(folder.path().to_owned());
+    for directory in directories.chain(inside.into_iter().filter(|path| path.exists())) {
+        let directory = &directory;
         may(directory, true)?;
         let entries = std::fs::read_dir(directory).map_err(|error| error.to_string())?;
         for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|t| t.is_file()))
@@ -122,7 +127,10 @@ fn needs_no_rights(folder: &Folder, plan: &RunPlan) -> Result<(), String> {
     let real = std::fs::canonicalize(folder.path()).map_err(|error| error.to_string())?;
     may(&real, true)?;
     // One that goes on has none.
-    for path in std::iter::once(&plan.kernel).chain(&plan.initrd).filter(|path| path.exists()) {
+    let list = plan.initrd.as_deref().map(Path::to_string_lossy);
+    let modules = list.map(|list| Module::parse_list(&list)).unwrap_or_default();
+    let modules = modules.iter().map(|module| &module.path);
+    for path in std::iter::once(&plan.kernel).chain(modules).filter(|path| path.exists()) {
         may(path, false)?;
     }
     for disk in &plan.disks {
@@ -147,8 +155,12 @@ fn owner_may(path: &Path, write: bool) -> bool {
         })
     };
     let wanted = if write { 6 } else { 4 };
-    allows(path, wanted)
-        && path.ancestors().skip(1).all(|path| path.as_os_str().is_empty() || allows(path, 1))
+    let reaches = |path: &Path| {
+        path.ancestors().skip(1).all(|path| path.as_os_str().is_empty() || allows(path, 1))
+    };
+    // Where a link leads has directories of its own.
+    let real = std::fs::canonicalize(path);
+    allows(path, wanted) && reaches(path) && real.is_ok_and(|real| reaches(&real))
 }
 
 /// Landlock: the folder, the disks and shared folders that are elsewhere, and kernels and images to read.

@@ -27,6 +27,8 @@ use crate::vmm::{Kept, socket};
 
 /// How long somebody who connects may take for his request, or for taking the answer.
 const REQUEST_TIME: Duration = Duration::from_secs(5);
+/// When a guest has booted, most likely.
+const REHEARSE_AFTER: Duration = Duration::from_secs(3);
 /// When what a clone's guest was told is on its disk.
 const IDENTITY_TIME: Duration = Duration::from_secs(5);
 /// How long an agent may take for an answer.
@@ -387,6 +389,15 @@ impl Control {
                 false
             }
         };
+        if *set && !is_clone && !self.is_copy {
+            let control = Arc::clone(self);
+            let thread = thread::Builder::new().name("rehearsal".into());
+            // Without it clones take longer.
+            let _ = thread.spawn(move || {
+                thread::sleep(REHEARSE_AFTER);
+                let _ = command::rehearse(&mut Agent(control), AGENT_TIME);
+            });
+        }
         if *set && is_clone {
             let thread = thread::Builder::new().name("identity".into());
             // Without it the guest is told again at the next start, which does no harm.

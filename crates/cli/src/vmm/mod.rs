@@ -184,6 +184,8 @@ fn begin(
     parts.balloon = true;
     // What needs the host's network is made before it is left.
     parts.connect()?;
+    // What is in another machine's folder, too.
+    let handed = origin.exists().then(|| take(folder)).transpose()?;
     confine::confine(folder, root, &plan);
     // Before any thread exists, so that all of them leave the signals to the watcher.
     let over: Arc<OnceLock<Arc<Ending>>> = Arc::default();
@@ -200,8 +202,8 @@ fn begin(
     let told = Told::new(&plan)?;
     let hub = Hub::start(near, folder)?;
     let mut config = config(&plan, &told);
-    if origin.exists() {
-        config.resume = Some(Resume::Handed(Arc::new(take(folder)?)));
+    if let Some(handed) = handed {
+        config.resume = Some(Resume::Handed(Arc::new(handed)));
         config.renew_generation = true;
     } else if suspended.is_dir() {
         config.renew_generation = suspended.join(RENEW).exists();

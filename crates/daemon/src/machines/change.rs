@@ -89,12 +89,18 @@ async fn change_now(entry: &Entry, change: &ChangeMachine) -> Vec<Later> {
     if let Some(count) = change.cpus {
         note("cpus", vmm::ask_within(&folder, &Request::Cpus { count }, NOW_TIME).await);
     }
+    let mut given = true;
     if let Some(memory) = change.memory {
         let bytes = memory.bytes();
-        note("memory", vmm::ask_within(&folder, &Request::Memory { bytes }, NOW_TIME).await);
+        let asked = vmm::ask_within(&folder, &Request::Memory { bytes }, NOW_TIME).await;
+        given = asked.is_ok();
+        note("memory", asked);
     }
-    // After the guest has given memory back.
-    if change.cpu_limit.is_some() || change.memory_limit.is_some() {
+    // After the guest has given memory back: else it would end the machine.
+    if change.memory_limit.is_some() && !given {
+        let why = "the guest has not given its memory back; set them again when it has".into();
+        later.push(Later { what: "limits".into(), why });
+    } else if change.cpu_limit.is_some() || change.memory_limit.is_some() {
         let limits = entry.limits();
         let group = entry.live().group.clone();
         let limited = tokio::task::spawn_blocking(move || match group {

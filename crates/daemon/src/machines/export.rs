@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::failure::{Result, conflict, failed, of_store};
 use crate::folder::{self, Folder, FolderLock};
-use crate::machines::snapshots::{Memory, Taken, blocking};
+use crate::machines::snapshots::{Memory, Taken, as_stored, blocking};
 use crate::machines::{Entry, Machines, load};
 use crate::snapshot::{self, Draft, layers};
 
@@ -208,7 +208,10 @@ impl Opened {
 fn at_rest(folder: &Folder, with_state: bool) -> Result<Frozen> {
     let lock = folder.lock_within(load::SETTLE)?;
     snapshot::settle(folder, &lock)?;
-    let machine = folder.config()?.machine;
+    let mut machine = folder.config()?.machine;
+    if with_state {
+        as_stored(folder, &mut machine)?;
+    }
     let file = |disk: &berth_api::v1::machine::Disk| {
         (folder.file(&disk.file), layers::format(disk.format))
     };

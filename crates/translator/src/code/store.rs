@@ -20,11 +20,11 @@ use crate::sys::{self, Reservation};
 /// Bytes of a page.
 const PAGE: usize = 4096;
 /// Pages that are copied one by one; each may cost four of the host's mappings.
-const SINGLES_MAX: usize = 3000;
+const SINGLES_MAX: usize = 2000;
 /// Files at most when it is shared.
 const FILES_MAX: usize = 32;
 /// Pieces at most then, each of which costs up to two mappings.
-const PIECES_MAX: usize = 6000;
+const PIECES_MAX: usize = 4000;
 
 const READ: i32 = libc::PROT_READ;
 const WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
@@ -141,10 +141,10 @@ impl Store {
     fn own_slowly(&mut self, place: usize, len: usize) {
         let own = self.own_number();
         for page in place / PAGE..(place + len).div_ceil(PAGE) {
-            if self.file_of.get(page).is_some_and(|&n| n != own)
-                && let Err(error) = self.copy(page)
-            {
-                lost(&error);
+            // There may be too many mappings for one more.
+            if self.file_of.get(page).is_some_and(|&n| n != own) && self.copy(page).is_err() {
+                self.bring_together_or_end();
+                return;
             }
         }
     }
@@ -165,6 +165,13 @@ impl Store {
         let Some(own) = self.files.last() else { return Ok(()) };
         let bytes = self.bytes(page * PAGE, PAGE).unwrap_or_default();
         sys::write_at(own.as_raw_fd(), bytes, (page * PAGE) as u64)
+    }
+
+    /// Copies all that is shared, whatever was begun and not finished before.
+    fn bring_together_or_end(&mut self) {
+        if let Err(error) = self.bring_together() {
+            lost(&error);
+        }
     }
 
     /// Copies all that is shared.
@@ -208,8 +215,12 @@ impl Store {
     /// Shares what is in `live`, places that are in order; the rest is forgotten.
     ///
     /// # Errors
-    /// The system refuses; the cache can go on only if it is made anew.
+    /// The system refuses; the cache can go on.
     pub fn share(&mut self, live: &[Range<usize>]) -> io::Result<Pages> {
+        self.try_to_share(live).inspect_err(|_| self.bring_together_or_end())
+    }
+
+    fn try_to_share(&mut self, live: &[Range<usize>]) -> io::Result<Pages> {
         if self.file_of.chunk_by(|a, b| a == b).count() > PIECES_MAX {
             self.bring_together()?;
         }

@@ -92,6 +92,9 @@ impl Inner {
             .ok_or_else(|| io::Error::other("the program has no build ID"))?;
         // What others have changed is not to be found any more.
         self.take_mail();
+        if self.state_changed {
+            self.flush_everything();
+        }
         let mut numbers = made_for.to_vec();
         numbers.extend([u64::from(self.checked), u64::from(self.tlb.spaces())]);
         let slots = self.tlb.space_slots();

@@ -188,3 +188,39 @@ impl Handed {
         Ok(Self { state: message.state, memory, code })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::{Handed, of_page};
+
+    fn received(bytes: &[u8]) -> std::io::Result<Handed> {
+        let (mut far, near) = UnixStream::pair().unwrap();
+        far.write_all(bytes).unwrap();
+        drop(far);
+        Handed::receive(&near)
+    }
+
+    #[test]
+    fn rubbish_is_refused() {
+        for len in [0u64, 1, 7, 64 << 20, (64 << 20) + 1, u64::MAX] {
+            for text in ["", "{", "[]", r#"{"files":1}"#, "\u{1F980}"] {
+                let mut bytes = len.to_le_bytes().to_vec();
+                bytes.extend(text.as_bytes());
+                for cut in 0..=bytes.len() {
+                    assert!(received(&bytes[..cut]).is_err());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pages_are_in_files_that_are_there() {
+        assert!(of_page(&[(0, 3), (0, 1)], 4, &[]).unwrap().iter().all(|&n| n == 0));
+        for runs in [&[(0, 3)][..], &[(0, 5)], &[(1, 4)], &[(255, 4)], &[(0, u64::MAX), (0, 5)]] {
+            assert!(of_page(runs, 4, &[]).is_err(), "{runs:?}");
+        }
+    }
+}

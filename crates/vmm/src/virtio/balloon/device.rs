@@ -89,6 +89,9 @@ impl Default for Balloon {
     }
 }
 
+/// Bytes that one chain reports as free at most; Linux has 32 pieces of 4 MiB.
+const REPORTED_BYTES_MAX: u64 = 256 << 20;
+
 /// Gives a range back; what the guest says is free is not all of it memory.
 fn discard(memory: &Memory, gpa: u64, len: u64) {
     if let Err(error) = memory.discard(gpa, len)
@@ -147,7 +150,14 @@ impl Device for Balloon {
                 inflate(&memory, &chain)?;
             }
             if reports {
-                chain.writable().for_each(|(gpa, len)| discard(&memory, gpa, len));
+                let mut left = REPORTED_BYTES_MAX;
+                for (gpa, len) in chain.writable() {
+                    let len = len.min(left);
+                    left -= len;
+                    if len > 0 {
+                        discard(&memory, gpa, len);
+                    }
+                }
             }
             Ok::<_, DeviceError>(queue.push(chain.head(), 0)?)
         })?;

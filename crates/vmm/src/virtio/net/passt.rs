@@ -168,8 +168,10 @@ impl Drop for Passt {
                 Ok(Some(_)) | Err(_) => return,
             }
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        // One that may not be ended, since it is another user's by now, is not waited for.
+        if self.child.kill().is_ok() {
+            let _ = self.child.wait();
+        }
     }
 }
 

@@ -223,6 +223,34 @@ fn what_is_suspended_has_snapshots_and_clones() {
     cloud.add("c", 3, 8);
 }
 
+/// What is set while a machine runs is for its next start; its memory is of the one before.
+#[test]
+fn what_is_set_for_the_next_start_is_no_part_of_memory() {
+    let cloud = Cloud::new();
+    cloud.create_sum("a");
+    cloud.ok("vm start a");
+    cloud.add("a", 3, 3);
+    cloud.ok("vm set --memory 32M --cpus 2 a");
+    cloud.ok("vm suspend a");
+    cloud.ok("vm snapshot --tag one a");
+    let file = cloud.root().join("a.berth");
+    cloud.ok(&format!("vm export --with-state -o {} a", file.display()));
+    cloud.ok("vm clone --running a b");
+    cloud.ok("vm resume a");
+    cloud.add("a", 4, 7);
+    cloud.add("b", 5, 8);
+    cloud.ok("vm restore --force a one");
+    cloud.add("a", 1, 4);
+    cloud.ok(&format!("vm import --name c {}", file.display()));
+    cloud.ok("vm start c");
+    cloud.add("c", 2, 5);
+    cloud.ok("vm set --net user c");
+    cloud.fails("vm suspend c", &["another network card", "--net"]);
+    cloud.ok("vm set --net none c");
+    cloud.ok("vm suspend c");
+    cloud.ok("vm rm -f a b c");
+}
+
 #[test]
 fn a_machine_goes_on_by_another_processor() {
     if let Err(why) = kvm_runs_small_guests() {

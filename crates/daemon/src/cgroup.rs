@@ -155,8 +155,15 @@ impl Groups {
         let text = serde_json::to_vec(&group).map_err(|error| error.to_string())?;
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        builder.create(&self.notes).map_err(|error| failed(&self.notes, error))?;
-        fs::write(&note, text).map_err(|error| failed(&note, error))?;
+        let mut tries = 0;
+        loop {
+            builder.create(&self.notes).map_err(|error| failed(&self.notes, error))?;
+            match fs::write(&note, &text) {
+                // The directory was removed with the last note in it.
+                Err(error) if error.kind() == ErrorKind::NotFound && tries < TRIES => tries += 1,
+                written => break written.map_err(|error| failed(&note, error))?,
+            }
+        }
         let made = group.parts.iter().try_for_each(|part| {
             part.make().map_err(|error| failed(&part.directory, error))?;
             Ok(())
@@ -210,7 +217,9 @@ impl Groups {
             // As long as others are in it, it stays.
             let _ = part.directory.parent().map(fs::remove_dir);
         }
-        gone(fs::remove_file(self.notes.join(&group.name)))
+        gone(fs::remove_file(self.notes.join(&group.name)))?;
+        let _ = fs::remove_dir(&self.notes);
+        Ok(())
     }
 
     fn noted(&self) -> impl Iterator<Item = Group> + use<> {

@@ -230,7 +230,7 @@ fn what_is_set_for_the_next_start_is_no_part_of_memory() {
     cloud.create_sum("a");
     cloud.ok("vm start a");
     cloud.add("a", 3, 3);
-    cloud.ok("vm set --memory 32M --cpus 2 a");
+    cloud.run("vm set --memory 32M --cpus 2 a").check(0);
     cloud.ok("vm suspend a");
     cloud.ok("vm snapshot --tag one a");
     let file = cloud.root().join("a.berth");
@@ -244,9 +244,9 @@ fn what_is_set_for_the_next_start_is_no_part_of_memory() {
     cloud.ok(&format!("vm import --name c {}", file.display()));
     cloud.ok("vm start c");
     cloud.add("c", 2, 5);
-    cloud.ok("vm set --net user c");
+    cloud.run("vm set --net user c").check(0);
     cloud.fails("vm suspend c", &["another network card", "--net"]);
-    cloud.ok("vm set --net none c");
+    cloud.run("vm set --net none c").check(0);
     cloud.ok("vm suspend c");
     cloud.ok("vm rm -f a b c");
 }

@@ -276,7 +276,7 @@ fn measure_qemu(directory: &Path, results: &mut Results) -> Result<()> {
     monitor.command("savevm a")?;
     let began = Instant::now();
     monitor.command("stop")?;
-    monitor.command(&format!("migrate \"exec:cat > {}\"", stored.display()))?;
+    monitor.migrate(&format!("exec:cat > {}", stored.display()))?;
     add("suspend", began.elapsed())?;
     drop(running);
     for _ in 0..TIMES {

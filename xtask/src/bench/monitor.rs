@@ -71,6 +71,21 @@ impl Monitor {
         }
     }
 
+    /// Moves its guest, which stands still, to a place; returns when all of it is there.
+    pub fn migrate(&mut self, to: &str) -> Result<()> {
+        let began = Instant::now();
+        self.ask(&json!({ "execute": "migrate", "arguments": { "uri": to } }))?;
+        loop {
+            let status = self.ask(&json!({ "execute": "query-migrate" }))?["status"].clone();
+            match status.as_str() {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => bail!("QEMU's migration {status}"),
+                _ if began.elapsed() > PATIENCE => bail!("QEMU's migration does not end"),
+                _ => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
     /// Waits until its guest runs.
     pub fn wait_running(&mut self) -> Result<()> {
         let began = Instant::now();

@@ -125,7 +125,9 @@ pub fn qemu(files: &Files, cpus: usize, words: &str) -> Command {
     command.args(["-append", words]);
     command.arg("-kernel").arg(&files.kernel).arg("-initrd").arg(&files.initrd);
     if let Some(disk) = &files.disk {
-        let drive = format!("file={},format=raw,if=virtio,readonly=on", disk.display());
+        // Machines of ours that have it hold a lock on all of it.
+        let options = "format=raw,if=virtio,readonly=on,file.locking=off";
+        let drive = format!("file={},{options}", disk.display());
         command.args(["-drive", &drive]);
     }
     command

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::confine::Kind;
 use crate::memory::Memory;
+use crate::virtio::chain::Chain;
 use crate::virtio::interrupt::Interrupter;
 use crate::virtio::queue::{QueueError, QueuePosition, Virtqueue};
 
@@ -95,16 +96,18 @@ pub trait Device: Send + 'static {
     /// # Errors
     /// The device cannot go on.
     fn queue_event(&mut self, context: &mut Context, queue: usize) -> Result<(), DeviceError>;
-    /// A descriptor registered under `token` is ready.
+    /// A descriptor registered under `token` is ready; never for a device that registers none.
     ///
     /// # Errors
     /// The device cannot go on.
     fn fd_event(
         &mut self,
-        context: &mut Context,
-        token: u64,
-        events: EventSet,
-    ) -> Result<(), DeviceError>;
+        _context: &mut Context,
+        _token: u64,
+        _events: EventSet,
+    ) -> Result<(), DeviceError> {
+        Ok(())
+    }
     /// The guest's use ends. After this returns nothing touches guest memory any more.
     fn stop(&mut self, context: &mut Context);
     /// Finishes what it has taken from the queues and takes nothing else, so that the queues alone
@@ -167,6 +170,25 @@ impl Context {
     /// Whether both sides agreed on a feature.
     pub fn negotiated(&self, feature: u64) -> bool {
         self.features & feature == feature
+    }
+
+    /// Serves what is in a queue, if the driver uses it: `each` gives chains back.
+    ///
+    /// # Errors
+    /// The ring or a chain is broken; those of `each`.
+    pub fn serve(
+        &mut self,
+        index: usize,
+        mut each: impl FnMut(&mut Virtqueue, &Memory, &Chain) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let Some(queue) = self.queue(index) else { return Ok(()) };
+        let memory = Arc::clone(queue.memory());
+        let more = queue.take_each(|queue, chain| each(queue, &memory, &chain))?;
+        queue.signal()?;
+        if more {
+            self.revisit(index);
+        }
+        Ok(())
     }
 
     /// Comes back to `queue` after other events had their turn.

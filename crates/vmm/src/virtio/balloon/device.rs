@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vmm_sys_util::epoll::EventSet;
-
 use crate::memory::Memory;
 use crate::virtio::chain::Chain;
 use crate::virtio::device::{Context, Device, DeviceConfig, DeviceError, Info};
@@ -143,11 +141,9 @@ impl Device for Balloon {
 
     fn queue_event(&mut self, context: &mut Context, index: usize) -> Result<(), DeviceError> {
         let reports = index == REPORTING && context.negotiated(F_REPORTING);
-        let Some(queue) = context.queue(index) else { return Ok(()) };
-        let memory = Arc::clone(queue.memory());
-        let more = queue.take_each(|queue, chain| {
+        context.serve(index, |queue, memory, chain| {
             if index == INFLATE {
-                inflate(&memory, &chain)?;
+                inflate(memory, chain)?;
             }
             if reports {
                 let mut left = REPORTED_BYTES_MAX;
@@ -155,26 +151,12 @@ impl Device for Balloon {
                     let len = len.min(left);
                     left -= len;
                     if len > 0 {
-                        discard(&memory, gpa, len);
+                        discard(memory, gpa, len);
                     }
                 }
             }
-            Ok::<_, DeviceError>(queue.push(chain.head(), 0)?)
-        })?;
-        queue.signal()?;
-        if more {
-            context.revisit(index);
-        }
-        Ok(())
-    }
-
-    fn fd_event(
-        &mut self,
-        _context: &mut Context,
-        _token: u64,
-        _events: EventSet,
-    ) -> Result<(), DeviceError> {
-        Ok(())
+            Ok(queue.push(chain.head(), 0)?)
+        })
     }
 
     fn stop(&mut self, _context: &mut Context) {

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::process::{Resource, Rlimit};
-use vmm_sys_util::epoll::EventSet;
 
 use crate::confine::Kind;
 use crate::virtio::device::{Context, Device, DeviceConfig, DeviceError, Info};
@@ -145,27 +144,12 @@ impl Device for Folder {
     }
 
     fn queue_event(&mut self, context: &mut Context, index: usize) -> Result<(), DeviceError> {
-        let Some(queue) = context.queue(index) else { return Ok(()) };
-        let memory = Arc::clone(queue.memory());
-        let more = queue.take_each(|queue, chain| {
-            let written = self.server.handle(&memory, &chain)?;
+        context.serve(index, |queue, memory, chain| {
+            let written = self.server.handle(memory, chain)?;
             queue.push(chain.head(), written)?;
             // Whoever waits for this one does not wait for the next.
-            Ok::<_, DeviceError>(queue.signal()?)
-        })?;
-        if more {
-            context.revisit(index);
-        }
-        Ok(())
-    }
-
-    fn fd_event(
-        &mut self,
-        _context: &mut Context,
-        _token: u64,
-        _events: EventSet,
-    ) -> Result<(), DeviceError> {
-        Ok(())
+            Ok(queue.signal()?)
+        })
     }
 
     fn stop(&mut self, _context: &mut Context) {

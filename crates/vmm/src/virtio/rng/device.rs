@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use vmm_sys_util::epoll::EventSet;
-
 use crate::virtio::device::{Context, Device, DeviceConfig, DeviceError, Info};
 use crate::virtio::limits::RNG_REQUEST_MAX;
 use crate::virtio::rng::fill_random;
@@ -48,31 +46,15 @@ impl Device for Rng {
     }
 
     fn queue_event(&mut self, context: &mut Context, index: usize) -> Result<(), DeviceError> {
-        let Some(queue) = context.queue(index) else { return Ok(()) };
-        let memory = Arc::clone(queue.memory());
-        let more = queue.take_each(|queue, chain| {
+        context.serve(index, |queue, memory, chain| {
             let len = chain.writable_len().min(RNG_REQUEST_MAX);
             let mut bytes = vec![0; len as usize];
             fill_random(&mut bytes).map_err(DeviceError::host("reading random bytes"))?;
             chain
-                .write(&memory, 0, &bytes)
+                .write(memory, 0, &bytes)
                 .map_err(|_| DeviceError::Request("a random buffer that is not there"))?;
-            Ok::<_, DeviceError>(queue.push(chain.head(), len as u32)?)
-        })?;
-        queue.signal()?;
-        if more {
-            context.revisit(index);
-        }
-        Ok(())
-    }
-
-    fn fd_event(
-        &mut self,
-        _context: &mut Context,
-        _token: u64,
-        _events: EventSet,
-    ) -> Result<(), DeviceError> {
-        Ok(())
+            Ok(queue.push(chain.head(), len as u32)?)
+        })
     }
 
     fn stop(&mut self, _context: &mut Context) {}

@@ -205,6 +205,15 @@ impl Session {
             ToAgent::Hello(_) if self.greeted => Err(SessionError::Protocol("a second hello")),
             ToAgent::Hello(hello) => self.greet(&hello),
             _ if !self.greeted => Err(SessionError::Protocol("a request before the hello")),
+            ToAgent::Shutdown(_)
+            | ToAgent::SetTime(_)
+            | ToAgent::Identify(_)
+            | ToAgent::Rehearse
+            | ToAgent::Cpus(_)
+                if !self.can_shut_down =>
+            {
+                self.refuse(NO_MACHINE)
+            }
             ToAgent::Ping => self.send(&ToHost::Pong),
             ToAgent::Time => self.send(&ToHost::Clocks(clocks())),
             ToAgent::Shutdown(how) => self.begin_shutdown(how),
@@ -214,7 +223,10 @@ impl Session {
                 Ok(()) => self.send(&ToHost::Pong),
                 Err(error) => self.refuse(&format!("new random numbers: {error}")),
             },
-            ToAgent::Rehearse => self.rehearse(),
+            ToAgent::Rehearse => {
+                identity::rehearse();
+                self.send(&ToHost::Pong)
+            }
             ToAgent::Cpus(count) => self.use_cpus(count),
             ToAgent::Exec(exec) => self.start(&exec),
             other => self.handle_input(other),
@@ -237,9 +249,6 @@ impl Session {
     }
 
     fn set_time(&mut self, ns: u64) -> Result<(), SessionError> {
-        if !self.can_shut_down {
-            return self.refuse(NO_MACHINE);
-        }
         const SECOND: u64 = 1_000_000_000;
         // Less than 2^35 seconds and 10^9 nanoseconds.
         let time = Timespec { tv_sec: (ns / SECOND) as i64, tv_nsec: (ns % SECOND) as i64 };
@@ -250,9 +259,6 @@ impl Session {
     }
 
     fn identify(&mut self, identity: &Identify) -> Result<(), SessionError> {
-        if !self.can_shut_down {
-            return self.refuse(NO_MACHINE);
-        }
         match identity::assume(identity) {
             Ok(()) => self.send(&ToHost::Identified),
             Err(why) => self.refuse(&format!("the guest is not all that it should be: {why}")),
@@ -260,27 +266,13 @@ impl Session {
     }
 
     fn use_cpus(&mut self, count: u32) -> Result<(), SessionError> {
-        if !self.can_shut_down {
-            return self.refuse(NO_MACHINE);
-        }
         match cpus::use_first(count) {
             Ok(used) => self.send(&ToHost::Cpus(used)),
             Err(why) => self.refuse(&why),
         }
     }
 
-    fn rehearse(&mut self) -> Result<(), SessionError> {
-        if !self.can_shut_down {
-            return self.refuse(NO_MACHINE);
-        }
-        identity::rehearse();
-        self.send(&ToHost::Pong)
-    }
-
     fn begin_shutdown(&mut self, how: Shutdown) -> Result<(), SessionError> {
-        if !self.can_shut_down {
-            return self.refuse(NO_MACHINE);
-        }
         self.shutdown = Some(how);
         self.over = true;
         self.send(&ToHost::ShuttingDown)

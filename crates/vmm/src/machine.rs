@@ -454,21 +454,8 @@ fn start_translated(
         let vcpu = Translated::new(index, Arc::clone(&shared), state, table, platform, code)?;
         vcpus.push((Box::new(vcpu), Some(Arc::clone(apic)), begin.is_waiting(index)));
     }
-    if let Begin::Stored(resumed) = begin {
-        // Devices write to memory from here on: whatever was translated of it is marked by now.
-        storer.restore(resumed)?;
-        renew_generation(config, &context)?;
-    }
     let running = (context, console, Some(pvclock));
-    finish(config, board, Accel::Translate, vcpus, storer, running)
-}
-
-/// A machine that is a copy, or goes back to an earlier time, is told so.
-fn renew_generation(config: &MachineConfig, context: &DeviceContext) -> Result<(), MachineError> {
-    if config.renew_generation {
-        Generation::new(context.memory.clone(), Arc::clone(&context.events)).renew()?;
-    }
-    Ok(())
+    finish(config, board, begin, Accel::Translate, vcpus, storer, running)
 }
 
 fn start_kvm(
@@ -506,22 +493,27 @@ fn start_kvm(
     let scaled = vm.scales(tsc_khz, &*board.clock) && matches!(begin, Begin::Stored(_));
     let processor = Processor::Kvm(Hardware { chips: inside, scaled });
     let storer = Storer::new(&board, processor, (pit, devices), tsc_khz, &tables);
-    if let Begin::Stored(resumed) = begin {
-        storer.restore(resumed)?;
-        renew_generation(config, &context)?;
-    }
-    finish(config, board, Accel::Kvm, vcpus, storer, (context, console, None))
+    finish(config, board, begin, Accel::Kvm, vcpus, storer, (context, console, None))
 }
 
-/// Starts the threads.
+/// Puts back what was stored of chips and devices, and starts the threads.
 fn finish(
     config: &MachineConfig,
     board: Board,
+    begin: &Begin,
     accel: Accel,
     vcpus: Vec<Seat>,
     storer: Storer,
     (context, console, clock): (DeviceContext, Console, Option<Arc<PvClock>>),
 ) -> Result<RunningMachine, MachineError> {
+    if let Begin::Stored(resumed) = begin {
+        // Devices write to memory from here on: whatever was translated of it is marked by now.
+        storer.restore(resumed)?;
+        // A copy, or one that goes back to an earlier time, is told so.
+        if config.renew_generation {
+            Generation::new(context.memory.clone(), Arc::clone(&context.events)).renew()?;
+        }
+    }
     for ((vcpu, ..), mailbox) in vcpus.iter().zip(&board.mailboxes) {
         if config.paused {
             mailbox.pause();

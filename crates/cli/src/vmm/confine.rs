@@ -5,6 +5,7 @@
 //! the machine runs without it.
 
 use std::collections::BTreeMap;
+use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -108,59 +109,69 @@ fn needs_no_rights(folder: &Folder, plan: &RunPlan) -> Result<(), String> {
     if !plan.shares.is_empty() {
         return Err("it shares folders, in which files may be anybody's".into());
     }
-    let may = |path: &Path, write: bool| match owner_may(path, write) {
+    let not_roots = |path: &Path| format!("{} is not root's", path.display());
+    let may = |path: &Path, wanted| match owner_may(path, wanted) {
         true => Ok(()),
-        false => Err(format!("{} is not root's", path.display())),
+        false => Err(not_roots(path)),
     };
     let inside = ["state", SUSPENDED, "snapshots"].map(|name| folder.file(name));
-    let directories = std::iter::once(folder.path().to_owned());
-    for directory in directories.chain(inside.into_iter().filter(|path| path.exists())) {
-        let directory = &directory;
-        may(directory, true)?;
+    let inside = inside.iter().filter(|path| path.exists()).map(PathBuf::as_path);
+    for directory in std::iter::once(folder.path()).chain(inside) {
+        may(directory, ALL)?;
         let entries = std::fs::read_dir(directory).map_err(|error| error.to_string())?;
-        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|t| t.is_file()))
-        {
-            may(&entry.path(), false)?;
+        let mut files =
+            entries.flatten().filter(|entry| entry.file_type().is_ok_and(|t| t.is_file()));
+        // The way to them is the directory's.
+        let other = files.find(|entry| !entry.metadata().is_ok_and(|meta| allows(&meta, READ)));
+        if let Some(other) = other {
+            return Err(not_roots(&other.path()));
         }
     }
     // Its clones come to it by its name.
     let real = std::fs::canonicalize(folder.path()).map_err(|error| error.to_string())?;
-    may(&real, true)?;
+    may(&real, ALL)?;
     // One that goes on has none.
     let list = plan.initrd.as_deref().map(Path::to_string_lossy);
     let modules = list.map(|list| Module::parse_list(&list)).unwrap_or_default();
     let modules = modules.iter().map(|module| &module.path);
     for path in std::iter::once(&plan.kernel).chain(modules).filter(|path| path.exists()) {
-        may(path, false)?;
+        may(path, READ)?;
     }
     for disk in &plan.disks {
         let layers = berth_disk::chain::describe(&disk.path, disk.format);
         let layers = layers.map_err(|error| berth_daemon::failure::chain(&error))?;
         for layer in layers {
-            may(&layer.path, layer.path == disk.path && !disk.read_only)?;
+            let writes = layer.path == disk.path && !disk.read_only;
+            may(&layer.path, if writes { READ | WRITE } else { READ })?;
         }
     }
     match Path::new("/dev/kvm") {
-        kvm if kvm.exists() => may(kvm, true),
+        kvm if kvm.exists() => may(kvm, READ | WRITE),
         _ => Ok(()),
     }
 }
 
-/// Whether user 0 may open a file by its mode alone.
-fn owner_may(path: &Path, write: bool) -> bool {
-    let allows = |path: &Path, wanted: u32| {
-        std::fs::metadata(path).is_ok_and(|meta| {
-            let shift = if meta.uid() == 0 { 6 } else { 0 };
-            meta.mode() >> shift & wanted == wanted
-        })
-    };
-    let wanted = if write { 6 } else { 4 };
+/// Bits of a mode.
+const READ: u32 = 4;
+const WRITE: u32 = 2;
+const SEARCH: u32 = 1;
+const ALL: u32 = READ | WRITE | SEARCH;
+
+/// Whether its mode allows user 0 all of that.
+fn allows(meta: &Metadata, wanted: u32) -> bool {
+    let shift = if meta.uid() == 0 { 6 } else { 0 };
+    meta.mode() >> shift & wanted == wanted
+}
+
+/// Whether user 0 may do that with a file by its mode, and those of the directories that lead to it, alone.
+fn owner_may(path: &Path, wanted: u32) -> bool {
+    let may = |path: &Path, wanted| std::fs::metadata(path).is_ok_and(|meta| allows(&meta, wanted));
     let reaches = |path: &Path| {
-        path.ancestors().skip(1).all(|path| path.as_os_str().is_empty() || allows(path, 1))
+        path.ancestors().skip(1).all(|path| path.as_os_str().is_empty() || may(path, SEARCH))
     };
     // Where a link leads has directories of its own.
     let real = std::fs::canonicalize(path);
-    allows(path, wanted) && reaches(path) && real.is_ok_and(|real| reaches(&real))
+    may(path, wanted) && reaches(path) && real.is_ok_and(|real| real == path || reaches(&real))
 }
 
 /// Landlock: the folder, the disks and shared folders that are elsewhere, and kernels and images to read.

@@ -27,6 +27,11 @@ use uuid::Uuid;
 
 /// The version of `vm.toml` that is written.
 pub const VERSION: u32 = 1;
+/// What processors and devices of a stored machine hold, in its directory, and its bytes at most.
+pub const MACHINE: &str = "machine.json";
+const MACHINE_MAX: u64 = 4 << 20;
+/// Its memory.
+pub const MEMORY: &str = "memory";
 /// The configuration's name.
 pub const CONFIG: &str = "vm.toml";
 /// Bytes a configuration may have.
@@ -163,6 +168,27 @@ impl Folder {
         let path = self.file(CONFIG);
         let text = read_bounded(&path, CONFIG_MAX)?;
         parse_versioned(&path, &text, VERSION)
+    }
+
+    /// A suspended machine has the processors and the memory that it was started with, whatever was set
+    /// for its next start: what goes on with its memory, or is made of it, has these, too.
+    ///
+    /// # Errors
+    /// Its state cannot be read.
+    pub fn as_stored(&self, config: &mut MachineConfig) -> Result<(), FolderError> {
+        /// What of it matters here; all of it is checked by the machine's process.
+        #[derive(Deserialize)]
+        struct Stored {
+            memory_bytes: u64,
+            cpus: Vec<serde::de::IgnoredAny>,
+        }
+        let path = self.file(vmm::SUSPENDED).join(MACHINE);
+        let text = read_bounded(&path, MACHINE_MAX)?;
+        let stored: Stored = serde_json::from_str(&text)
+            .map_err(|error| FolderError::Config { path, reason: error.to_string() })?;
+        config.memory = stored.memory_bytes.into();
+        config.cpus = u8::try_from(stored.cpus.len()).unwrap_or(config.cpus);
+        Ok(())
     }
 
     /// Writes `vm.toml`.

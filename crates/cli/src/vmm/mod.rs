@@ -171,14 +171,13 @@ fn begin(
 ) -> Result<(RunningMachine, RunPlan, Told, Arc<Hub>), Failure> {
     let (near, far) = UnixStream::pair()?;
     let console = Console::Stream(Arc::new(far));
-    let mut plan = RunPlan::kept(&toml.machine, name, folder.path(), root, console, !goes_on)?;
+    let mut machine = toml.machine.clone();
     let (suspended, origin) = (folder.file(SUSPENDED), folder.file(ORIGIN));
     if suspended.is_dir() && !origin.exists() {
-        // It has what it was started with, whatever is to be from the next start on.
-        let state = berth_vmm::state::MachineState::read(&suspended)?;
-        plan.cpus = u8::try_from(state.cpus.len()).unwrap_or(plan.cpus);
-        plan.memory_bytes = state.memory_bytes;
+        // What is damaged is told when all of it is read.
+        let _ = folder.as_stored(&mut machine);
     }
+    let plan = RunPlan::kept(&machine, name, folder.path(), root, console, !goes_on)?;
     let mut parts = devices(&plan);
     parts.mac = Some(Mac(hardware_address(toml.id)));
     parts.balloon = true;

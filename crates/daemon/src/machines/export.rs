@@ -19,14 +19,9 @@ use uuid::Uuid;
 
 use crate::failure::{Result, conflict, failed, of_store};
 use crate::folder::{self, Folder, FolderLock};
-use crate::machines::snapshots::{Memory, Taken, as_stored, blocking};
+use crate::machines::snapshots::{Memory, Taken, blocking};
 use crate::machines::{Entry, Machines, load};
 use crate::snapshot::{self, Draft, layers};
-
-/// What processors and devices hold.
-pub(super) const STATE_FILE: &str = "machine.json";
-/// Memory.
-pub(super) const MEMORY_FILE: &str = "memory";
 
 /// A machine that is ready to be packed: all of its files are open.
 pub struct Export {
@@ -124,7 +119,7 @@ impl Machines {
     fn open_all(&self, name: String, folder: &Folder, frozen: Frozen) -> Result<Export> {
         let mut opened = Opened::default();
         if let Some(state) = &frozen.state {
-            opened.file(Role::State, &state.join(STATE_FILE), "")?;
+            opened.file(Role::State, &state.join(folder::MACHINE), "")?;
         }
         let (kernel, modules) = self.boot_files(folder, &frozen.machine)?;
         opened.file(Role::Kernel, &kernel, "")?;
@@ -139,7 +134,7 @@ impl Machines {
             opened.sources.push(layer);
         }
         if let Some(state) = &frozen.state {
-            opened.file(Role::Memory, &state.join(MEMORY_FILE), "")?;
+            opened.file(Role::Memory, &state.join(folder::MEMORY), "")?;
         }
         // Folders of this host are none of the machine's own.
         let machine = MachineConfig {
@@ -210,7 +205,7 @@ fn at_rest(folder: &Folder, with_state: bool) -> Result<Frozen> {
     snapshot::settle(folder, &lock)?;
     let mut machine = folder.config()?.machine;
     if with_state {
-        as_stored(folder, &mut machine)?;
+        folder.as_stored(&mut machine)?;
     }
     let file = |disk: &berth_api::v1::machine::Disk| {
         (folder.file(&disk.file), layers::format(disk.format))

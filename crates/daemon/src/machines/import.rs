@@ -22,7 +22,6 @@ use uuid::Uuid;
 use crate::failure::{Result, conflict, failed, of_appliance};
 use crate::folder::{self, Folder, Unnamed, VERSION, VmToml};
 use crate::machines::create::check;
-use crate::machines::export::{MEMORY_FILE, STATE_FILE};
 use crate::machines::snapshots::blocking;
 use crate::machines::{Entry, Machines, check_name, load, of_vmm};
 use crate::snapshot::restore::note_copy;
@@ -159,8 +158,8 @@ fn name_of(manifest: &Manifest, index: usize) -> String {
     match manifest.files.get(index).map(|file| file.role) {
         Some(Role::Disk) => format!("disk{number}.qcow2"),
         Some(Role::Initrd) => format!("initrd{number}"),
-        Some(Role::State) => format!("{SUSPENDED}/{STATE_FILE}"),
-        Some(Role::Memory) => format!("{SUSPENDED}/{MEMORY_FILE}"),
+        Some(Role::State) => format!("{SUSPENDED}/{}", folder::MACHINE),
+        Some(Role::Memory) => format!("{SUSPENDED}/{}", folder::MEMORY),
         Some(Role::Kernel) | None => "kernel".to_owned(),
     }
 }

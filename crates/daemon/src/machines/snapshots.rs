@@ -11,12 +11,10 @@ use berth_api::vmm::SUSPENDED;
 use berth_disk::format::Format;
 use berth_disk::tools::{self, Backing};
 use jiff::Timestamp;
-use serde::Deserialize;
 use uuid::Uuid;
 
 use crate::failure::{Result, conflict, error, failed, invalid};
-use crate::folder::{Folder, FolderError, VmToml};
-use crate::machines::export::STATE_FILE;
+use crate::folder::{Folder, VmToml};
 use crate::machines::{Entry, Machines, SUSPEND_TIME, load, of_vmm};
 use crate::snapshot::restore::{link_state, restore};
 use crate::snapshot::{
@@ -288,7 +286,7 @@ fn freeze_at_rest(folder: &Folder, with_state: bool) -> std::result::Result<AtRe
     snapshot::settle(folder, &lock)?;
     let mut config = with_overlays(folder)?;
     if with_state {
-        as_stored(folder, &mut config)?;
+        folder.as_stored(&mut config)?;
     }
     let layers = snapshot::new_layers(&config)?;
     let draft = Draft::begin(folder, false)?;
@@ -302,36 +300,6 @@ fn freeze_at_rest(folder: &Folder, with_state: bool) -> std::result::Result<AtRe
         crate::folder::sync(&draft.state())?;
     }
     Ok((draft, config, layers))
-}
-
-/// Bytes of a stored machine's `machine.json` at most.
-const STATE_MAX: u64 = 4 << 20;
-
-/// A suspended machine has the processors and the memory that it was started with, whatever was set for its
-/// next start: what is made of it with its memory has these, too.
-///
-/// # Errors
-/// Its state cannot be read.
-pub(super) fn as_stored(
-    folder: &Folder,
-    config: &mut MachineConfig,
-) -> std::result::Result<(), FolderError> {
-    /// What of it matters here; all of it is checked by the machine's process.
-    #[derive(Deserialize)]
-    struct Stored {
-        memory_bytes: u64,
-        cpus: Vec<serde::de::IgnoredAny>,
-    }
-    let path = folder.file(SUSPENDED).join(STATE_FILE);
-    let text = crate::folder::read_bounded(&path, STATE_MAX)?;
-    let refuse = |error: serde_json::Error| FolderError::Config {
-        path: path.clone(),
-        reason: error.to_string(),
-    };
-    let stored: Stored = serde_json::from_str(&text).map_err(refuse)?;
-    config.memory = stored.memory_bytes.into();
-    config.cpus = u8::try_from(stored.cpus.len()).unwrap_or(config.cpus);
-    Ok(())
 }
 
 /// Gives raw disks in a folder, which older versions made, overlays that can be frozen.

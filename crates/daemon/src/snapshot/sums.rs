@@ -11,13 +11,9 @@ use std::path::{Path, PathBuf};
 use berth_disk::storage::Storage;
 use serde::{Deserialize, Serialize};
 
-use crate::folder::{FolderError, failed};
+use crate::folder::{FolderError, MACHINE, MEMORY, failed};
 use crate::snapshot::SnapshotError;
 
-/// What the vCPUs and devices hold.
-pub(super) const MACHINE: &str = "machine.json";
-/// Memory.
-pub(super) const MEMORY: &str = "memory";
 /// Bytes of what the vCPUs and devices hold.
 const MACHINE_MAX: u64 = 64 << 20;
 const BLOCK: usize = 1 << 20;

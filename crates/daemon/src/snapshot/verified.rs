@@ -12,9 +12,9 @@ use std::time::{Duration, SystemTime};
 use berth_api::v1::machine::MachineConfig;
 use uuid::Uuid;
 
-use crate::folder::{FolderError, failed};
+use crate::folder::{FolderError, MACHINE, MEMORY, failed};
 use crate::snapshot::SnapshotError;
-use crate::snapshot::sums::{self, MACHINE, MEMORY, StateSums};
+use crate::snapshot::sums::{self, StateSums};
 
 /// Most snapshots that are remembered.
 const KNOWN_MAX: usize = 1024;

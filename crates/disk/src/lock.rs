@@ -7,27 +7,27 @@ use std::time::Instant;
 
 use crate::limits::{LOCK_RETRY, LOCK_WAIT};
 
-/// Locks a whole file: shared for readers, else exclusive.
+/// What a reader locks: bytes that QEMU locks for reading, and those by which it says that nobody else may
+/// write or resize (QEMU, block/file-posix.c: 100 and more what is done, 200 and more what others may
+/// not do).
+const READER: [(i64, i64); 2] = [(0, 101), (201, 3)];
+/// Bytes of which somebody has one who writes, resizes, or lets nobody read.
+const WRITERS: [i64; 3] = [101, 103, 200];
+
+/// Locks a file: shared for readers, else exclusive.
 ///
 /// It is a lock of the open file description: it also excludes a second opening by the same process,
-/// ends with the file, however the process ends, and is seen by QEMU, which locks single bytes.
+/// ends with the file, however the process ends, and is seen by QEMU, which locks single bytes: its
+/// readers get along with ours.
 ///
 /// A process that was killed a moment ago may still have it, so it is tried for [`LOCK_WAIT`].
 ///
 /// # Errors
 /// Somebody else has it.
 pub fn lock(file: &File, shared: bool) -> io::Result<()> {
-    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
-    let range = libc::flock {
-        l_type: kind as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
     let began = Instant::now();
     loop {
-        match set(file, &range) {
+        match if shared { try_to_share(file) } else { set(file, libc::F_WRLCK, (0, 0)) } {
             Err(error)
                 if error.kind() == io::ErrorKind::WouldBlock && began.elapsed() < LOCK_WAIT =>
             {
@@ -38,10 +38,44 @@ pub fn lock(file: &File, shared: bool) -> io::Result<()> {
     }
 }
 
+fn try_to_share(file: &File) -> io::Result<()> {
+    for range in READER {
+        set(file, libc::F_RDLCK, range)?;
+    }
+    for byte in WRITERS {
+        if is_locked(file, byte)? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+    }
+    Ok(())
+}
+
+/// So many bytes from the first; none are all.
+fn range(kind: i32, (first, count): (i64, i64)) -> libc::flock {
+    libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: first,
+        l_len: count,
+        l_pid: 0,
+    }
+}
+
+fn set(file: &File, kind: i32, bytes: (i64, i64)) -> io::Result<()> {
+    command(file, libc::F_OFD_SETLK, &mut range(kind, bytes))
+}
+
+/// Whether somebody else has a lock of a byte, of whatever kind.
+fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
+    let mut found = range(libc::F_WRLCK, (byte, 1));
+    command(file, libc::F_OFD_GETLK, &mut found)?;
+    Ok(found.l_type != libc::F_UNLCK as i16)
+}
+
 #[allow(unsafe_code, reason = "no safe wrapper offers locks of open file descriptions")]
-fn set(file: &File, range: &libc::flock) -> io::Result<()> {
-    // SAFETY: the descriptor is open for the call, and the pointer is to a live structure that the
-    // kernel only reads.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const *range) };
+fn command(file: &File, command: i32, range: &mut libc::flock) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the call, and the pointer is to a live structure of the kind
+    // that both commands take.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *range) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

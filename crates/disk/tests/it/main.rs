@@ -4,7 +4,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use berth_disk::chain::{Access, describe, open, open_image};
 use berth_disk::error::DiskError;
@@ -167,6 +169,52 @@ fn chains_are_followed_from_their_directory() {
     let names: Vec<_> = layers.iter().map(|layer| layer.path.file_name().unwrap()).collect();
     assert_eq!(names, ["top.qcow2", "two.qcow2", "one.qcow2", "base.raw"]);
     assert_eq!(layers[0].size, 4 * MIB);
+}
+
+/// Readers get along with QEMU's, writers with nobody.
+#[test]
+fn qemu_and_we_see_each_others_locks() {
+    if !Place::qemu_is_there() {
+        return;
+    }
+    let place = Place::new();
+    place.raw("base.raw", MIB);
+    let base = place.path("base.raw");
+    place.qemu("create -f qcow2 -b base.raw -F raw over.qcow2");
+    let qemu_io = |words: &[&str]| {
+        let mut command = Command::new("qemu-io");
+        command.args(words).current_dir(&place.directory).stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let is_refused = |words: &[&str]| {
+        let output = qemu_io(words).wait_with_output().unwrap();
+        String::from_utf8_lossy(&output.stderr).contains("lock")
+    };
+    let reads = ["-r", "-f", "raw", "-c", "read 0 512", "base.raw"];
+    let writes = ["-f", "raw", "-c", "write 0 512", "base.raw"];
+    let reader = open(&base, Format::Raw, Access::Read).unwrap();
+    let second = open(&base, Format::Raw, Access::Read).unwrap();
+    place.qemu("check -f qcow2 over.qcow2");
+    place.qemu("compare -f qcow2 -F raw over.qcow2 base.raw");
+    assert!(!is_refused(&reads) && is_refused(&writes), "while we read");
+    drop((reader, second));
+    let writer = open(&base, Format::Raw, Access::Write).unwrap();
+    assert!(is_refused(&reads) && is_refused(&writes), "while we write");
+    drop(writer);
+    for (words, reads) in [(["-r", "-f", "raw"].as_slice(), true), (&["-f", "raw"], false)] {
+        let mut qemu = qemu_io(&[words, &["-c", "sleep 60000", "base.raw"]].concat());
+        let locked = || open(&base, Format::Raw, Access::Write).is_err();
+        let began = Instant::now();
+        while !locked() && began.elapsed() < Duration::from_secs(10) {
+            sleep(Duration::from_millis(10));
+        }
+        let read = open(&base, Format::Raw, Access::Read);
+        let written = open(&base, Format::Raw, Access::Write);
+        qemu.kill().unwrap();
+        qemu.wait().unwrap();
+        assert!(matches!(written, Err(DiskError::Locked { .. })), "{written:?}");
+        assert_eq!(read.is_ok(), reads, "{read:?}");
+    }
 }
 
 #[test]

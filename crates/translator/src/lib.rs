@@ -162,6 +162,15 @@ pub fn direct_check() -> std::io::Result<DirectExecution> {
     Ok(DirectExecution { execute_only: stub.execute_only })
 }
 
+/// Makes the tables of the decoder and the encoder, which takes a millisecond, that the first translation
+/// would make otherwise.
+pub fn warm_up() {
+    let mut nop = iced_x86::Instruction::default();
+    iced_x86::Decoder::new(64, &[0x90], iced_x86::DecoderOptions::NONE).decode_out(&mut nop);
+    // Both always work for this one.
+    let _ = iced_x86::Encoder::new(64).encode(&nop, 0);
+}
+
 /// What the host's CPUID answers.
 #[must_use]
 pub fn host_cpuid() -> HostCpuid {
@@ -286,6 +295,12 @@ impl TranslatedVcpu {
     /// Runs guest code until something outside has to be done.
     pub fn run(&mut self) -> Exit {
         self.inner.run()
+    }
+
+    /// Gives the memory of tables back that are filled again as they are needed; for a vCPU that has
+    /// nothing to do.
+    pub fn rest(&mut self) {
+        self.inner.rest();
     }
 
     /// A handle for other threads.

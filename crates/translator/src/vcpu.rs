@@ -1311,6 +1311,12 @@ impl Inner {
         self.tlb.clear_all_jcs();
     }
 
+    /// Gives the memory of tables back that are filled again as they are needed; for a vCPU that has
+    /// nothing to do.
+    pub fn rest(&mut self) {
+        self.tlb.give_back();
+    }
+
     /// Drops cached translations that are not global.
     pub(crate) fn flush_non_global(&mut self) {
         self.tlb.flush_non_global();

@@ -235,6 +235,11 @@ impl Machine {
         if config.cpus == 0 || config.cpus > CPUS_MAX {
             return Err(MachineError::Cpus(config.cpus));
         }
+        if config.accel != AccelChoice::Kvm {
+            // Meanwhile. Without a thread the first translation does it.
+            let thread = std::thread::Builder::new().name("warm-up".into());
+            let _ = thread.spawn(berth_translator::warm_up);
+        }
         let ram = GuestRam::new(config.memory_bytes)?;
         if let Some(resume) = &config.resume {
             let (accel, state) = stored::read(config, resume)?;

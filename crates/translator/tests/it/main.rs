@@ -207,6 +207,22 @@ fn a_full_cache_is_emptied() {
     assert!(v.stats().cache_drops >= 2, "{:?}", v.stats());
 }
 
+/// Code goes on behind HLT by an indirect jump, and stores: what finds both was given back.
+#[test]
+fn a_vcpu_that_rested_goes_on() {
+    // mov edi, 0x300000; lea rsi, [rip]; (L:) inc dword ptr [rdi]; hlt; jmp rsi
+    let code = [0xbf, 0, 0, 0x30, 0, 0x48, 0x8d, 0x35, 0, 0, 0, 0, 0xff, 0x07, 0xf4, 0xff, 0xe6];
+    let (mut v, fd) = run(&code);
+    for round in 2..200u32 {
+        v.state_mut().halted = 0;
+        if round % 3 != 0 {
+            v.rest();
+        }
+        assert_eq!(v.run(), Exit::Halted);
+        assert_eq!(get(&fd, 0x30_0000, 4), round.to_le_bytes());
+    }
+}
+
 /// Who holds what was frozen finds it so, whatever was frozen and let go of since.
 #[test]
 fn what_is_frozen_stays_as_long_as_it_is_held() {

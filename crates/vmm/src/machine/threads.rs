@@ -12,6 +12,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::chips::lapic::Lapic;
 use crate::confine::{self, Kind};
@@ -19,6 +20,11 @@ use crate::error::MachineError;
 use crate::outcome::{Ending, Outcome};
 use crate::vcpu::mailbox::{Mailbox, Standing};
 use crate::vcpu::{Vcpu, VcpuError, VcpuExit};
+
+/// A vCPU rests that has been halted for so long...
+const HALTED_TIME: Duration = Duration::from_millis(250);
+/// ...and has worked for so long since it last rested.
+const WORK_TIME: Duration = Duration::from_millis(10);
 
 /// All that a vCPU's thread needs.
 pub(super) struct Runner {
@@ -65,6 +71,7 @@ impl Runner {
 
     fn serve(&mut self) -> Result<(), VcpuError> {
         let mut waiting = self.waiting;
+        let mut worked = Duration::ZERO;
         loop {
             let mut mail = self.mailbox.take();
             while mail.pause && !mail.stop {
@@ -104,8 +111,18 @@ impl Runner {
                 self.vcpu.set_state(&state)?;
                 waiting = false;
             }
-            match self.vcpu.run()? {
-                VcpuExit::Halted => self.mailbox.wait(),
+            let began = Instant::now();
+            let exit = self.vcpu.run()?;
+            worked += began.elapsed();
+            match exit {
+                VcpuExit::Halted if worked < WORK_TIME => self.mailbox.wait(),
+                VcpuExit::Halted if self.mailbox.wait_for(HALTED_TIME) => {}
+                VcpuExit::Halted => {
+                    self.vcpu.rest();
+                    give_back_free_memory();
+                    worked = Duration::ZERO;
+                    self.mailbox.wait();
+                }
                 VcpuExit::Kicked => {}
                 VcpuExit::Shutdown => self.ending.end(Outcome::TripleFault),
             }
@@ -119,6 +136,15 @@ impl Runner {
             apic.reset();
         }
         self.vcpu.set_state(&state)
+    }
+}
+
+/// Gives what the heap has free to the system: a start needs more than what comes after it.
+fn give_back_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes a number of bytes to keep, and may be called by any thread at any time.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

@@ -2,6 +2,7 @@
 //! sleeps here, and one that is paused stands still here.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::time::Duration;
 
 use berth_x86::CpuState;
 
@@ -48,6 +49,16 @@ struct State {
     standing: Option<Standing>,
     /// What it is to do meanwhile.
     errand: Option<Errand>,
+}
+
+impl State {
+    const fn is_awake(&self) -> bool {
+        self.woken || self.mail.stop
+    }
+
+    const fn wake_up(&mut self) {
+        (self.asleep, self.woken) = (false, false);
+    }
 }
 
 /// A vCPU that stands still.
@@ -209,13 +220,23 @@ impl Mailbox {
 
     /// Sleeps until something happens, or returns at once when it has since the last call.
     pub fn wait(&self) {
+        let awake = self.wake.wait_while(self.asleep(), |state| !state.is_awake());
+        awake.unwrap_or_else(PoisonError::into_inner).wake_up();
+    }
+
+    fn asleep(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         state.asleep = true;
-        while !state.woken && !state.mail.stop {
-            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state.asleep = false;
-        state.woken = false;
+        state
+    }
+
+    /// The same for so long at most; whether something happened.
+    pub fn wait_for(&self, time: Duration) -> bool {
+        let awake = self.wake.wait_timeout_while(self.asleep(), time, |state| !state.is_awake());
+        let (mut state, _) = awake.unwrap_or_else(PoisonError::into_inner);
+        let happened = state.is_awake();
+        state.wake_up();
+        happened
     }
 }
 
@@ -263,6 +284,9 @@ mod tests {
     #[test]
     fn a_sleeper_wakes_and_earlier_interrupts_are_not_lost() {
         let mailbox = Arc::new(Mailbox::default());
+        mailbox.interrupt();
+        assert!(mailbox.wait_for(Duration::ZERO));
+        assert!(!mailbox.wait_for(Duration::from_millis(1)));
         mailbox.interrupt();
         mailbox.wait();
         let waker = Arc::clone(&mailbox);

@@ -118,6 +118,8 @@ pub trait Vcpu: Send {
     fn inside(&mut self) -> Result<Option<Inside>, VcpuError> {
         Ok(None)
     }
+    /// It has nothing to do for a while, and gives back memory that it can do without.
+    fn rest(&mut self) {}
     /// It stood still and is about to go on.
     fn stood_still(&mut self) {}
     /// What it has translated, for the vCPUs of clones; `None` if there is nothing, or it cannot be

@@ -123,6 +123,10 @@ impl Vcpu for Translated {
         Ok(())
     }
 
+    fn rest(&mut self) {
+        self.vcpu.rest();
+    }
+
     fn share_code(&mut self) -> Option<SharedCode> {
         match self.vcpu.share_code() {
             Ok(code) => Some(code),

@@ -223,6 +223,8 @@ pub async fn start(
         .args(known)
         .args(joined.flat_map(|group| [OsStr::new("--group"), group.as_os_str()]))
         .arg(folder.path())
+        // Its threads ask for little memory; a heap for each would take more than that.
+        .env("MALLOC_ARENA_MAX", "2")
         .stdin(tap.map_or_else(Stdio::null, Stdio::from))
         .stdout(Stdio::piped())
         .stderr(log)

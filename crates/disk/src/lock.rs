@@ -11,10 +11,12 @@ use crate::limits::{LOCK_RETRY, LOCK_WAIT};
 /// write or resize (QEMU, block/file-posix.c: 100 and more what is done, 200 and more what others may
 /// not do).
 const READER: [(i64, i64); 2] = [(0, 101), (201, 3)];
+/// The others, which whoever wrote before has to let go of.
+const NOT_READER: [(i64, i64); 2] = [(101, 100), (204, 0)];
 /// Bytes of which somebody has one who writes, resizes, or lets nobody read.
 const WRITERS: [i64; 3] = [101, 103, 200];
 
-/// Locks a file: shared for readers, else exclusive.
+/// Locks a file: shared for readers, else exclusive. Who has one kind may ask for the other.
 ///
 /// It is a lock of the open file description: it also excludes a second opening by the same process,
 /// ends with the file, however the process ends, and is seen by QEMU, which locks single bytes: its
@@ -42,6 +44,9 @@ fn try_to_share(file: &File) -> io::Result<()> {
     for range in READER {
         set(file, libc::F_RDLCK, range)?;
     }
+    for range in NOT_READER {
+        set(file, libc::F_UNLCK, range)?;
+    }
     for byte in WRITERS {
         if is_locked(file, byte)? {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -50,7 +55,7 @@ fn try_to_share(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// So many bytes from the first; none are all.
+/// So many bytes from the first; 0 are all.
 fn range(kind: i32, (first, count): (i64, i64)) -> libc::flock {
     libc::flock {
         l_type: kind as i16,

@@ -13,7 +13,7 @@ pub use system::host_tsc;
 use berth_x86::state::{cr0, cr4, flags};
 use berth_x86::{Exception, far};
 use berth_x86::{OpSize, event};
-use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::fpu;
 use crate::translate::{LONGEST, Unit, access_size, sreg_index, unit};
@@ -200,11 +200,41 @@ fn unit_available(v: &Inner, ins: &Instruction) -> Result<(), Exception> {
     }
 }
 
-/// Operand size of an instruction from the width of what it names, by its opcode.
+/// Operand size of an instruction of the stack, of a far transfer, of LGDT or LIDT, by its opcode. (The
+/// decoder's library has a table of all, which takes 5 ms to make and a megabyte.)
 fn opsize(ins: &Instruction) -> OpSize {
-    match ins.op_code().operand_size() {
-        16 => OpSize::Bits16,
-        64 => OpSize::Bits64,
+    use Code as C;
+    match ins.code() {
+        C::Pushfw
+        | C::Popfw
+        | C::Enterw_imm16_imm8
+        | C::Leavew
+        | C::Call_rel16
+        | C::Call_rm16
+        | C::Call_ptr1616
+        | C::Call_m1616
+        | C::Jmp_ptr1616
+        | C::Jmp_m1616
+        | C::Retnw
+        | C::Retnw_imm16
+        | C::Retfw
+        | C::Retfw_imm16
+        | C::Iretw
+        | C::Lgdt_m1632_16
+        | C::Lidt_m1632_16 => OpSize::Bits16,
+        C::Pushfq
+        | C::Popfq
+        | C::Enterq_imm16_imm8
+        | C::Leaveq
+        | C::Call_rel32_64
+        | C::Call_rm64
+        | C::Call_m1664
+        | C::Jmp_m1664
+        | C::Retnq
+        | C::Retnq_imm16
+        | C::Retfq
+        | C::Retfq_imm16
+        | C::Iretq => OpSize::Bits64,
         _ => OpSize::Bits32,
     }
 }
@@ -354,5 +384,40 @@ impl Inner {
             _ => u64::from(ins.far_branch32()),
         };
         Ok((ins.far_branch_selector(), offset, size))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Code, Instruction, Mnemonic as M};
+
+    use super::opsize;
+
+    #[test]
+    fn operand_sizes_are_those_of_the_opcodes() {
+        let mut seen = 0;
+        for code in Code::values() {
+            let op_code = code.op_code();
+            let asked = match code.mnemonic() {
+                M::Pushf | M::Pushfd | M::Pushfq | M::Popf | M::Popfd | M::Popfq => true,
+                M::Enter | M::Leave | M::Call | M::Ret | M::Retf | M::Lgdt | M::Lidt => true,
+                M::Iret | M::Iretd | M::Iretq => true,
+                M::Jmp => code.is_jmp_far() || code.is_jmp_far_indirect(),
+                _ => false,
+            };
+            if !asked {
+                continue;
+            }
+            seen += 1;
+            let mut ins = Instruction::default();
+            ins.set_code(code);
+            let size = match op_code.operand_size() {
+                16 => 2,
+                64 => 8,
+                _ => 4,
+            };
+            assert_eq!(opsize(&ins).bytes(), size, "{code:?}");
+        }
+        assert!(seen > 40, "{seen}");
     }
 }

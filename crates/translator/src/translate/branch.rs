@@ -1,7 +1,7 @@
 //! Near branches.
 
 use berth_x86::paging::canonical;
-use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind};
 
 use super::access::Want;
 use super::regs::GuestReg;
@@ -138,14 +138,25 @@ impl Translation {
         self.reserve(60);
         let target = self.direct_target(ins);
         let next = ins.next_ip();
+        use Code as C;
         let wide = match ins.mnemonic() {
             Mnemonic::Jcxz => 2,
             Mnemonic::Jecxz => 4,
             Mnemonic::Jrcxz => 8,
-            _ => match ins.op_code().address_size() {
-                16 => 2,
-                32 => 4,
-                _ => 8,
+            _ => match ins.code() {
+                C::Loopne_rel8_16_CX
+                | C::Loopne_rel8_32_CX
+                | C::Loope_rel8_16_CX
+                | C::Loope_rel8_32_CX
+                | C::Loop_rel8_16_CX
+                | C::Loop_rel8_32_CX => 2,
+                C::Loopne_rel8_16_RCX
+                | C::Loopne_rel8_64_RCX
+                | C::Loope_rel8_16_RCX
+                | C::Loope_rel8_64_RCX
+                | C::Loop_rel8_16_RCX
+                | C::Loop_rel8_64_RCX => 8,
+                _ => 4,
             },
         };
         if !ins.is_jcx_short() {

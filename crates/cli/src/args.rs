@@ -569,6 +569,23 @@ pub struct RunArgs {
     pub command: Vec<String>,
 }
 
+impl RunArgs {
+    /// Whether the daemon runs it. What has a kernel of its own needs none, and options about the process
+    /// or its streams are of one that is this one.
+    #[must_use]
+    pub fn is_by_the_daemon(&self) -> bool {
+        self.image.is_some()
+            && self.machine.kernel.is_none()
+            && self.code_cache.is_none()
+            && self.translator_opt.is_none()
+            && !self.always_direct
+            && !self.stats
+            && self.dump_blocks.is_none()
+            && self.serial.is_none()
+            && self.virtio_console.is_none()
+    }
+}
+
 /// `berth image bootstrap`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = BOOTSTRAP_EXAMPLES)]

@@ -305,8 +305,23 @@ impl Client {
         path: &str,
         protocol: &str,
     ) -> Result<(UnixStream, Vec<u8>), ClientError> {
+        self.upgrade_by(&Method::GET, path, None::<&()>, protocol)
+    }
+
+    /// The same by a request that says more.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn upgrade_by(
+        &self,
+        method: &Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+        protocol: &str,
+    ) -> Result<(UnixStream, Vec<u8>), ClientError> {
+        let body = body.map(serde_json::to_vec).transpose().map_err(ClientError::Strange)?;
         self.runtime.block_on(async {
-            let response = self.send(&Method::GET, path, None, Some(protocol)).await?;
+            let response = self.send(method, path, body, Some(protocol)).await?;
             if response.status() != StatusCode::SWITCHING_PROTOCOLS {
                 return Err(ClientError::Status(response.status()));
             }

@@ -77,6 +77,23 @@ pub enum CliError {
         /// What it is.
         state: &'static str,
     },
+    /// A machine that was run ended other than in order.
+    #[error("{name}: {reason}")]
+    Ended {
+        /// Its name.
+        name: String,
+        /// How it ended.
+        reason: String,
+    },
+    /// A machine is out of sight.
+    #[error(
+        "the daemon does not tell any more of the machine {name}, which may go on: `berth vm ls` shows it, \
+         and it is removed when it ends"
+    )]
+    OutOfSight {
+        /// Its name.
+        name: String,
+    },
     /// A copy.
     #[error(transparent)]
     Copy(#[from] CopyError),

@@ -92,7 +92,7 @@ fn log_to_stderr(args: &Args) {
 /// Commands about kept machines.
 fn kept(client: &Client, command: &VmCommand) -> Result<ExitCode, CliError> {
     match command {
-        // It needs no daemon.
+        // It may need no daemon.
         VmCommand::Run(_) => Ok(ExitCode::Usage),
         VmCommand::Create(create) => vm::create(client, create),
         VmCommand::Adopt(adopt) => vm::adopt(client, adopt),
@@ -133,7 +133,15 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
     let tls = TlsGiven { ca: args.tls_ca, cert: args.tls_cert, key: args.tls_key };
     let client = || -> Result<Client, CliError> { Ok(Client::new(&address()?, &root()?, &tls)?) };
     match args.command {
+        Command::Vm(VmCommand::Run(run)) if run.is_by_the_daemon() => {
+            vm::run::run(&client()?, &run)
+        }
         Command::Vm(VmCommand::Run(run)) => {
+            if let Place::Tcp(_) = address()?.place {
+                let text = "what has a kernel of its own, or options of its process, runs on this host; \
+                            leave out --host or BERTH_HOST";
+                return Err(CliError::Usage(text.into()));
+            }
             let plan = plan::RunPlan::new(&run, &root()?)?;
             Ok(machine::run_machine(&plan)?)
         }

@@ -34,7 +34,7 @@ const GUEST_CID: u32 = 3;
 /// The port the agent listens on.
 const AGENT_PORT: u32 = 1024;
 /// How long a guest may take to power off once it was asked.
-const POWER_OFF_WAIT: Duration = Duration::from_secs(30);
+pub(crate) const POWER_OFF_WAIT: Duration = Duration::from_secs(30);
 /// How much of a captured console is shown when the guest failed.
 const CONSOLE_TAIL_BYTES: u64 = 4096;
 /// What the agent says when it starts; no complaint.
@@ -349,17 +349,24 @@ fn console_tail(plan: &RunPlan) -> String {
         file.seek(SeekFrom::Start(end.saturating_sub(CONSOLE_TAIL_BYTES)))?;
         file.read_to_end(&mut text).map(|_| ())
     })();
-    let text = String::from_utf8_lossy(&text);
+    match read {
+        Ok(()) => complaint(&String::from_utf8_lossy(&text)),
+        Err(_) => String::new(),
+    }
+}
+
+/// What says most of the end of a console, for the end of a message.
+pub(crate) fn complaint(text: &str) -> String {
     let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
     // What the agent or the kernel complained of says more than the restart that follows.
     let complaint =
         lines().rfind(|line| line.starts_with("berth: ") || line.contains("Kernel panic"));
     let last = complaint.filter(|line| *line != AGENT_GREETING).or_else(|| lines().next_back());
-    match (read, last) {
-        (Ok(()), Some(line)) => {
+    match last {
+        Some(line) => {
             let line: String = line.chars().filter(|c| !c.is_control()).collect();
             format!("; its console said: {line}")
         }
-        _ => String::new(),
+        None => String::new(),
     }
 }

@@ -4,7 +4,7 @@
 mod network;
 mod own;
 mod share;
-mod words;
+pub(crate) mod words;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use berth_api::agent::message::{Exec, TerminalSize};
 use berth_api::size::Size;
-use berth_api::v1::machine::{self as kept, Cpu, MachineConfig};
+use berth_api::v1::machine::{self as kept, Cpu, MachineConfig, Shell};
 use berth_disk::chain::describe;
 use berth_disk::error::DiskError;
 use berth_disk::format::Format;
@@ -210,15 +210,15 @@ impl RunPlan {
     /// # Errors
     /// [`PlanError`]; nothing is left behind.
     pub fn new(args: &RunArgs, state: &Path) -> Result<Self, PlanError> {
-        let shell = if args.command.is_empty() { Shell::Once } else { Shell::None };
-        let (mut plan, image) = Self::base(args, state, shell, true)?;
+        let shell = if args.command.is_empty() { Shell::Once } else { Shell::Never };
+        let (mut plan, image) = Self::base(args, state, shell, false, true)?;
         if let Some((image, store)) = &image {
             let disk = ThrowawayDisk::copy_of(&image.root_disk(), store)?;
             plan.disks
                 .insert(0, DiskPlan { path: disk.path(), format: Format::Raw, read_only: false });
             plan.throwaway = Some(disk);
         }
-        plan.command = command(args);
+        plan.command = first_command(args);
         plan.virtio_console = match &args.virtio_console {
             None | Some(ConsoleArg::None) => None,
             Some(asked) => Some(console(asked)?),
@@ -239,22 +239,22 @@ impl RunPlan {
         args: &RunArgs,
         state: &Path,
         shell: Shell,
+        is_kept: bool,
         boots: bool,
     ) -> Result<(Self, FromImage), PlanError> {
         let name = machine_name(args)?;
         check_memory(args.machine.memory, host_memory_bytes())?;
         let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         check_open_files(u64::from(args.machine.cpus) + args.disks.len() as u64, open_files)?;
-        let shares =
-            share::checked(&args.machine.shares, args.image.is_some(), shell == Shell::Always)?;
+        let shares = share::checked(&args.machine.shares, args.image.is_some(), is_kept)?;
         check_combination(args)?;
         let disks = user_disks(args)?;
-        let net = network::plan(&args.machine, args.image.is_some(), shell)?;
+        let net = network::plan(&args.machine, args.image.is_some(), is_kept)?;
         let files = match &args.image {
             _ if !boots => Boot { kernel: PathBuf::new(), initrd: None, image: None },
             None => Boot { kernel: given_kernel(args)?, initrd: given_initrd(args)?, image: None },
             // One that has its own needs no image any more.
-            Some(_) if shell == Shell::Always && args.machine.kernel.is_some() => {
+            Some(_) if is_kept && args.machine.kernel.is_some() => {
                 Boot { kernel: given_kernel(args)?, initrd: given_initrd(args)?, image: None }
             }
             Some(image) => image_boot(args, image, state)?,
@@ -335,20 +335,9 @@ impl RunPlan {
             image: config.image.clone(),
             ..RunArgs::default()
         };
-        let (plan, _) = Self::base(&args, state, Shell::Always, boots)?;
+        let (plan, _) = Self::base(&args, state, config.shell, true, boots)?;
         Ok(Self { console, ..plan })
     }
-}
-
-/// Who gets a shell on the console.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Shell {
-    /// Nobody.
-    None,
-    /// Whoever starts the guest, which powers off after it.
-    Once,
-    /// Whoever attaches, and when it has ended the next.
-    Always,
 }
 
 /// Where the kernel comes from.
@@ -374,6 +363,15 @@ fn image_boot(args: &RunArgs, name: &str, state: &Path) -> Result<Boot, PlanErro
         None => (image.kernel(), Some(initramfs::for_image(&image, &agent::find()?)?)),
     };
     Ok(Boot { kernel, initrd, image: Some((image, store)) })
+}
+
+/// Looks whether the words fit together, for a machine that the daemon runs.
+pub(crate) fn check_run(args: &RunArgs) -> Result<(), PlanError> {
+    machine_name(args)?;
+    if let Some(image) = &args.image {
+        ImageName::parse(image)?;
+    }
+    check_combination(args)
 }
 
 fn machine_name(args: &RunArgs) -> Result<String, PlanError> {
@@ -560,7 +558,8 @@ pub fn has_program(name: &str) -> bool {
     std::env::split_paths(&path).chain(more).any(|directory| directory.join(name).is_file())
 }
 
-fn command(args: &RunArgs) -> Option<Exec> {
+/// The command that a guest is run for.
+pub(crate) fn first_command(args: &RunArgs) -> Option<Exec> {
     if args.command.is_empty() {
         return None;
     }
@@ -584,7 +583,7 @@ fn command_line(args: &RunArgs, name: &str, shell: Shell) -> Result<String, Plan
         }
         words.push(format!("berth.hostname={name}"));
         match shell {
-            Shell::None => {}
+            Shell::Never => {}
             Shell::Once => {
                 words.push("berth.shell=1".to_owned());
                 words.extend(words::terminal());
@@ -692,7 +691,7 @@ mod tests {
         let line = command_line(&run_args("--append extra=1 debian"), "box", Shell::Once).unwrap();
         assert!(line.contains("berth.hostname=box berth.shell=1"), "{line}");
         assert!(line.ends_with(" extra=1"), "{line}");
-        let line = command_line(&run_args("debian -- true"), "box", Shell::None).unwrap();
+        let line = command_line(&run_args("debian -- true"), "box", Shell::Never).unwrap();
         assert!(!line.contains("berth.shell"), "{line}");
         let line =
             command_line(&run_args("--virtio-console stdio debian"), "box", Shell::Once).unwrap();
@@ -737,7 +736,7 @@ mod tests {
         assert!(line.ends_with(" berth.env=A=b/c berth.env=%c3%89=1"), "{line}");
         let mut spaced = args;
         spaced.machine.env[0].value = "x \"y\"\n%".into();
-        line = command_line(&spaced, "box", Shell::None).unwrap();
+        line = command_line(&spaced, "box", Shell::Never).unwrap();
         assert!(line.contains(" berth.env=A=x%20%22y%22%0a%25 "), "{line}");
     }
 

@@ -3,12 +3,15 @@
 pub mod appliance;
 pub mod ova;
 pub mod ports;
+pub mod run;
 pub mod snapshots;
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use berth_api::agent::message::{Exec, TerminalSize};
@@ -22,9 +25,10 @@ use berth_vmm::console::EscapeFilter;
 use hyper::Method;
 use jiff::{SpanRound, Timestamp, Unit};
 
-use crate::args::machine::{Accel, NetArg, SetArgs, ShareArg, Variable};
+use crate::args::machine::{Accel, MachineArgs, NetArg, SetArgs, ShareArg, Variable};
 use crate::args::{
-    AdoptArgs, ConsoleArgs, CreateArgs, ExecArgs, KeptDisk, LogsArgs, RenameArgs, RmArgs, StopArgs,
+    AdoptArgs, ConsoleArgs, CreateArgs, DiskArg, ExecArgs, KeptDisk, LogsArgs, RenameArgs, RmArgs,
+    StopArgs,
 };
 use crate::client::{Client, ClientError};
 use crate::command::{self, CommandError, Dial};
@@ -47,9 +51,45 @@ type Done = Result<ExitCode, CliError>;
 /// # Errors
 /// [`CliError`].
 pub fn create(client: &Client, args: &CreateArgs) -> Done {
-    let absolute = |path: &Path| std::path::absolute(path).map_err(CliError::Output);
-    let machine = &args.machine;
-    let net = match (&machine.net, &args.image) {
+    let disk = |disk: &KeptDisk| match disk {
+        KeptDisk::Size(size) => Ok(NewDisk::Size(*size)),
+        KeptDisk::File(disk) => given_disk(disk),
+    };
+    let request = CreateMachine {
+        name: args.name.clone(),
+        config: MachineConfig {
+            cpu_limit: args.cpu_limit,
+            memory_limit: args.memory_limit,
+            ..made_of(client, &args.machine, args.image.as_deref())?
+        },
+        disks: args.disks.iter().map(disk).collect::<Result<_, _>>()?,
+    };
+    let path = format!("{PREFIX}/machines");
+    let made: Machine = client.call(&Method::POST, &path, Some(&request))?;
+    print(&format!("{}\n", made.name))
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, CliError> {
+    std::path::absolute(path).map_err(CliError::Output)
+}
+
+/// A disk that is there.
+fn given_disk(disk: &DiskArg) -> Result<NewDisk, CliError> {
+    let format = match disk.format {
+        Format::Raw => api::DiskFormat::Raw,
+        Format::Qcow2 => api::DiskFormat::Qcow2,
+    };
+    let (file, read_only) = (absolute(&disk.path)?, disk.read_only);
+    Ok(NewDisk::File(api::Disk { file, format, read_only }))
+}
+
+/// What a machine is made of, but for its disks and limits.
+fn made_of(
+    client: &Client,
+    machine: &MachineArgs,
+    image: Option<&str>,
+) -> Result<MachineConfig, CliError> {
+    let net = match (&machine.net, image) {
         (Some(net), _) => net_of(net),
         (None, None) if machine.publish.is_empty() => api::Net::None,
         // What is on the daemon's host is not known from elsewhere: a start says it.
@@ -60,50 +100,26 @@ pub fn create(client: &Client, args: &CreateArgs) -> Done {
             api::Net::None
         }
     };
-    let mut disks = Vec::new();
-    for disk in &args.disks {
-        disks.push(match disk {
-            KeptDisk::Size(size) => NewDisk::Size(*size),
-            KeptDisk::File(disk) => {
-                let format = match disk.format {
-                    Format::Raw => api::DiskFormat::Raw,
-                    Format::Qcow2 => api::DiskFormat::Qcow2,
-                };
-                let (file, read_only) = (absolute(&disk.path)?, disk.read_only);
-                NewDisk::File(api::Disk { file, format, read_only })
-            }
-        });
-    }
     let share = |share: &ShareArg| {
         let (guest, read_only) = (share.guest.clone(), share.read_only);
         Ok(api::Share { host: absolute(&share.host)?, guest, read_only })
     };
-    let shares = machine.shares.iter().map(share).collect::<Result<_, CliError>>()?;
-    let request = CreateMachine {
-        name: args.name.clone(),
-        config: MachineConfig {
-            image: args.image.clone(),
-            kernel: machine.kernel.as_deref().map(absolute).transpose()?,
-            initrd: machine.initrd.as_deref().map(absolute).transpose()?,
-            append: machine.append.clone(),
-            cpus: machine.cpus,
-            memory: machine.memory,
-            cpu_limit: args.cpu_limit,
-            memory_limit: args.memory_limit,
-            accel: accel_of(machine.accel),
-            cpu: machine.cpu,
-            debug_exit: machine.debug_exit,
-            env: machine.env.iter().cloned().map(Variable::into_pair).collect(),
-            net,
-            ports: machine.publish.clone(),
-            disks: Vec::new(),
-            shares,
-        },
-        disks,
-    };
-    let path = format!("{PREFIX}/machines");
-    let made: Machine = client.call(&Method::POST, &path, Some(&request))?;
-    print(&format!("{}\n", made.name))
+    Ok(MachineConfig {
+        image: image.map(str::to_owned),
+        kernel: machine.kernel.as_deref().map(absolute).transpose()?,
+        initrd: machine.initrd.as_deref().map(absolute).transpose()?,
+        append: machine.append.clone(),
+        cpus: machine.cpus,
+        memory: machine.memory,
+        accel: accel_of(machine.accel),
+        cpu: machine.cpu,
+        debug_exit: machine.debug_exit,
+        env: machine.env.iter().cloned().map(Variable::into_pair).collect(),
+        net,
+        ports: machine.publish.clone(),
+        shares: machine.shares.iter().map(share).collect::<Result<_, CliError>>()?,
+        ..MachineConfig::default()
+    })
 }
 
 fn net_of(net: &NetArg) -> api::Net {
@@ -395,19 +411,28 @@ pub fn console(client: &Client, args: &ConsoleArgs) -> Done {
     let path = routes::machine(&args.name, Some("console"));
     let path = format!("{path}?backlog={BACKLOG}");
     let (stream, before) = client.upgrade(&path, UPGRADE_CONSOLE)?;
-    let is_terminal = io::stdin().is_terminal();
-    if is_terminal {
+    if io::stdin().is_terminal() {
         eprintln!("berth: the console of {}; Ctrl-] then `.` leaves it", args.name);
     }
-    let raw = is_terminal.then(RawTerminal::enter).transpose().map_err(CliError::Output)?;
-    let typed = stream.try_clone().map_err(CliError::Output)?;
-    let escape = raw.is_some();
-    thread::spawn(move || type_in(&typed, escape));
+    show_console(stream, &before, &Arc::default())?;
+    Ok(ExitCode::Success)
+}
+
+/// Connects standard input and output to a console, until it ends or is left.
+fn show_console(
+    mut from: UnixStream,
+    before: &[u8],
+    left: &Arc<AtomicBool>,
+) -> Result<(), CliError> {
+    let raw = io::stdin().is_terminal().then(RawTerminal::enter);
+    let raw = raw.transpose().map_err(CliError::Output)?;
+    let typed = from.try_clone().map_err(CliError::Output)?;
+    let (escape, left) = (raw.is_some(), Arc::clone(left));
+    thread::spawn(move || type_in(&typed, escape, &left));
     let mut out = io::stdout().lock();
     let mut show = |bytes: &[u8]| out.write_all(bytes).and_then(|()| out.flush());
-    let mut shown = show(&before);
+    let mut shown = show(before);
     let mut chunk = vec![0; CHUNK];
-    let mut from = stream;
     while shown.is_ok() {
         match from.read(&mut chunk) {
             Ok(0) => break,
@@ -417,12 +442,11 @@ pub fn console(client: &Client, args: &ConsoleArgs) -> Done {
         }
     }
     drop(raw);
-    shown.map_err(CliError::Output)?;
-    Ok(ExitCode::Success)
+    shown.map_err(CliError::Output)
 }
 
 /// Moves standard input to the guest, until the escape; its end leaves the output alone.
-fn type_in(mut to: &UnixStream, escape: bool) {
+fn type_in(mut to: &UnixStream, escape: bool, left: &AtomicBool) {
     let mut filter = EscapeFilter::default();
     let mut chunk = vec![0; CHUNK];
     loop {
@@ -433,11 +457,12 @@ fn type_in(mut to: &UnixStream, escape: bool) {
             Err(_) => return,
         };
         let bytes = chunk.get(..count).unwrap_or_default();
-        let (bytes, left) = if escape { filter.pass(bytes) } else { (bytes.to_vec(), false) };
+        let (bytes, leave) = if escape { filter.pass(bytes) } else { (bytes.to_vec(), false) };
         if to.write_all(&bytes).is_err() {
             return;
         }
-        if left {
+        if leave {
+            left.store(true, Ordering::SeqCst);
             let _ = to.shutdown(Shutdown::Both);
             return;
         }

@@ -24,6 +24,7 @@ mod groups;
 pub mod import;
 mod load;
 mod network;
+mod run;
 mod snapshots;
 pub mod stats;
 
@@ -102,6 +103,8 @@ struct Live {
     address: Option<Ipv4Addr>,
     /// Of its process.
     group: Option<Group>,
+    /// It is removed when it ends.
+    temporary: bool,
 }
 
 /// A process of a machine.
@@ -117,6 +120,7 @@ struct Run {
 impl Entry {
     fn new(name: String, folder: Folder, config: VmToml) -> Arc<Self> {
         let last_exit = folder.last_exit();
+        let temporary = run::is_temporary(&folder);
         Arc::new(Self {
             id: config.id,
             changing: tokio::sync::Mutex::default(),
@@ -129,6 +133,7 @@ impl Entry {
                 counts: Counts::default(),
                 address: None,
                 group: None,
+                temporary,
             }),
         })
     }
@@ -177,6 +182,7 @@ impl Entry {
             last_exit: live.last_exit.clone().filter(|_| live.run.is_none()),
             folder: live.folder.path().display().to_string(),
             address: live.address,
+            temporary: live.temporary,
             control_group: live.group.iter().flat_map(Group::directories).map(shown).collect(),
             config: live.config.machine.clone(),
         }
@@ -444,6 +450,11 @@ impl Machines {
         };
         // Processes that are older do not say.
         let run = entry.live().run.as_ref().map(|run| run.status.clone());
+        if entry.live().temporary {
+            return Err(conflict(format!(
+                "{name} is removed when it ends, as machines of `berth vm run` are: it cannot be suspended"
+            )));
+        }
         let has = run.filter(|status| status.cpus != 0).map(|status| status.net);
         if has.is_some_and(|net| net != entry.describe().config.net) {
             return Err(conflict(format!(

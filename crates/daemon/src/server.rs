@@ -13,6 +13,8 @@ mod metrics;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod networks;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
+mod run;
+#[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod stats;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod stream;
@@ -31,6 +33,7 @@ use axum::{Json, Router};
 use berth_api::v1::error::{ErrorBody, ErrorCode};
 use berth_api::v1::info::Info;
 use berth_api::v1::routes::PREFIX;
+use berth_api::v1::run::Ended;
 use jiff::Timestamp;
 use tokio::net::{UnixListener, UnixStream};
 use utoipa::OpenApi;
@@ -128,7 +131,7 @@ struct Daemon {
                        TLS and certificates on both sides.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
-    components(schemas(ErrorBody))
+    components(schemas(ErrorBody, Ended))
 )]
 struct Document;
 

@@ -26,6 +26,8 @@ use crate::folder::Folder;
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// How long it may take until the guest runs; the initramfs may have to be made first.
 const START_TIME: Duration = Duration::from_secs(120);
+/// What the guest printed, in its folder.
+pub const CONSOLE: &str = "console.log";
 /// The log of the process, in the folder.
 pub const LOG: &str = "vmm.log";
 /// How much of the log is shown when the process says nothing itself.

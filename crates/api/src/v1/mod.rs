@@ -10,5 +10,6 @@ pub mod info;
 pub mod machine;
 pub mod network;
 pub mod routes;
+pub mod run;
 pub mod snapshot;
 pub mod stats;

@@ -6,6 +6,8 @@ pub const PREFIX: &str = "/berth/v1";
 pub const UPGRADE_AGENT: &str = "berth-agent";
 /// A connection becomes a console: bytes in both directions.
 pub const UPGRADE_CONSOLE: &str = "berth-console";
+/// A connection becomes lines of JSON about a machine that is run.
+pub const UPGRADE_RUN: &str = "berth-run";
 
 /// The path of a network.
 #[must_use]

@@ -7,7 +7,7 @@ use berth_api::v1::network::{Port, Protocol};
 use berth_vmm::virtio::net::forward::{Forward, Transport};
 
 use crate::args::machine::{MachineArgs, NetArg};
-use crate::plan::{NetPlan, PlanError, Shell, has_program};
+use crate::plan::{NetPlan, PlanError, has_program};
 
 /// The card of a kept machine.
 pub(super) fn kept(net: &kept::Net) -> NetArg {
@@ -23,7 +23,7 @@ pub(super) fn kept(net: &kept::Net) -> NetArg {
 pub(super) fn plan(
     machine: &MachineArgs,
     has_image: bool,
-    shell: Shell,
+    is_kept: bool,
 ) -> Result<NetPlan, PlanError> {
     let ports: Vec<Forward> = machine.publish.iter().map(forward).collect();
     let user = || NetPlan::User(ports.clone());
@@ -33,7 +33,7 @@ pub(super) fn plan(
             NetPlan::Tap(name.clone())
         }
         Some(NetArg::Tap(name)) => return Err(PlanError::NoInterface(name.clone())),
-        Some(NetArg::Network(_)) if shell == Shell::Always => NetPlan::Handed,
+        Some(NetArg::Network(_)) if is_kept => NetPlan::Handed,
         Some(NetArg::Network(name)) => {
             return Err(PlanError::Usage(format!(
                 "--net {name}: only a machine that is kept can be in a network; try `berth vm create \

@@ -23,7 +23,7 @@ fn written(text: &str) -> String {
 }
 
 /// What the agent is told of the terminal that its console is.
-pub(super) fn terminal() -> Vec<String> {
+pub(crate) fn terminal() -> Vec<String> {
     let mut words = Vec::new();
     if !crate::terminal::is_interactive() {
         return words;

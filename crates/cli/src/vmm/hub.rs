@@ -62,7 +62,8 @@ impl Hub {
     /// # Errors
     /// The log cannot be opened, or there is no thread.
     pub fn start(guest: UnixStream, folder: &Folder) -> io::Result<Arc<Self>> {
-        let record = Record { log: Log::open(folder.file("console.log"))?, failed: false };
+        let record =
+            Record { log: Log::open(folder.file(berth_daemon::vmm::CONSOLE))?, failed: false };
         let from = guest.try_clone()?;
         guest.set_write_timeout(Some(TYPE_TIME))?;
         let inner = Mutex::new(Inner { record, attached: Vec::new(), next: 0 });

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use berth_api::v1::error::ApiError;
+use berth_api::v1::error::{ApiError, ErrorCode};
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{
     CreateMachine, Disk, DiskFormat, MachineConfig, Net, NewDisk, check_shares,
@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::failure::{Result, chain, conflict, failed, invalid, of_store};
 use crate::folder::{self, Folder, VERSION, VmToml, link_or_copy};
-use crate::machines::{Entry, Machines, check_name, load};
+use crate::machines::{Entry, Machines, check_name, load, run};
 
 /// Most vCPUs.
 const CPUS_MAX: u8 = 16;
@@ -41,7 +41,16 @@ impl Machines {
     ///
     /// # Errors
     /// The name is taken, or what was asked for cannot be; then there is nothing of it.
-    pub async fn create(self: &Arc<Self>, mut request: CreateMachine) -> Result<Arc<Entry>> {
+    pub async fn create(self: &Arc<Self>, request: CreateMachine) -> Result<Arc<Entry>> {
+        self.create_as(request, false).await
+    }
+
+    /// The same; whether it is removed when it ends.
+    pub(super) async fn create_as(
+        self: &Arc<Self>,
+        mut request: CreateMachine,
+        temporary: bool,
+    ) -> Result<Arc<Entry>> {
         check_name(&request.name)?;
         check(&request.config)?;
         check_paths(&mut request.config)?;
@@ -51,7 +60,7 @@ impl Machines {
         self.check_network(&request.config.net).await?;
         let machines = Arc::clone(self);
         // Copying a disk takes its time, where it cannot be linked.
-        let made = tokio::task::spawn_blocking(move || machines.make(request));
+        let made = tokio::task::spawn_blocking(move || machines.make(request, temporary));
         let entry = made.await.map_err(|error| failed(&error))??;
         if let Err(error) = self.join_network(&entry).await {
             let removed = self.remove(&entry, false).await;
@@ -61,7 +70,7 @@ impl Machines {
         Ok(entry)
     }
 
-    fn make(&self, request: CreateMachine) -> Result<Arc<Entry>> {
+    fn make(&self, request: CreateMachine, temporary: bool) -> Result<Arc<Entry>> {
         let image = self.image(&request.config)?;
         let mut machine = request.config;
         let mut fills = Vec::new();
@@ -101,6 +110,9 @@ impl Machines {
                 fill.make(&folder.file(file))?;
             }
             load::note_place(folder)?;
+            if temporary {
+                run::note_temporary(folder)?;
+            }
             Ok::<_, ApiError>(())
         })?;
         let entry = Entry::new(request.name.clone(), folder, config);
@@ -112,7 +124,15 @@ impl Machines {
         let Some(name) = &config.image else { return Ok(None) };
         let name = ImageName::parse(name).map_err(|error| of_store(&error))?;
         let store = Store::open(&self.root).map_err(|error| of_store(&error))?;
-        store.find(&name).map(Some).map_err(|error| of_store(&error))
+        store.find(&name).map(Some).map_err(|error| {
+            let mut failure = of_store(&error);
+            if failure.code == ErrorCode::NotFound
+                && matches!(name.as_str(), "debian" | "debian:bookworm")
+            {
+                failure.message.push_str("; make it with `berth image bootstrap debian bookworm`");
+            }
+            failure
+        })
     }
 }
 

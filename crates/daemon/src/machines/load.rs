@@ -19,7 +19,7 @@ use crate::cgroup::Groups;
 use crate::events::Events;
 use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{self, Folder, FolderError, unsettled};
-use crate::machines::{Entry, Machines, check_name, clone, network};
+use crate::machines::{Entry, Machines, check_name, clone, network, run};
 use crate::snapshot;
 use crate::vmm::{self, Program, VmmError};
 
@@ -134,6 +134,7 @@ impl Machines {
             }
         };
         let _ = tokio::time::timeout(SETTLE, all).await;
+        machines.end_temporary().await;
         machines.settle_networks().await;
         machines.sweep_groups().await;
         Ok(machines)
@@ -303,6 +304,7 @@ impl Machines {
         let adopted = (|| {
             // What was left of the original's run.
             let _ = fs::remove_file(folder.file(socket::SOCKET));
+            run::note_kept(&folder)?;
             folder.set_last_exit(None)?;
             note_place(&folder)?;
             folder.write_config(&config)?;

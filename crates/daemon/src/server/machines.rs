@@ -17,7 +17,7 @@ use utoipa_axum::routes;
 use crate::failure::{failed, invalid};
 use crate::machines::{Entry, Machines};
 use crate::server::extract::{Body, Failure, MachinePath, Path, Query, TagPath};
-use crate::server::{Daemon, appliance, change, stats, stream};
+use crate::server::{Daemon, appliance, change, run, stats, stream};
 
 pub(super) type Answer<T> = Result<T, Failure>;
 
@@ -30,6 +30,7 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
     OpenApiRouter::new()
         .routes(routes!(list, create))
         .routes(routes!(adopt))
+        .routes(routes!(run::run))
         .routes(routes!(appliance::import))
         .routes(routes!(appliance::export))
         .routes(routes!(inspect, remove, change::change))

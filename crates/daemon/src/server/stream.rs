@@ -107,8 +107,8 @@ pub(super) async fn logs(
 ) -> Result<Response, Failure> {
     let entry = daemon.machines.find(&name).await?;
     let file = match query.source {
-        Source::Console => "console.log",
-        Source::Vmm => "vmm.log",
+        Source::Console => crate::vmm::CONSOLE,
+        Source::Vmm => crate::vmm::LOG,
     };
     let (to, from) = mpsc::channel::<io::Result<Bytes>>(CHUNKS);
     tokio::spawn(async move {
@@ -274,7 +274,7 @@ pub(super) async fn agent(
     Ok(upgrade(request, UPGRADE_AGENT, stream))
 }
 
-fn asks_for(headers: &HeaderMap, protocol: &str) -> Result<(), Failure> {
+pub(super) fn asks_for(headers: &HeaderMap, protocol: &str) -> Result<(), Failure> {
     let asked = headers.get(UPGRADE).and_then(|value| value.to_str().ok());
     match asked {
         Some(asked) if asked.eq_ignore_ascii_case(protocol) => Ok(()),

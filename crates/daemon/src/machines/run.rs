@@ -1,0 +1,167 @@
+//! Machines that are there as long as somebody runs them.
+//!
+//! Such a machine is marked by a file, so that a daemon that comes later removes it too: at its start, or
+//! when it ends.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+use std::sync::Arc;
+
+use berth_api::v1::error::{ApiError, ErrorCode};
+use berth_api::v1::machine::{CreateMachine, Exit, NAME_MAX};
+use berth_api::v1::run::{Ended, RunMachine};
+use berth_api::vmm::UNFINISHED;
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::failure::{Result, chain};
+use crate::folder::{self, Folder, FolderError};
+use crate::machines::{Entry, Machines};
+use crate::vmm::CONSOLE;
+
+/// Marks a machine that is removed when it ends.
+const TEMPORARY: &str = "state/temporary";
+/// Bytes of its console that are told at its end.
+const CONSOLE_TAIL: u64 = 4096;
+/// How often another name is tried.
+const NAMES: usize = 20;
+
+pub(super) fn is_temporary(folder: &Folder) -> bool {
+    folder.file(TEMPORARY).exists()
+}
+
+pub(super) fn note_temporary(folder: &Folder) -> std::result::Result<(), FolderError> {
+    folder::replace(&folder.file(TEMPORARY), b"")
+}
+
+/// It is one as others from now on.
+pub(super) fn note_kept(folder: &Folder) -> std::result::Result<(), FolderError> {
+    let path = folder.file(TEMPORARY);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(folder::failed("removing", &path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The end of a file.
+fn read_tail(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let len = file.metadata()?.len();
+    file.seek(SeekFrom::Start(len.saturating_sub(most)))?;
+    let mut tail = Vec::new();
+    file.take(most).read_to_end(&mut tail)?;
+    Ok(tail)
+}
+
+/// A name for a machine of an image, which nobody is likely to have.
+fn some_name(image: Option<&str>) -> String {
+    let image = image.and_then(|image| image.split([':', '/']).next()).unwrap_or_default();
+    let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+    let word: String = image.chars().map(word).take(NAME_MAX - 5).collect();
+    let word = word.trim_start_matches('-');
+    let word = if word.is_empty() { "berth" } else { word };
+    format!("{word}-{:04x}", Uuid::new_v4().as_u128() & 0xffff)
+}
+
+impl Machines {
+    /// Creates a machine that is removed when it ends, and starts it.
+    ///
+    /// # Errors
+    /// Of either; then there is nothing of it.
+    pub async fn run(self: &Arc<Self>, request: RunMachine) -> Result<Arc<Entry>> {
+        let RunMachine { name, config, disks } = request;
+        let mut tries = 0;
+        let entry = loop {
+            tries += 1;
+            let tried = name.clone().unwrap_or_else(|| some_name(config.image.as_deref()));
+            let (config, disks) = (config.clone(), disks.clone());
+            let request = CreateMachine { name: tried.clone(), config, disks };
+            match self.create_as(request, true).await {
+                Err(ApiError { code: ErrorCode::Conflict, .. })
+                    if name.is_none() && tries < NAMES && self.all().contains_key(&tried) => {}
+                made => break made?,
+            }
+        };
+        match self.start(&entry).await {
+            Ok(()) => Ok(entry),
+            Err(error) => {
+                self.remove_temporary(&entry).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until a machine that is temporary has ended for good, or whoever runs it has gone, which ends
+    /// it; then removes it. How it ended, in the first case.
+    pub async fn until_over(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        gone: impl Future<Output = ()> + Send,
+    ) -> Option<Ended> {
+        tokio::pin!(gone);
+        while let Some(mut ended) = entry.ended() {
+            let over = async { ended.wait_for(|over| *over).await.is_ok() };
+            tokio::select! {
+                _ = over => {}
+                () = &mut gone => {
+                    self.remove_temporary(entry).await;
+                    return None;
+                }
+            }
+            // It may be started anew, or go on from a snapshot.
+            drop(entry.changing.lock().await);
+        }
+        let exit = entry.live().last_exit.clone();
+        let exit = exit.unwrap_or_else(|| Exit {
+            time: Timestamp::now(),
+            in_order: false,
+            reason: UNFINISHED.to_owned(),
+            status: 1,
+        });
+        let tail = read_tail(&entry.folder().file(CONSOLE), CONSOLE_TAIL).unwrap_or_default();
+        let console = String::from_utf8_lossy(&tail).into_owned();
+        self.remove_temporary(entry).await;
+        Some(Ended { exit, console })
+    }
+
+    async fn remove_temporary(&self, entry: &Entry) {
+        if let Err(error) = self.remove(entry, true).await {
+            let (machine, error) = (entry.name(), chain(&error));
+            tracing::error!(machine, error, "it is over and could not be removed");
+        }
+    }
+
+    /// Removes those of an earlier daemon that have ended, and the others when they do.
+    pub(super) async fn end_temporary(self: &Arc<Self>) {
+        let entries: Vec<_> = self.all().values().cloned().collect();
+        for entry in entries.into_iter().filter(|entry| entry.live().temporary) {
+            let machines = Arc::clone(self);
+            let over = async move {
+                // Whoever ran it has lost sight of it.
+                machines.until_over(&entry, std::future::pending()).await;
+            };
+            tokio::spawn(over);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use berth_api::v1::machine::is_name;
+
+    use super::some_name;
+
+    #[test]
+    fn any_image_makes_a_name() {
+        for image in ["debian:bookworm", "a.b_c", ":", "registry/debian", "-x", &"y".repeat(90)] {
+            let name = some_name(Some(image));
+            assert!(is_name(&name), "{name}");
+        }
+        assert!(some_name(Some("debian:bookworm")).starts_with("debian-"));
+        assert!(some_name(None).starts_with("berth-"));
+        assert_ne!(some_name(None), format!("{}x", some_name(None)));
+    }
+}

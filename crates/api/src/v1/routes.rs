@@ -7,6 +7,12 @@ pub const UPGRADE_AGENT: &str = "berth-agent";
 /// A connection becomes a console: bytes in both directions.
 pub const UPGRADE_CONSOLE: &str = "berth-console";
 
+/// The path of an image.
+#[must_use]
+pub fn image(name: &str) -> String {
+    format!("{PREFIX}/images/{}", part(name))
+}
+
 /// The path of a network.
 #[must_use]
 pub fn network(name: &str) -> String {

@@ -35,8 +35,22 @@ pub const DAEMON_LOG: &str = "daemon.log";
 /// How long a daemon may take until it answers.
 const START_TIME: Duration = Duration::from_secs(15);
 const START_POLL: Duration = Duration::from_millis(5);
-/// Variables of the environment that a daemon gets.
-const KEPT: [&str; 7] = ["PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "RUST_BACKTRACE"];
+/// Variables of the environment that a daemon gets; the last ones are for making images.
+const KEPT: [&str; 9] = [
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "TMPDIR",
+    "TZ",
+    "RUST_BACKTRACE",
+    "APT_CONFIG",
+    "SOURCE_DATE_EPOCH",
+];
+/// Beginnings of the names of others.
+const KEPT_BEGIN: [&str; 3] = ["BERTH_", "XDG_", "LC_"];
+/// Ends of the names of others, in any case: `http_proxy`, `NO_PROXY`.
+const KEPT_END: &str = "_proxy";
 /// How long a daemon elsewhere may take until the connection is there.
 const CONNECT_TIME: Duration = Duration::from_secs(20);
 /// Bytes an answer may have that is read as a whole.
@@ -103,6 +117,9 @@ pub enum ClientError {
     /// The connection broke.
     #[error("the connection to the daemon broke")]
     Broken(#[from] hyper::Error),
+    /// The answer ended before its end.
+    #[error("the daemon ended before it was done; its `daemon.log` may say why")]
+    Unfinished,
     /// The answer is not understood.
     #[error("the daemon's answer is not understood")]
     Strange(#[source] serde_json::Error),
@@ -290,6 +307,35 @@ impl Client {
             while let Some(frame) = response.frame().await {
                 if let Ok(data) = frame.map_err(ClientError::from)?.into_data() {
                     each(&data)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Asks for something and gives each line of JSON that comes of it to `each`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn lines<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        mut each: impl FnMut(T),
+    ) -> Result<(), ClientError> {
+        let body = serde_json::to_vec(body).map_err(ClientError::Strange)?;
+        self.runtime.block_on(async {
+            let mut response = self.send(&Method::POST, path, Some(body), None).await?;
+            let mut rest = Vec::new();
+            while let Some(frame) = response.frame().await {
+                let Ok(data) = frame?.into_data() else { continue };
+                rest.extend_from_slice(&data);
+                while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                    let line: Vec<u8> = rest.drain(..=end).collect();
+                    each(serde_json::from_slice(&line).map_err(ClientError::Strange)?);
+                }
+                if rest.len() > ANSWER_MAX {
+                    return Err(ClientError::Unfinished);
                 }
             }
             Ok(())
@@ -497,7 +543,9 @@ fn start_daemon(socket: &Path, root: &Path) -> Result<(), ClientError> {
     // It goes on after whoever started it, and so do his secrets otherwise.
     let kept = std::env::vars_os().filter(|(name, _)| {
         let name = name.to_string_lossy();
-        KEPT.contains(&&*name) || ["BERTH_", "XDG_", "LC_"].iter().any(|p| name.starts_with(p))
+        KEPT.contains(&&*name)
+            || KEPT_BEGIN.iter().any(|begin| name.starts_with(begin))
+            || name.to_ascii_lowercase().ends_with(KEPT_END)
     });
     let mut child = Command::new(std::env::current_exe().map_err(failed)?)
         .env_clear()

@@ -7,7 +7,6 @@ use berth_appliance::error::ApplianceError;
 use berth_daemon::server::DaemonError;
 use berth_disk::error::DiskError;
 use berth_image::agent::NoAgent;
-use berth_image::bootstrap::BootstrapError;
 use berth_image::initramfs::InitramfsError;
 use berth_image::store::StoreError;
 
@@ -128,22 +127,9 @@ pub enum CliError {
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A machine needs the image's kernel.
-    #[error(
-        "{image} is what the machine {machine} boots; remove that first: `berth vm rm {machine}`"
-    )]
-    ImageInUse {
-        /// The image.
-        image: String,
-        /// The machine.
-        machine: String,
-    },
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// The making of an image.
-    #[error(transparent)]
-    Bootstrap(#[from] BootstrapError),
     /// The initramfs.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),

@@ -1,144 +1,109 @@
-//! `berth image ...`.
+//! `berth image ...`: asks the daemon and prints.
 
-use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::io::{self, IsTerminal};
 use std::time::Duration;
 
-use berth_daemon::folder::Folder;
-use berth_image::bootstrap::{self, Outcome, Request};
-use berth_image::store::{Image, ImageName, Store};
+use berth_api::size::Size;
+use berth_api::v1::error::{ApiError, ErrorCode};
+use berth_api::v1::image::{BootstrapImage, BootstrapLine, Image};
+use berth_api::v1::routes::{self, PREFIX};
+use berth_image::store::ImageName;
+use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
 
-use crate::args::BootstrapArgs;
+use crate::args::{BootstrapArgs, ImageCommand};
+use crate::client::{Client, ClientError};
 use crate::exit::{CliError, ExitCode};
 use crate::table;
-use berth_api::size::Size;
+use crate::vm::{NOTHING, print, print_json};
 
-/// What `--json` prints of an image.
-#[derive(Debug, Serialize)]
-struct Listed<'a> {
-    name: &'a str,
-    kernel_version: &'a str,
-    created_unix_s: u64,
-    disk_bytes: u64,
-    allocated_bytes: u64,
-}
+type Done = Result<ExitCode, CliError>;
 
-/// `berth image bootstrap`.
+/// Does what a command says.
 ///
 /// # Errors
 /// [`CliError`].
-pub fn bootstrap(root: &Path, args: &BootstrapArgs) -> Result<ExitCode, CliError> {
-    let request = Request {
+pub fn run(client: &Client, command: &ImageCommand) -> Done {
+    match command {
+        ImageCommand::Bootstrap(args) => bootstrap(client, args),
+        ImageCommand::Ls(listing) => list(client, listing.json),
+        ImageCommand::Rm(remove) => remove_all(client, &remove.images),
+    }
+}
+
+fn bootstrap(client: &Client, args: &BootstrapArgs) -> Done {
+    let request = BootstrapImage {
         distribution: args.distribution.clone(),
         suite: args.suite.clone(),
-        disk_bytes: args.size.bytes(),
+        disk_size: Some(args.size),
         include: args.include.clone(),
         name: args.name.clone(),
         again: args.again,
     };
-    // Before the directory is made: a wrong name leaves nothing behind.
-    let name = request.name()?;
-    let store = Store::open(root)?;
-    let bar = progress_bar(&format!("{}: ", name.as_str()));
-    let outcome = bootstrap::bootstrap(&store, &request, &|line| bar.set_message(line.to_owned()));
+    let usual = || format!("{}:{}", args.distribution, args.suite);
+    let bar = progress_bar(&format!("{}: ", args.name.clone().unwrap_or_else(usual)));
+    let mut last = None;
+    let ended = client.lines(&format!("{PREFIX}/images"), &request, |line| match line {
+        BootstrapLine::Progress(line) => bar.set_message(line),
+        line => last = Some(line),
+    });
     bar.finish_and_clear();
-    match outcome? {
-        Outcome::Made(image) => eprintln!(
+    ended?;
+    match last {
+        Some(BootstrapLine::Made(image)) => eprintln!(
             "berth: made {} with kernel {}, {} on disk",
-            image.info.name,
-            image.info.kernel_version,
-            Size::from(image.allocated_bytes())
+            image.name,
+            image.kernel_version,
+            Size::from(image.allocated_bytes)
         ),
-        Outcome::Existed(image) => {
-            eprintln!("berth: {} is there already; --again makes it anew", image.info.name);
+        Some(BootstrapLine::Existed(image)) => {
+            eprintln!("berth: {} is there already; --again makes it anew", image.name);
         }
+        Some(BootstrapLine::Failed(error)) => return Err(ClientError::from(error).into()),
+        Some(BootstrapLine::Progress(_)) | None => return Err(ClientError::Unfinished.into()),
     }
     Ok(ExitCode::Success)
 }
 
-/// `berth image ls`.
-///
-/// # Errors
-/// [`CliError`].
-pub fn list(root: &Path, json: bool) -> Result<ExitCode, CliError> {
-    let images = match root.exists() {
-        true => Store::open(root)?.images()?,
-        false => Vec::new(),
-    };
+fn list(client: &Client, json: bool) -> Done {
+    let images: Vec<Image> = client.call(&Method::GET, &format!("{PREFIX}/images"), NOTHING)?;
     if images.is_empty() && !json {
         eprintln!("berth: no images yet; make one with `berth image bootstrap debian bookworm`");
     }
-    let text = match json {
-        true => as_json(&images)?,
-        false => as_table(&images),
-    };
-    writeln!(io::stdout(), "{text}").map_err(CliError::Output)?;
-    Ok(ExitCode::Success)
+    if json {
+        return print_json(&images);
+    }
+    let rows = images.iter().map(|image| {
+        vec![
+            image.name.clone(),
+            image.kernel_version.clone(),
+            Size::from(image.disk_bytes).to_string(),
+            Size::from(image.allocated_bytes).to_string(),
+        ]
+    });
+    print(&(table::plain(&["IMAGE", "KERNEL", "DISK", "USED"], rows.collect()) + "\n"))
 }
 
-/// `berth image rm`.
-///
-/// # Errors
-/// [`CliError`]; images before the one that failed are gone.
-pub fn remove(root: &Path, names: &[String]) -> Result<ExitCode, CliError> {
-    let store = Store::open(root)?;
-    let lock = store.lock(|| eprintln!("berth: waiting for a bootstrap to finish"))?;
+/// Images before one that cannot be removed are gone.
+fn remove_all(client: &Client, names: &[String]) -> Done {
     for name in names {
-        let image = store.find(&ImageName::parse(name)?)?;
-        if let Some(machine) = booted_by(root, &store, &image) {
-            let image = image.info.name;
-            return Err(CliError::ImageInUse { image, machine });
-        }
-        store.remove(&lock, &image)?;
-        writeln!(io::stdout(), "{}", image.info.name).map_err(CliError::Output)?;
+        // None at all would be another path.
+        ImageName::parse(name)?;
+        let removed = remove(client, name)?;
+        print(&format!("{}\n", removed.name))?;
     }
     Ok(ExitCode::Success)
 }
 
-/// The first machine that boots the image's kernel. Its disk it would keep.
-fn booted_by(root: &Path, store: &Store, image: &Image) -> Option<String> {
-    let entries = std::fs::read_dir(root.join("machines")).ok()?;
-    let mut users: Vec<String> = entries
-        .flatten()
-        .filter(|entry| {
-            let config = Folder::at(entry.path()).config().ok();
-            let machine = config.map(|config| config.machine).filter(|m| m.kernel.is_none());
-            let name = machine.and_then(|machine| ImageName::parse(&machine.image?).ok());
-            let found = name.and_then(|name| store.find(&name).ok());
-            found.is_some_and(|found| found.info.name == image.info.name)
-        })
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
-    users.sort();
-    users.into_iter().next()
-}
-
-fn as_json(images: &[Image]) -> Result<String, CliError> {
-    let listed: Vec<_> = images
-        .iter()
-        .map(|image| Listed {
-            name: &image.info.name,
-            kernel_version: &image.info.kernel_version,
-            created_unix_s: image.info.created_unix_s,
-            disk_bytes: image.info.disk_bytes,
-            allocated_bytes: image.allocated_bytes(),
-        })
-        .collect();
-    serde_json::to_string_pretty(&listed).map_err(CliError::Json)
-}
-
-fn as_table(images: &[Image]) -> String {
-    let row = |image: &Image| {
-        vec![
-            image.info.name.clone(),
-            image.info.kernel_version.clone(),
-            Size::from(image.info.disk_bytes).to_string(),
-            Size::from(image.allocated_bytes()).to_string(),
-        ]
-    };
-    table::plain(&["IMAGE", "KERNEL", "DISK", "USED"], images.iter().map(row).collect())
+fn remove(client: &Client, name: &str) -> Result<Image, ClientError> {
+    let path = routes::image(name);
+    match client.call(&Method::DELETE, &path, NOTHING) {
+        Err(ClientError::Api(ApiError { code: ErrorCode::Busy, .. })) => {
+            eprintln!("berth: waiting for a bootstrap to finish");
+            client.call(&Method::DELETE, &format!("{path}?wait=true"), NOTHING)
+        }
+        answer => answer,
+    }
 }
 
 /// A line that shows what goes on; nothing when nobody looks.

@@ -29,7 +29,7 @@ use berth_daemon::log::Stderr;
 use berth_vmm::clock::HostClock;
 use clap::{CommandFactory, Parser};
 
-use crate::args::{Args, Command, ImageCommand, LogFormat, VmCommand};
+use crate::args::{Args, Command, LogFormat, VmCommand};
 use crate::client::{Address, Client, Place, TlsGiven};
 use crate::exit::{CliError, ExitCode};
 
@@ -158,11 +158,7 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
             Ok(vmm::run(&root()?, &folder, &group))
         }
         Command::CheckState(check) => Ok(vmm::check(&check)),
-        Command::Image(ImageCommand::Bootstrap(bootstrap)) => {
-            images::bootstrap(&root()?, &bootstrap)
-        }
-        Command::Image(ImageCommand::Ls(list)) => images::list(&root()?, list.json),
-        Command::Image(ImageCommand::Rm(remove)) => images::remove(&root()?, &remove.images),
+        Command::Image(command) => images::run(&client()?, &command),
         Command::Disk(command) => disk::run(&command),
         Command::Doctor(doctor) => doctor::run(&root()?, doctor.json),
         Command::Completions { shell } => {

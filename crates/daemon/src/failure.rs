@@ -4,6 +4,7 @@ use std::error::Error;
 
 use berth_api::v1::error::{ApiError, ErrorCode};
 use berth_appliance::error::ApplianceError;
+use berth_image::bootstrap::BootstrapError;
 use berth_image::store::StoreError;
 
 use crate::folder::FolderError;
@@ -80,6 +81,19 @@ pub fn of_appliance(error: &ApplianceError) -> ApiError {
             ErrorCode::Failed
         }
         _ => ErrorCode::Invalid,
+    };
+    ApiError { code, message: chain(error) }
+}
+
+/// An error of an image that is made.
+pub fn of_bootstrap(error: &BootstrapError) -> ApiError {
+    let code = match error {
+        BootstrapError::Store(error) => return of_store(error),
+        BootstrapError::Distribution(_)
+        | BootstrapError::Suite(_)
+        | BootstrapError::Package(_)
+        | BootstrapError::DiskSize(_) => ErrorCode::Invalid,
+        _ => ErrorCode::Failed,
     };
     ApiError { code, message: chain(error) }
 }

@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod events;
 pub mod failure;
 pub mod folder;
+pub mod images;
 pub mod log;
 pub mod machines;
 pub mod server;

@@ -8,6 +8,8 @@ mod appliance;
 mod change;
 mod extract;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
+mod images;
+#[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
 mod machines;
 mod metrics;
 #[allow(unused_qualifications, reason = "the attribute of a handler names its parameters so")]
@@ -36,6 +38,7 @@ use berth_api::v1::routes::PREFIX;
 use berth_api::v1::run::Ended;
 use jiff::Timestamp;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -43,6 +46,7 @@ use utoipa_axum::routes;
 use crate::events::Events;
 use crate::failure::error;
 use crate::folder::{Folder, FolderError, FolderLock};
+use crate::images::Images;
 use crate::machines::Machines;
 use crate::server::tcp::TlsListener;
 use crate::tls::{TlsError, TlsFiles};
@@ -118,6 +122,7 @@ pub enum DaemonError {
 #[derive(Clone)]
 struct Daemon {
     machines: Arc<Machines>,
+    images: Arc<Images>,
     started: Timestamp,
     addresses: Arc<[String]>,
 }
@@ -161,8 +166,11 @@ pub async fn serve(
     let mut addresses = vec![format!("unix://{}", config.socket.display())];
     addresses.extend(tcp.as_ref().map(|tcp| format!("tcp://{}", tcp.address())));
     tracing::info!(addresses = addresses.join(" "), "listening");
-    let daemon = Daemon { machines, started: Timestamp::now(), addresses: addresses.into() };
-    let result = answer(listener, tcp, router(daemon), over).await;
+    let (tell, told) = watch::channel(false);
+    let images = Arc::new(Images::new(&config.root, Arc::clone(&machines), told));
+    let (started, addresses) = (Timestamp::now(), addresses.into());
+    let app = router(Daemon { machines, images, started, addresses });
+    let result = answer(listener, tcp, app, over, tell).await;
     // Others do not find a socket at which nobody listens; one that is another's by now stays.
     if inode(&config.socket) == bound {
         let _ = std::fs::remove_file(&config.socket);
@@ -175,10 +183,10 @@ async fn answer(
     tcp: Option<TlsListener>,
     app: Router,
     over: impl Future<Output = ()> + Send + 'static,
+    tell: watch::Sender<bool>,
 ) -> io::Result<()> {
-    let (tell, told) = tokio::sync::watch::channel(false);
     let is_over = || {
-        let mut told = told.clone();
+        let mut told = tell.subscribe();
         // The other end is there until the end.
         async move { drop(told.wait_for(|over| *over).await) }
     };
@@ -256,6 +264,7 @@ fn router(daemon: Daemon) -> Router {
                 .routes(routes!(info))
                 .routes(routes!(metrics::metrics))
                 .routes(routes!(stream::events))
+                .merge(images::router())
                 .merge(machines::router())
                 .merge(networks::router()),
         )

@@ -3,24 +3,21 @@
 //!
 //! Root works in a directory; any other user in mmdebstrap's user namespace, where the files belong
 //! to subordinate ids and only a second step inside the namespace can read them all.
-//!
-//! What is started ends with us, however we end: the kernel ends the child, and where PID namespaces
-//! can be made the child is the first process of one, so that its own children go with it. Otherwise
-//! they would go on writing into a directory that the next bootstrap removes.
 
-use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::disk::copy_sparse;
 use crate::mounts::remove_tree;
 use crate::sources;
-use crate::store::{IMAGE_FORMAT, Image, ImageInfo, ImageName, Store, StoreError, failed};
+use crate::store::{
+    IMAGE_FORMAT, Image, ImageInfo, ImageName, Store, StoreError, StoreLock, failed,
+};
+use crate::tools::{Stop, Tool, found, require_tools};
 
 /// The size of a root disk unless asked otherwise; sparse, so only what is used is stored.
 pub const DISK_BYTES_DEFAULT: u64 = 4 << 30;
@@ -30,8 +27,6 @@ const DISK_BYTES_MIN: u64 = 512 << 20;
 const PACKAGES: &str = "ca-certificates,iproute2,iputils-ping,less,nano,procps";
 /// The package whose dependency is the newest cloud kernel.
 const KERNEL_META_PACKAGE: &str = "linux-image-cloud-amd64";
-/// Lines of a failed program's output that an error shows.
-const ERROR_LINES: usize = 8;
 
 /// Why an image could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +74,9 @@ pub enum BootstrapError {
     /// The kernel package holds something unexpected.
     #[error("the kernel package has no {0}")]
     KernelPackage(&'static str),
+    /// Somebody stopped it.
+    #[error("the making of the image was stopped; nothing was made")]
+    Stopped,
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -151,12 +149,13 @@ pub enum Outcome {
 /// [`BootstrapError`]; the store is then as it was.
 pub fn bootstrap(
     store: &Store,
+    lock: &StoreLock,
     request: &Request,
+    stop: &Stop,
     progress: &dyn Fn(&str),
 ) -> Result<Outcome, BootstrapError> {
     let name = request.name()?;
-    let lock = store.lock(|| progress("waiting for another bootstrap to finish"))?;
-    store.sweep(&lock)?;
+    store.sweep(lock)?;
     if !request.again
         && let Ok(image) = store.find(&name)
     {
@@ -165,10 +164,10 @@ pub fn bootstrap(
     require_tools()?;
     let work = Workspace::new(store)?;
     let sources = sources::for_suite(&request.suite);
-    let disk = make_root(&work, request, &sources, progress)?;
+    let disk = make_root(&work, request, &sources, stop, progress)?;
     progress("unpacking the kernel");
     let finished = work.directory.join("image");
-    let kernel_version = unpack_kernel(&work, &finished)?;
+    let kernel_version = unpack_kernel(&work, &finished, stop)?;
     place_disk(&disk, &finished.join("root.ext4"))?;
     progress("writing out");
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -180,7 +179,10 @@ pub fn bootstrap(
         disk_bytes: request.disk_bytes,
         sources,
     };
-    Ok(Outcome::Made(store.publish(&lock, &finished, &info)?))
+    if stop.is_stopped() {
+        return Err(BootstrapError::Stopped);
+    }
+    Ok(Outcome::Made(store.publish(lock, &finished, &info)?))
 }
 
 /// The directory of the work under way.
@@ -218,35 +220,13 @@ impl Drop for Workspace {
         let _ = remove_tree(&self.directory);
         if !self.is_root {
             // The files belong to the namespace's users; only inside it can they be removed.
-            let mut command = tool("mmdebstrap");
-            command.args(["--unshare-helper", "rm", "-rf"]);
-            command.args(["root", "root.tar"].map(|name| self.root_area.join(name)));
-            let _ = run(command, None, "", &|_| {});
+            let mut remove = Tool::new("mmdebstrap");
+            remove.args(["--unshare-helper", "find"]).arg(&self.root_area);
+            remove.args(["-xdev", "-mindepth", "1", "-delete"]);
+            let _ = remove.run(&Stop::default(), &|_| {});
             let _ = fs::remove_dir_all(&self.root_area);
         }
     }
-}
-
-fn require_tools() -> Result<(), BootstrapError> {
-    for (program, package) in [
-        ("mmdebstrap", "mmdebstrap"),
-        ("mke2fs", "e2fsprogs"),
-        ("dpkg-deb", "dpkg"),
-        ("setpriv", "util-linux"),
-        ("unshare", "util-linux"),
-    ] {
-        if find_program(program).is_none() {
-            return Err(BootstrapError::NoTool { program, package });
-        }
-    }
-    Ok(())
-}
-
-/// Finds a program in `PATH` or where only root's `PATH` looks.
-fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let more = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
-    std::env::split_paths(&path).chain(more).map(|place| place.join(name)).find(|p| p.is_file())
 }
 
 /// Builds the root file system and the disk of it; the kernel's package falls off into
@@ -255,6 +235,7 @@ fn make_root(
     work: &Workspace,
     request: &Request,
     sources: &[String],
+    stop: &Stop,
     progress: &dyn Fn(&str),
 ) -> Result<PathBuf, BootstrapError> {
     let fetch_kernel = format!(
@@ -272,13 +253,12 @@ fn make_root(
     let packages: Vec<&str> =
         [PACKAGES].into_iter().chain(request.include.iter().map(String::as_str)).collect();
     let area = work.root_area.display();
-    let mut command = bound_tool("mmdebstrap");
+    let mut make = Tool::bound("mmdebstrap");
     // What it leaves there when it is killed goes with the rest.
-    command.env("TMPDIR", &work.root_area);
+    make.env("TMPDIR", &work.root_area);
     let (mode, format, target) =
         if work.is_root { ("root", "directory", "root") } else { ("unshare", "tar", "root.tar") };
-    command
-        .args(["--variant=minbase", "--architectures=amd64"])
+    make.args(["--variant=minbase", "--architectures=amd64"])
         .arg(format!("--mode={mode}"))
         .arg(format!("--format={format}"))
         .arg(format!("--include={}", packages.join(",")))
@@ -290,20 +270,18 @@ fn make_root(
         .arg(&request.suite)
         .arg(work.root_area.join(target))
         .arg("-")
-        .stdin(Stdio::piped());
-    let hint = if work.is_root {
-        ""
-    } else {
-        "\nwithout root this needs user namespaces and subordinate ids (/etc/subuid, package uidmap)"
-    };
-    run(command, Some(&sources.join("\n")), hint, &|line| {
-        progress(line.strip_prefix("I: ").unwrap_or(line));
-    })?;
+        .input(sources.join("\n") + "\n");
+    if !work.is_root {
+        make.hint(
+            "\nwithout root this needs user namespaces and subordinate ids (/etc/subuid, package uidmap)",
+        );
+    }
+    make.run(stop, &|line| progress(line.strip_prefix("I: ").unwrap_or(line)))?;
     progress("making the root disk");
-    make_disk(work, request.disk_bytes)
+    make_disk(work, request.disk_bytes, stop)
 }
 
-fn make_disk(work: &Workspace, disk_bytes: u64) -> Result<PathBuf, BootstrapError> {
+fn make_disk(work: &Workspace, disk_bytes: u64, stop: &Stop) -> Result<PathBuf, BootstrapError> {
     let disk = work.root_area.join("root.ext4");
     let kib = format!("{}k", disk_bytes / 1024);
     // Everything is initialized now, so that no guest spends its first seconds on it.
@@ -322,22 +300,21 @@ fn make_disk(work: &Workspace, disk_bytes: u64) -> Result<PathBuf, BootstrapErro
         "lazy_itable_init=0,lazy_journal_init=0",
     ];
     if work.is_root {
-        let mut command = bound_tool("mke2fs");
-        command.args(options).arg("-d").arg(work.root_area.join("root")).arg(&disk).arg(kib);
-        run(command, None, "", &|_| {})?;
+        let mut make = Tool::bound("mke2fs");
+        make.args(options).arg("-d").arg(work.root_area.join("root")).arg(&disk).arg(kib);
+        make.run(stop, &|_| {})?;
     } else {
         // A user namespace cannot make device nodes, and a guest has its own over these.
         let script = "set -eu; cd \"$1\"; shift; mkdir root; \
                       tar -C root --exclude='./dev/*' -xf root.tar; \
                       mke2fs \"$@\"; chmod 0644 root.ext4";
-        let mut command = bound_tool("mmdebstrap");
-        command
-            .args(["--unshare-helper", "sh", "-c", script, "sh"])
+        let mut make = Tool::bound("mmdebstrap");
+        make.args(["--unshare-helper", "sh", "-c", script, "sh"])
             .arg(&work.root_area)
             .args(options)
             .args(["-d", "root", "root.ext4"])
             .arg(kib);
-        run(command, None, "", &|_| {})?;
+        make.run(stop, &|_| {})?;
     }
     Ok(disk)
 }
@@ -357,14 +334,12 @@ fn place_disk(disk: &Path, place: &Path) -> Result<(), BootstrapError> {
 }
 
 /// Takes kernel and modules out of the package; returns the kernel's version.
-fn unpack_kernel(work: &Workspace, finished: &Path) -> Result<String, BootstrapError> {
+fn unpack_kernel(work: &Workspace, finished: &Path, stop: &Stop) -> Result<String, BootstrapError> {
     let packages = work.root_area.join("berth-kernel");
     let package = first_file(&packages, |name| name.ends_with(".deb"))
         .ok_or(BootstrapError::KernelPackage("file; was it downloaded?"))?;
     let tree = work.directory.join("kernel-package");
-    let mut command = tool("dpkg-deb");
-    command.arg("-x").arg(package).arg(&tree);
-    run(command, None, "", &|_| {})?;
+    Tool::bound("dpkg-deb").arg("-x").arg(package).arg(&tree).run(stop, &|_| {})?;
     let kernel = first_file(&tree.join("boot"), |name| name.starts_with("vmlinuz-"))
         .ok_or(BootstrapError::KernelPackage("/boot/vmlinuz"))?;
     let file_name = kernel.file_name().and_then(OsStr::to_str).unwrap_or_default();
@@ -380,13 +355,13 @@ fn unpack_kernel(work: &Workspace, finished: &Path) -> Result<String, BootstrapE
     fs::rename(&kernel, &vmlinuz).map_err(failed("moving", &kernel))?;
     let stored = target.join("modules");
     fs::rename(modules, &stored).map_err(failed("moving", modules))?;
-    decompress_modules(&stored)?;
+    decompress_modules(&stored, stop)?;
     Ok(version)
 }
 
 /// Newer Debian packages their modules compressed; the guest should not have to unpack them at
 /// every start.
-fn decompress_modules(directory: &Path) -> Result<(), BootstrapError> {
+fn decompress_modules(directory: &Path, stop: &Stop) -> Result<(), BootstrapError> {
     const BATCH: usize = 200;
     let mut compressed = Vec::new();
     collect_compressed(directory, &mut compressed)?;
@@ -396,13 +371,12 @@ fn decompress_modules(directory: &Path) -> Result<(), BootstrapError> {
             .filter(|path| path.extension().is_some_and(|e| e == extension))
             .collect();
         for batch in of_kind.chunks(BATCH) {
-            let mut command = tool(program);
-            command.arg("-d");
+            let mut unpack = Tool::bound(program);
+            unpack.arg("-d");
             if program == "zstd" {
-                command.args(["-q", "--rm"]);
+                unpack.args(["-q", "--rm"]);
             }
-            command.args(batch);
-            run(command, None, "", &|_| {})?;
+            unpack.args(batch).run(stop, &|_| {})?;
         }
     }
     Ok(())
@@ -431,7 +405,7 @@ fn first_file(directory: &Path, wanted: impl Fn(&str) -> bool) -> Option<PathBuf
 fn proxy_options() -> Vec<String> {
     let mut options = Vec::new();
     for key in ["Acquire::http::Proxy", "Acquire::https::Proxy"] {
-        let dump = Command::new("apt-config").args(["dump", "--format", "%v%n", key]).output();
+        let dump = found("apt-config").args(["dump", "--format", "%v%n", key]).output();
         let text = dump.map(|output| output.stdout).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         if let Some(proxy) = text.lines().next().filter(|proxy| !proxy.is_empty()) {
@@ -439,86 +413,6 @@ fn proxy_options() -> Vec<String> {
         }
     }
     options
-}
-
-fn tool(name: &str) -> Command {
-    let mut command = Command::new(find_program(name).unwrap_or_else(|| name.into()));
-    command.stdin(Stdio::null()).env("LC_ALL", "C.UTF-8");
-    command
-}
-
-/// The program that a command is about: behind those that bind it to us.
-fn name_of(command: &Command) -> String {
-    let binds = |word: &OsStr| {
-        let name = Path::new(word).file_name().unwrap_or_default();
-        name == "setpriv" || name == "unshare"
-    };
-    let program = command.get_program();
-    let program = if binds(program) {
-        let mut words = command.get_args().skip(2);
-        words.find(|word| !word.as_encoded_bytes().starts_with(b"--") && !binds(word))
-    } else {
-        None
-    }
-    .unwrap_or(program);
-    Path::new(program).file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-/// A program that ends when we do, with all that it started if the kernel lets us see to it.
-fn bound_tool(name: &str) -> Command {
-    const NAMESPACE: [&str; 4] = ["--pid", "--fork", "--kill-child", "--mount-proc"];
-    let namespaces = rustix::process::geteuid().is_root()
-        && tool("unshare")
-            .args(NAMESPACE)
-            .arg("true")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .is_ok_and(|status| status.success());
-    let mut command = tool("setpriv");
-    if namespaces {
-        command.args(["--pdeathsig", "KILL", "unshare"]).args(NAMESPACE);
-    } else {
-        // mmdebstrap may ignore it while it waits, and then ends later, by itself.
-        command.args(["--pdeathsig", "TERM"]);
-    }
-    command.arg(find_program(name).unwrap_or_else(|| name.into()));
-    command
-}
-
-/// Runs a program; what it says goes line by line to `heard`, and its end into the error if it fails.
-fn run(
-    mut command: Command,
-    input: Option<&str>,
-    hint: &'static str,
-    heard: &dyn Fn(&str),
-) -> Result<(), BootstrapError> {
-    let program = name_of(&command);
-    let start = |source| BootstrapError::Start { program: program.clone(), source };
-    command.stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(start)?;
-    if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
-        // A program that ends without reading says why itself.
-        let _ = io::Write::write_all(&mut stdin, format!("{input}\n").as_bytes());
-    }
-    let mut last = VecDeque::new();
-    if let Some(stderr) = child.stderr.take() {
-        for line in BufReader::new(stderr).split(b'\n') {
-            let line = line.map_err(start)?;
-            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-            heard(&line);
-            if last.len() == ERROR_LINES {
-                last.pop_front();
-            }
-            last.push_back(line);
-        }
-    }
-    let status = child.wait().map_err(start)?;
-    if status.success() {
-        return Ok(());
-    }
-    let output = Vec::from(last).join("\n");
-    Err(BootstrapError::Tool { program, status: status.to_string(), output, hint })
 }
 
 #[cfg(test)]
@@ -564,49 +458,14 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_program_is_reported_with_its_last_words() {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", "for i in 1 2 3 4 5 6 7 8 9 10; do echo line $i >&2; done; exit 3"]);
-        let error = run(command, None, " HINT", &|_| {}).unwrap_err().to_string();
-        assert!(error.starts_with("sh failed (exit status: 3):\nline 3\n"), "{error}");
-        assert!(error.ends_with("line 10 HINT"), "{error}");
-    }
-
-    #[test]
-    fn a_bound_program_ends_with_its_children_when_we_do() {
-        use std::os::unix::fs::MetadataExt;
-        let directory = tempfile::tempdir().unwrap();
-        let mark = directory.path().join("mark");
-        let mut command = bound_tool("sh");
-        assert_eq!(name_of(&command), "sh");
-        let script = "trap 'kill $!; exit' TERM; \
-                      sh -c 'while :; do echo >> \"$1\"; sleep 0.02; done' sh \"$1\" & wait";
-        command.args(["-c", script, "sh"]).arg(&mark);
-        // The kernel takes the end of the thread that started it for ours.
-        let started = std::thread::spawn(move || {
-            let child = command.spawn().unwrap();
-            while !mark.exists() {
-                std::thread::sleep(std::time::Duration::from_millis(5));
-            }
-            (child, mark)
-        });
-        let (mut child, mark) = started.join().unwrap();
-        child.wait().unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(300));
-        let written = fs::metadata(&mark).unwrap().size();
-        std::thread::sleep(std::time::Duration::from_millis(300));
-        assert_eq!(fs::metadata(&mark).unwrap().size(), written);
-    }
-
-    #[test]
     fn compressed_modules_are_unpacked() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a/b");
         fs::create_dir_all(&path).unwrap();
         fs::write(path.join("x.ko"), "module").unwrap();
-        assert!(Command::new("gzip").arg(path.join("x.ko")).status().unwrap().success());
+        assert!(found("gzip").arg(path.join("x.ko")).status().unwrap().success());
         assert!(!path.join("x.ko").exists());
-        decompress_modules(directory.path()).unwrap();
+        decompress_modules(directory.path(), &Stop::default()).unwrap();
         assert_eq!(fs::read(path.join("x.ko")).unwrap(), b"module");
     }
 }

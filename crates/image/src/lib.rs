@@ -13,3 +13,4 @@ pub mod modules;
 mod mounts;
 pub mod sources;
 pub mod store;
+pub mod tools;

@@ -19,6 +19,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::mounts::remove_tree;
@@ -195,20 +196,19 @@ impl Store {
         self.root.join("tmp")
     }
 
-    /// Waits for the right to change the store. `waiting` is called once if somebody else has it.
+    /// The right to change the store; nothing when somebody else has it.
     ///
     /// # Errors
     /// [`StoreError::File`].
-    pub fn lock(&self, waiting: impl FnOnce()) -> Result<StoreLock, StoreError> {
+    pub fn try_lock(&self) -> Result<Option<StoreLock>, StoreError> {
         let path = self.root.join("lock");
         let file = File::options().write(true).create(true).truncate(false).open(&path);
         let file = file.map_err(failed("opening", &path))?;
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            waiting();
-            flock(&file, FlockOperation::LockExclusive)
-                .map_err(|errno| failed("locking", &path)(errno.into()))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(StoreLock { _file: file })),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => Err(failed("locking", &path)(errno.into())),
         }
-        Ok(StoreLock { _file: file })
     }
 
     /// All images, by name.
@@ -232,14 +232,7 @@ impl Store {
     /// [`StoreError::NoImage`] when there is none.
     pub fn find(&self, name: &ImageName) -> Result<Image, StoreError> {
         let images = self.images()?;
-        let exact = images.iter().find(|image| image.info.name == name.0);
-        let newest = || {
-            let same = images.iter().filter(|image| {
-                image.info.name.strip_prefix(&name.0).is_some_and(|rest| rest.starts_with(':'))
-            });
-            same.max_by_key(|image| image.info.created_unix_s)
-        };
-        exact.or_else(newest).cloned().ok_or_else(|| {
+        pick(&images, name).cloned().ok_or_else(|| {
             let known: Vec<_> = images.iter().map(|image| image.info.name.as_str()).collect();
             StoreError::NoImage {
                 name: name.0.clone(),
@@ -312,6 +305,19 @@ impl Store {
     }
 }
 
+/// The image that a name stands for: of exactly that name, or the newest of a distribution.
+#[must_use]
+pub fn pick<'a>(images: &'a [Image], name: &ImageName) -> Option<&'a Image> {
+    let exact = images.iter().find(|image| image.info.name == name.0);
+    let newest = || {
+        let same = images.iter().filter(|image| {
+            image.info.name.strip_prefix(&name.0).is_some_and(|rest| rest.starts_with(':'))
+        });
+        same.max_by_key(|image| image.info.created_unix_s)
+    };
+    exact.or_else(newest)
+}
+
 /// The error of a file operation, for `map_err`.
 pub(crate) fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.to_owned();
@@ -353,7 +359,7 @@ mod tests {
     }
 
     fn publish(store: &Store, info: &ImageInfo) -> Image {
-        let lock = store.lock(|| {}).unwrap();
+        let lock = store.try_lock().unwrap().unwrap();
         let work = store.temporary().join("work");
         fs::create_dir_all(&work).unwrap();
         fs::write(work.join("root.ext4"), info.name.as_bytes()).unwrap();
@@ -385,7 +391,7 @@ mod tests {
         assert_eq!(fs::read(image.root_disk()).unwrap(), b"debian:bookworm");
         let missing = store.find(&name("deb")).unwrap_err().to_string();
         assert!(missing.contains("debian:bookworm, debian:trixie"), "{missing}");
-        let lock = store.lock(|| {}).unwrap();
+        let lock = store.try_lock().unwrap().unwrap();
         store.remove(&lock, &image).unwrap();
         assert_eq!(store.images().unwrap().len(), 1);
         fs::create_dir(store.temporary().join("left")).unwrap();
@@ -397,14 +403,10 @@ mod tests {
     fn the_lock_is_for_one() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        let lock = store.lock(|| panic!("nobody has it")).unwrap();
-        let other = store.clone();
-        let (told, heard) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn(move || other.lock(|| told.send(()).unwrap()).map(|_| ()));
-        heard.recv().unwrap();
-        assert!(!thread.is_finished());
+        let lock = store.try_lock().unwrap().unwrap();
+        assert!(store.try_lock().unwrap().is_none());
         drop(lock);
-        thread.join().unwrap().unwrap();
+        assert!(store.try_lock().unwrap().is_some());
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub enum ErrorCode {
     NotFound,
     /// 409: it exists already, or its state does not allow that.
     Conflict,
+    /// 409: something else has to end first; it can be asked for again.
+    Busy,
     /// 500: the host refused something.
     Failed,
     /// 501: this is not there yet.
@@ -43,7 +45,7 @@ impl ErrorCode {
         match self {
             Self::Invalid => 400,
             Self::NotFound => 404,
-            Self::Conflict => 409,
+            Self::Conflict | Self::Busy => 409,
             Self::Failed => 500,
             Self::Unsupported => 501,
         }

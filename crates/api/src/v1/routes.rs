@@ -9,6 +9,12 @@ pub const UPGRADE_CONSOLE: &str = "berth-console";
 /// A connection becomes lines of JSON about a machine that is run.
 pub const UPGRADE_RUN: &str = "berth-run";
 
+/// The path of an image.
+#[must_use]
+pub fn image(name: &str) -> String {
+    format!("{PREFIX}/images/{}", part(name))
+}
+
 /// The path of a network.
 #[must_use]
 pub fn network(name: &str) -> String {

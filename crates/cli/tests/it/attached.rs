@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use crate::guest::{Debian, LIMIT, Running, berth, run};
+use crate::kept::Started;
 
 const DISK_BYTES: u64 = 64 << 20;
 
@@ -165,6 +166,7 @@ fn a_full_disk_is_said_and_leaves_nothing_half_done() {
     let mounted = Small::mount(directory.path());
     let Some(_mounted) = mounted else { return println!("skipped: tmpfs cannot be mounted here") };
     let root = directory.path().to_str().unwrap();
+    let _daemon = Started::at(directory.path().join("berth.sock"));
     // A bootstrap that runs out of space.
     let ran =
         run(berth(&["image", "bootstrap", "debian", "bookworm"]).env("BERTH_ROOT", root), b"");

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::guest::{ECHO, run_within};
+use crate::images::{Maker, put_image};
 use crate::remote::Remote;
 
 /// What is asked for does exist, so that more is tried than how absence is answered. What is
@@ -29,6 +30,10 @@ include-path = "/berth/v1/machines/{name}/rename"
 parameters = { "path.name" = "renamed" }
 
 [[operations]]
+include-path = "/berth/v1/images/{name}"
+parameters = { "path.name" = "lab" }
+
+[[operations]]
 include-path-regex = "/(stop|restart)$"
 parameters = { "query.timeout" = 1 }
 
@@ -47,7 +52,10 @@ fn the_daemon_does_what_its_document_says() {
         println!("skipped: no schemathesis here; `pip install schemathesis` gets it");
         return;
     }
-    let remote = Remote::new();
+    // What is asked for would be made of packages from elsewhere.
+    let maker = Maker::new("echo 'E: nothing is made here' >&2\nexit 25\n");
+    let remote = Remote::beside(maker);
+    put_image(remote.cloud.root(), "lab:1");
     for name in ["a", "removed", "changed", "renamed", "cloned"] {
         remote.cloud.create(name, &ECHO);
     }

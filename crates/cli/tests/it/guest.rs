@@ -8,8 +8,11 @@ use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use berth_cli::client::{Address, Place};
 use berth_image::store::{Image, ImageName, Store};
 use rustix::fs::{FlockOperation, flock};
+
+use crate::kept::Started;
 
 /// No run of a guest may take longer; the slowest hosts of CI are far below.
 pub const LIMIT: Duration = Duration::from_secs(240);
@@ -190,6 +193,8 @@ pub fn turn() -> File {
 
 /// The Debian image, and the right to run guests from it.
 pub struct Debian {
+    /// Ended before somebody else has his turn.
+    _daemon: Started,
     _turn: File,
     /// The image in the store that the program uses by itself.
     pub image: Image,
@@ -201,9 +206,10 @@ impl Debian {
     pub fn take() -> Option<Self> {
         static WHY_NOT: OnceLock<Option<String>> = OnceLock::new();
         let turn = turn();
+        let daemon = Started::at(socket());
         let why_not = WHY_NOT.get_or_init(|| prepare().err());
         match why_not {
-            None => Some(Self { _turn: turn, image: image().unwrap() }),
+            None => Some(Self { _daemon: daemon, _turn: turn, image: image().unwrap() }),
             Some(why) => {
                 let required = std::env::var("BERTH_E2E").is_ok_and(|value| value == "required");
                 assert!(!required, "no Debian guest: {why}");
@@ -238,6 +244,15 @@ impl Debian {
 
 fn state() -> PathBuf {
     berth_cli::state::directory(None).unwrap()
+}
+
+/// Where the daemon of that directory listens.
+fn socket() -> PathBuf {
+    let given = std::env::var_os("BERTH_ROOT").map(PathBuf::from);
+    match Address::choose(None, given.as_deref(), &state()).unwrap().place {
+        Place::Unix(socket) => socket,
+        place @ Place::Tcp(_) => panic!("{place} is elsewhere"),
+    }
 }
 
 fn image() -> Result<Image, String> {

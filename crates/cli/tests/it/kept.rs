@@ -107,9 +107,7 @@ impl Cloud {
     }
 
     pub(crate) fn daemon_pid(&self) -> Option<Pid> {
-        let info = get(&self.root().join("berth.sock"), "/berth/v1/info")?;
-        let info: Value = serde_json::from_str(&info).unwrap();
-        Pid::from_raw(i32::try_from(info["pid"].as_u64().unwrap()).unwrap())
+        pid_at(&self.root().join("berth.sock"))
     }
 
     /// Kills the daemon as the system does when it is short of memory.
@@ -136,6 +134,30 @@ impl Drop for Cloud {
             let _ = kill_process(pid, Signal::TERM);
         }
     }
+}
+
+/// The daemon at a socket, if there was none before: it ends when this is dropped.
+pub(crate) struct Started(Option<PathBuf>);
+
+impl Started {
+    pub(crate) fn at(socket: PathBuf) -> Self {
+        Self(UnixStream::connect(&socket).is_err().then_some(socket))
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0.as_deref().and_then(pid_at) {
+            let _ = kill_process(pid, Signal::TERM);
+            wait_until_gone(pid);
+        }
+    }
+}
+
+/// The daemon that answers there.
+fn pid_at(socket: &Path) -> Option<Pid> {
+    let info: Value = serde_json::from_str(&get(socket, "/berth/v1/info")?).unwrap();
+    Pid::from_raw(i32::try_from(info["pid"].as_u64().unwrap()).unwrap())
 }
 
 /// A console that is attached.

@@ -10,6 +10,7 @@ mod debian;
 mod frozen;
 mod groups;
 mod guest;
+mod images;
 mod kept;
 mod kernels;
 mod killed;
@@ -109,9 +110,6 @@ fn what_is_missing_is_named() {
     check(&with("--memory 900T".into()), &["900T", "this host has"]);
     check(&with("--memory 4K".into()), &["4K", "the least is 4M"]);
     check("vm run ../../etc", &["../../etc", "no image name"]);
-    check("image rm debian", &["debian", "none"]);
-    check("image bootstrap fedora 41", &["fedora", "debian"]);
-    check("image bootstrap debian ../x", &["../x"]);
 }
 
 #[test]
@@ -159,56 +157,6 @@ fn disks_without_a_machine() {
     let mut names: Vec<_> = fs::read_dir(root).unwrap().map(|e| e.unwrap().file_name()).collect();
     names.sort();
     assert_eq!(names, ["all.raw", "base.raw", "top.qcow2"]);
-}
-
-#[test]
-fn an_empty_store_lists_as_nothing() {
-    let directory = tempfile::tempdir().unwrap();
-    let root = directory.path().join("state");
-    let output = berth(&root).args(["image", "ls", "--json"]).assert().success();
-    let value: serde_json::Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
-    assert_eq!(value, serde_json::json!([]));
-    let output = berth(&root).args(["image", "ls"]).assert().success();
-    assert!(output.get_output().stdout.starts_with(b"IMAGE"));
-    assert!(!root.exists(), "looking makes nothing");
-}
-
-/// A second bootstrap makes nothing: there is nothing here that it could be made with.
-#[test]
-fn an_image_is_listed_not_made_again_and_removed() {
-    let directory = tempfile::tempdir().unwrap();
-    let root = directory.path();
-    let image = root.join("images/debian@bookworm");
-    fs::create_dir_all(image.join("kernel/modules")).unwrap();
-    fs::write(image.join("kernel/vmlinuz"), "kernel").unwrap();
-    fs::write(image.join("root.ext4"), "disk").unwrap();
-    let info = serde_json::json!({
-        "format": 1,
-        "name": "debian:bookworm",
-        "kernel_version": "6.1.0-test",
-        "created_unix_s": 1,
-        "disk_bytes": 4096,
-        "sources": [],
-    });
-    fs::write(image.join("image.json"), info.to_string()).unwrap();
-    let text = |output: &[u8]| String::from_utf8_lossy(output).into_owned();
-    let listed = || {
-        let output = berth(root).args(["image", "ls"]).assert().success();
-        text(&output.get_output().stdout)
-    };
-    assert!(listed().contains("debian:bookworm") && listed().contains("6.1.0-test"));
-    let again = berth(root)
-        .env("PATH", "/nonexistent")
-        .args(["image", "bootstrap", "debian", "bookworm"])
-        .assert()
-        .success();
-    let said = text(&again.get_output().stderr);
-    assert!(said.contains("is there already") && said.contains("--again"), "{said}");
-    assert_eq!(fs::read(image.join("root.ext4")).unwrap(), b"disk");
-    berth(root).args(["image", "rm", "debian"]).assert().success();
-    assert!(!listed().contains("debian") && !image.exists());
-    let gone = berth(root).args(["image", "rm", "debian"]).assert().failure();
-    assert!(text(&gone.get_output().stderr).contains("debian"));
 }
 
 #[test]

@@ -14,6 +14,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, version};
 
 use crate::guest::{Debian, ECHO, LIMIT, Ran, Running, run};
+use crate::images::Maker;
 use crate::kept::{Cloud, get};
 
 /// An authority and what it signed.
@@ -67,12 +68,25 @@ pub(crate) struct Remote {
 
 impl Remote {
     pub(crate) fn new() -> Self {
-        let cloud = Cloud::new();
+        Self::in_cloud(Cloud::new(), |command| command)
+    }
+
+    /// It finds what makes images where that says.
+    pub(crate) fn beside(maker: Maker) -> Self {
+        let path = maker.path();
+        Self::in_cloud(maker.cloud, |command| command.env("PATH", path))
+    }
+
+    fn in_cloud(
+        cloud: Cloud,
+        set: impl FnOnce(&mut std::process::Command) -> &mut std::process::Command,
+    ) -> Self {
         let ours = Authority::new(cloud.root(), "ours");
         ours.sign("host", &["127.0.0.1", "localhost"]);
         ours.sign("me", &["me"]);
         let mut command =
             cloud.command(&format!("daemon --listen tcp://127.0.0.1:0 {}", ours.flags("host")));
+        set(&mut command);
         let daemon = Running::start(command.stdin(Stdio::null()).stderr(Stdio::null()));
         let began = Instant::now();
         let info = loop {
@@ -98,11 +112,11 @@ impl Remote {
         command
     }
 
-    fn run(&self, words: &str) -> Ran {
+    pub(crate) fn run(&self, words: &str) -> Ran {
         run(&mut self.words(&self.ours.flags("me"), words), b"")
     }
 
-    fn ok(&self, words: &str) -> String {
+    pub(crate) fn ok(&self, words: &str) -> String {
         let ran = self.run(words);
         ran.check(0);
         assert_eq!(ran.stderr, "", "{words}");

@@ -12,6 +12,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::guest::{Debian, LIMIT, Running, berth, multiboot, run};
+use crate::images::Maker;
 
 /// Both ends of a terminal; what the program writes is collected.
 struct Terminal {
@@ -194,18 +195,8 @@ fn a_virtio_console_follows_the_terminals_size() {
 /// With a maker of root images that takes its time and then fails.
 #[test]
 fn progress_is_shown_on_a_terminal_only() {
-    let directory = tempfile::tempdir().unwrap();
-    let maker = directory.path().join("mmdebstrap");
-    std::fs::write(&maker, "#!/bin/sh\nsleep 1.5\necho 'E: nothing there' >&2\nexit 25\n").unwrap();
-    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&maker, executable).unwrap();
-    let path = std::env::var("PATH").unwrap();
-    let bootstrap = || {
-        let mut command = berth(&["image", "bootstrap", "debian", "bookworm"]);
-        command.env("BERTH_ROOT", directory.path().join("state"));
-        command.env("PATH", format!("{}:{path}", directory.path().display()));
-        command
-    };
+    let maker = Maker::new("sleep 1.5\necho 'E: nothing there' >&2\nexit 25\n");
+    let bootstrap = || maker.command("image bootstrap debian bookworm");
     let terminal = Terminal::open();
     let mut running = terminal.start(bootstrap());
     terminal.await_text("0s debian:bookworm: ");

@@ -78,6 +78,16 @@ pub struct NetworkPath {
     name: String,
 }
 
+/// Which image.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "a description; handlers take the name alone")]
+pub struct ImagePath {
+    /// The image's name; without its tag, the newest one of that distribution.
+    #[param(pattern = r"^[a-z0-9][a-z0-9._-]*(:[a-z0-9][a-z0-9._-]*)?$")]
+    name: String,
+}
+
 /// Which of its snapshots.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]

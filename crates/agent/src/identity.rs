@@ -40,7 +40,7 @@ pub fn assume(identity: &Identify) -> Result<(), String> {
         // The kernel knows it; it is told again at each start.
         say(&format!("/etc/hostname keeps another name: {error}"));
     }
-    note("the network card", network::become_another(identity.mac));
+    note("the network card", network::become_another(identity.mac, identity.leave_address));
     // Nobody waits for the disk: after a power loss soon it is told again. What the clone was made for
     // comes first.
     std::thread::spawn(|| {
@@ -124,7 +124,12 @@ mod tests {
     use super::*;
 
     fn identity() -> Identify {
-        Identify { hostname: "b-1".into(), machine_id: "0a".repeat(16), mac: [2, 0, 0, 0, 0, 1] }
+        Identify {
+            hostname: "b-1".into(),
+            machine_id: "0a".repeat(16),
+            mac: [2, 0, 0, 0, 0, 1],
+            leave_address: false,
+        }
     }
 
     #[test]

@@ -41,13 +41,17 @@ pub fn bring_up() {
 }
 
 /// Gives the card another hardware address, and asks for an address on the network with it, which may
-/// come after this returns. A card that has it already stays as it is.
+/// come after this returns; the one that it has stays until then, or goes at once. A card that is what it
+/// should be stays so.
 ///
 /// # Errors
 /// The card refuses it.
-pub fn become_another(mac: [u8; 6]) -> io::Result<()> {
+pub fn become_another(mac: [u8; 6], leave_address: bool) -> io::Result<()> {
     if !Path::new("/sys/class/net").join(CARD).exists() || hardware_address()? == mac {
         return Ok(());
+    }
+    if leave_address {
+        sys::clear_address(CARD)?;
     }
     if sys::set_hardware_address(CARD, mac).is_err() {
         // Some cards keep their address while they are up. Virtio's need not be emptied and filled

@@ -96,6 +96,13 @@ pub fn set_address(name: &str, address: Ipv4Addr, mask: Ipv4Addr) -> io::Result<
     interface_ioctl(libc::SIOCSIFNETMASK, &mut request)
 }
 
+/// Takes an interface's address from it, and what leads through it.
+pub fn clear_address(name: &str) -> io::Result<()> {
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_addr = socket_address(Ipv4Addr::UNSPECIFIED);
+    interface_ioctl(libc::SIOCSIFADDR, &mut request)
+}
+
 /// Sets the largest packet an interface sends.
 pub fn set_mtu(name: &str, mtu: u16) -> io::Result<()> {
     let mut request = interface_request(name)?;

@@ -20,6 +20,7 @@
 //! All accesses race with other vCPUs and devices by design; they are volatile or atomic.
 
 mod layers;
+mod touched;
 
 use std::os::fd::AsRawFd;
 use std::ptr;

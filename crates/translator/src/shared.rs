@@ -7,7 +7,9 @@
 //! set; whoever writes by another way looks for the bits only after the bytes are there. So one of
 //! the two always notices.
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -190,6 +192,21 @@ impl Shared {
     pub fn freeze(&self, new: OwnedFd) -> io::Result<Frozen> {
         self.leave_mail(!0, ALL_SPACES);
         self.ram.freeze(new)
+    }
+
+    /// Maps frozen pages of ranges of page numbers before anybody reads them; how many that are. vCPUs may
+    /// run.
+    pub fn prefetch(&self, ranges: impl Iterator<Item = Range<u64>>) -> u64 {
+        self.ram.prefetch(ranges)
+    }
+
+    /// Numbers of frozen pages that have been read, and of some beside them. `pagemap` is
+    /// `/proc/self/pagemap`, which may have been opened before.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn touched(&self, pagemap: &File) -> io::Result<Vec<Range<u64>>> {
+        self.ram.touched(pagemap)
     }
 
     /// Where RAM is now. Nothing may write it as long as that is used.

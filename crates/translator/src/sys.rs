@@ -85,6 +85,17 @@ pub fn mprotect(at: u64, len: usize, prot: i32) -> io::Result<()> {
     }
 }
 
+/// Maps pages of ours that have a file, as reading them would; those that are not in memory are read.
+pub fn populate(at: u64, len: usize) -> io::Result<()> {
+    for advice in [libc::MADV_WILLNEED, libc::MADV_POPULATE_READ] {
+        // SAFETY: callers pass pages of their own mappings; what they hold does not change.
+        if unsafe { libc::madvise(at as *mut libc::c_void, len, advice) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// A new anonymous file of `len` bytes (sparse).
 pub fn memfd(name: &std::ffi::CStr, len: u64) -> io::Result<OwnedFd> {
     // SAFETY: plain system call with a valid string.

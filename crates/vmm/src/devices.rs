@@ -2,6 +2,8 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use berth_disk::format::Format;
@@ -123,6 +125,8 @@ pub struct HostEnds {
     pub disks: Arc<OnceLock<Vec<Option<DiskSwitch>>>>,
     /// For the guest's memory.
     pub balloon: Arc<OnceLock<BalloonSwitch>>,
+    /// Whether the network card lets nothing in or out.
+    pub net_held: Arc<AtomicBool>,
 }
 
 impl Devices {
@@ -187,11 +191,12 @@ impl Devices {
         match self.link.0.take() {
             None => {}
             Some(Link::User(begun)) => {
-                let card = Net::new(begun.connect(), mac);
+                let card = Net::new(begun.connect(), mac).held_by(Arc::clone(&ends.net_held));
                 attach(&mut root, Arc::clone(&memory), Box::new(card))?;
             }
             Some(Link::Tap(tap)) => {
-                attach(&mut root, Arc::clone(&memory), Box::new(Net::new(tap, mac)))?;
+                let card = Net::new(tap, mac).held_by(Arc::clone(&ends.net_held));
+                attach(&mut root, Arc::clone(&memory), Box::new(card))?;
             }
         }
         attach(&mut root, Arc::clone(&memory), Box::new(Rng::new()))?;

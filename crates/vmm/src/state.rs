@@ -30,6 +30,8 @@ pub const VERSION: u32 = 1;
 pub const MACHINE: &str = "machine.json";
 /// Memory, from guest address 0 on, without the hole below 4 GiB; a sparse file.
 pub const MEMORY: &str = "memory";
+/// Beside them: which pages were read first when the machine went on; empty until it is known.
+pub const WORKING_SET: &str = "working-set";
 /// Bytes `machine.json` may have.
 const MACHINE_MAX: u64 = 4 << 20;
 /// Bytes of memory that are moved at once.
@@ -258,6 +260,8 @@ impl MachineState {
             file.sync_all()
         };
         write().map_err(failed("writing", &path))?;
+        let path = directory.join(WORKING_SET);
+        File::create(&path).map_err(failed("creating", &path))?;
         let synced = File::open(directory).and_then(|file| file.sync_all());
         synced.map_err(failed("syncing", directory))
     }

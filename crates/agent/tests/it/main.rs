@@ -106,6 +106,7 @@ fn requests_are_answered() {
         hostname: "another".into(),
         machine_id: "0".repeat(32),
         mac: [2, 0, 0, 0, 0, 1],
+        leave_address: true,
     };
     let refused = client.identify(&identity).unwrap_err();
     assert!(matches!(refused, ClientError::Refused(_)), "{refused}");

@@ -73,6 +73,10 @@ pub struct Identify {
     pub machine_id: String,
     /// The hardware address of its first network card, if it has one.
     pub mac: [u8; 6],
+    /// Whether that card gives up its address on the network before this is answered: it is that of another
+    /// machine on the same network.
+    #[serde(default)]
+    pub leave_address: bool,
 }
 
 /// Why the agent did not do what was asked.

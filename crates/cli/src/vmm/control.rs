@@ -10,8 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use berth_api::agent::message::Identify;
-use berth_api::v1::machine::MachineConfig;
-use berth_api::v1::machine::MachineState;
+use berth_api::v1::machine::{MachineConfig, MachineState, Net};
 use berth_api::vmm::{Answer, Frozen, IDENTITY, LINE_MAX, Request, SUSPENDED, Status};
 use berth_daemon::folder::Folder;
 use berth_vmm::chips::events::PowerButton;
@@ -99,6 +98,7 @@ impl Control {
                 hostname: kept.name.to_owned(),
                 machine_id: kept.toml.id.simple().to_string(),
                 mac: kept.mac.0,
+                leave_address: matches!(kept.toml.machine.net, Net::Network(_)),
             },
             is_copy: kept.is_copy,
             status: Mutex::new(status),
@@ -380,7 +380,10 @@ impl Control {
         let identity = is_clone.then_some(&self.identity);
         let agent = &mut Agent(Arc::clone(self));
         *set = match command::begin(agent, patience, identity, self.is_copy) {
-            Ok(()) => true,
+            Ok(()) => {
+                self.ends.net_held.store(false, Ordering::Release);
+                true
+            }
             Err(error) => {
                 if is_clone {
                     let error = berth_daemon::failure::chain(&error);

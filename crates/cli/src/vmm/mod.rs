@@ -9,6 +9,7 @@
 //!
 //! Everything in the folder is reached through a descriptor of it, so that it may be renamed.
 
+mod ahead;
 mod check;
 mod confine;
 mod control;
@@ -28,7 +29,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use berth_api::v1::machine::{Exit, MachineState};
-use berth_api::vmm::{Answer, Greeting, ORIGIN, Origin, RENEW, Request, SUSPENDED, Status};
+use berth_api::vmm::{
+    Answer, Greeting, IDENTITY, ORIGIN, Origin, RENEW, Request, SUSPENDED, Status,
+};
 use berth_daemon::folder::{Folder, FolderLock, VmToml, hardware_address};
 use berth_vmm::console::SignalWatch;
 use berth_vmm::devices::HostEnds;
@@ -40,7 +43,8 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::exit::ExitCode;
 use crate::machine::{Told, config, devices};
-use crate::plan::{Console, RunPlan};
+use crate::plan::{Console, NetPlan, RunPlan};
+use crate::vmm::ahead::Ahead;
 use crate::vmm::control::Control;
 use crate::vmm::hub::Hub;
 
@@ -185,6 +189,7 @@ fn begin(
     parts.connect()?;
     // What is in another machine's folder, too.
     let handed = origin.exists().then(|| take(folder)).transpose()?;
+    let ahead = handed.is_none().then(|| Ahead::open(&suspended)).flatten();
     confine::confine(folder, root, &plan);
     // Before any thread exists, so that all of them leave the signals to the watcher.
     let over: Arc<OnceLock<Arc<Ending>>> = Arc::default();
@@ -198,6 +203,9 @@ fn begin(
         }
     })?;
     let ends = HostEnds::default();
+    // Until its guest knows that it is another one.
+    let held = goes_on && plan.net == NetPlan::Handed && folder.file(IDENTITY).exists();
+    ends.net_held.store(held, Ordering::Release);
     let told = Told::new(&plan)?;
     let hub = Hub::start(near, folder)?;
     let mut config = config(&plan, &told);
@@ -219,6 +227,9 @@ fn begin(
         }
         Some(Resume::Handed(_)) => std::fs::remove_file(&origin)?,
         None => {}
+    }
+    if let Some(ahead) = ahead {
+        ahead.begin(machine.storer());
     }
     // Set once.
     let _ = over.set(machine.ending());

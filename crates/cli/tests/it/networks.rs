@@ -218,6 +218,7 @@ fn machines_in_networks() {
         names_resolve(&lab, &a);
         networks_are_apart(&lab, &a);
         ports_are_published(&lab, &a);
+        a_running_clone_is_a_member_of_its_own(&lab, &a);
         a_daemon_is_killed(&lab, &a);
         lab.cloud.fails("network rm lab", &["in use by a, b"]);
         lab.cloud.ok("vm rename a web");
@@ -242,6 +243,35 @@ fn names_resolve(lab: &Lab, a: &str) {
     }
     let members = &lab.network("lab")["members"];
     assert_eq!((&members[0]["name"], &members[0]["address"]), (&"a".into(), &a.into()));
+}
+
+fn a_running_clone_is_a_member_of_its_own(lab: &Lab, a: &str) {
+    let cloud = &lab.cloud;
+    cloud.ok("vm clone --running b twin");
+    let address = |name: &str| cloud.inspect(name)["address"].as_str().unwrap().to_owned();
+    let (own, twin) = (address("b"), address("twin"));
+    assert!(own != twin && twin != a, "{own} {twin}");
+    let has = |name: &str, address: &str| {
+        let (_, text) = lab.sh(name, "ip -4 -o addr show dev eth0");
+        text.contains(&format!("inet {address}/"))
+    };
+    // It may have none yet, but never the other's.
+    let began = Instant::now();
+    while !has("twin", &twin) {
+        assert!(!has("twin", &own));
+        assert!(began.elapsed() < LIMIT, "the clone gets no address");
+    }
+    assert!(has("b", &own));
+    for name in ["twin", "b"] {
+        assert!(lab.say_from(name, "a", 80).ends_with("said hello\n"), "{name}");
+    }
+    assert!(lab.sh("a", "getent hosts twin").1.starts_with(&twin));
+    let mac = |name: &str| lab.sh(name, "cat /sys/class/net/eth0/address").1.trim().to_owned();
+    let seen = |address: &str| lab.sh("a", &format!("ip neigh show {address}")).1;
+    assert!(mac("b") != mac("twin"));
+    assert!(seen(&own).contains(&mac("b")), "{}", seen(&own));
+    assert!(seen(&twin).contains(&mac("twin")), "{}", seen(&twin));
+    cloud.ok("vm rm --force twin");
 }
 
 fn networks_are_apart(lab: &Lab, a: &str) {

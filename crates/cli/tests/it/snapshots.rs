@@ -70,6 +70,49 @@ impl Cloud {
     }
 }
 
+/// What the first that goes on from a snapshot reads is read ahead for those that come later.
+#[test]
+fn memory_is_read_ahead_as_it_was_read_before() {
+    let cloud = Cloud::new();
+    cloud.create_sum("a");
+    cloud.ok("vm start a");
+    cloud.add("a", 3, 3);
+    cloud.ok("vm snapshot --tag one a");
+    let folder = cloud.root().join("machines/a");
+    let ahead = |name: &str| {
+        let log = cloud.root().join("machines").join(name).join("vmm.log");
+        fs::read_to_string(log).unwrap().matches(" were read ahead").count()
+    };
+    cloud.ok("vm restore --force a one");
+    cloud.add("a", 1, 4);
+    let mut notes = vec![folder.join("snapshots")];
+    let began = Instant::now();
+    let note = loop {
+        let Some(path) = notes.pop() else {
+            assert!(began.elapsed() < LIMIT, "nothing is noted");
+            std::thread::sleep(Duration::from_millis(50));
+            notes.push(folder.join("snapshots"));
+            continue;
+        };
+        if path.is_dir() {
+            notes.extend(fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+        } else if path.ends_with("working-set") && path.metadata().unwrap().len() > 0 {
+            break path;
+        }
+    };
+    assert_eq!(ahead("a"), 0);
+    cloud.ok("vm restore --force a one");
+    cloud.add("a", 1, 4);
+    cloud.ok("vm clone --running --tag one a b");
+    cloud.add("b", 1, 4);
+    assert_eq!((ahead("a"), ahead("b")), (1, 1));
+    // It is a hint, no part of what must be as it was.
+    fs::write(note, "?").unwrap();
+    cloud.ok("vm restore --force a one");
+    cloud.add("a", 1, 4);
+    assert_eq!(ahead("a"), 1);
+}
+
 #[test]
 fn a_machine_goes_on_from_any_of_its_snapshots() {
     let cloud = Cloud::new();

@@ -291,11 +291,6 @@ fn check_network(config: &MachineConfig, running: bool) -> Result<()> {
             "the network card is connected to the interface {name}, which one machine can have; try \
              without --running, and give each clone its own in its vm.toml"
         ))),
-        // Its guest uses the original's addresses, and has its connections open, until it knows better.
-        Net::Network(name) if running => Err(conflict(format!(
-            "the network card is in the network {name}, where two guests would have one address at \
-             first; try without --running, or a machine with --net user"
-        ))),
         _ => Ok(()),
     }
 }

@@ -1,7 +1,9 @@
 //! Stores a machine whose vCPUs stand still, and puts one back that was stored: both the same under both
 //! processors. What is done only under KVM is in `by_kvm`.
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -206,6 +208,27 @@ impl Storer {
             devices,
             tsc_khz,
             cpuid: tables.iter().map(|table| table.entries().to_vec()).collect(),
+        }
+    }
+
+    /// Maps pages of stored memory before the guest reads them: ranges of page numbers by guest physical
+    /// address. So many are; none where memory was copied at the start.
+    pub fn prefetch(&self, ranges: impl Iterator<Item = Range<u64>>) -> u64 {
+        match &self.processor {
+            Processor::Translated(emulated) => emulated.shared.prefetch(ranges),
+            Processor::Kvm(_) => 0,
+        }
+    }
+
+    /// Which pages of stored memory have been read, and some beside them; `None` where that is not
+    /// known. `pagemap` is `/proc/self/pagemap`.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn touched(&self, pagemap: &File) -> io::Result<Option<Vec<Range<u64>>>> {
+        match &self.processor {
+            Processor::Translated(emulated) => emulated.shared.touched(pagemap).map(Some),
+            Processor::Kvm(_) => Ok(None),
         }
     }
 

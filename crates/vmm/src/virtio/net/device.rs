@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vmm_sys_util::epoll::EventSet;
 
@@ -69,6 +70,8 @@ pub struct Net<B> {
     blocked: bool,
     /// Frames wait for buffers of the guest.
     starved: bool,
+    /// Nothing goes in or out.
+    held: Arc<AtomicBool>,
 }
 
 impl<B: Backend> Net<B> {
@@ -86,7 +89,15 @@ impl<B: Backend> Net<B> {
             interest: EventSet::empty(),
             blocked: false,
             starved: false,
+            held: Arc::default(),
         }
+    }
+
+    /// Drops all frames, of the guest and for it, as long as this is true: a guest that goes on as another's
+    /// copy has the other's addresses until it knows better.
+    #[must_use]
+    pub fn held_by(self, held: Arc<AtomicBool>) -> Self {
+        Self { held, ..self }
     }
 
     /// The cable is cut: tells the guest, once.
@@ -148,7 +159,8 @@ impl<B: Backend> Net<B> {
         let frame_len = chain.readable_len().saturating_sub(HEADER_SIZE as u64);
         let len = usize::try_from(frame_len).unwrap_or(usize::MAX);
         let broken = chain.read(memory, 0, &mut header).is_err();
-        if self.down || broken || len == 0 || len > NET_FRAME_MAX {
+        let held = self.held.load(Ordering::Acquire);
+        if self.down || held || broken || len == 0 || len > NET_FRAME_MAX {
             return Ok(true);
         }
         self.backend.send(&header, len, &mut |target| {
@@ -197,7 +209,8 @@ impl<B: Backend> Net<B> {
                     break false;
                 }
             };
-            if deliver(queue, self.mergeable, header, frame)? {
+            let held = self.held.load(Ordering::Acquire);
+            if held || deliver(queue, self.mergeable, header, frame)? {
                 self.backend.consume();
             } else {
                 self.starved = true;

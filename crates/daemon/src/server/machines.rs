@@ -31,6 +31,8 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
         .routes(routes!(list, create))
         .routes(routes!(adopt))
         .routes(routes!(appliance::import))
+        .routes(routes!(appliance::unfinished))
+        .routes(routes!(appliance::abandon))
         .routes(routes!(appliance::export))
         .routes(routes!(inspect, remove, change::change))
         .routes(routes!(start))

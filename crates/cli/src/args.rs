@@ -15,7 +15,7 @@ use clap_complete::Shell;
 use berth_api::processors::Processors;
 use berth_api::size::Size;
 
-use crate::args::appliance::{ExportArgs, ImportArgs};
+use crate::args::appliance::{ExportArgs, ImportArgs, ImportRmArgs};
 use crate::args::machine::{MachineArgs, SetArgs, Variable};
 use crate::args::network::{NetworkCommand, PortArgs};
 use crate::args::snapshots::{
@@ -203,6 +203,10 @@ pub enum VmCommand {
     Export(ExportArgs),
     /// Make a machine of such a file, or of an OVA
     Import(ImportArgs),
+    /// List imports that broke off; another `import` of the same file goes on with one
+    Imports(Listing),
+    /// Remove what is kept of imports that broke off
+    ImportRm(ImportRmArgs),
     /// Remove machines with all their files
     Rm(RmArgs),
     /// List the machines

@@ -83,6 +83,26 @@ pub enum CliError {
     /// An appliance.
     #[error(transparent)]
     Appliance(#[from] ApplianceError),
+    /// An import whose connection broke.
+    #[error("the import of {name} broke off at {came}; `berth vm import {}` goes on there", file.display())]
+    BrokeOff {
+        /// The machine.
+        name: String,
+        /// How far it came.
+        came: String,
+        /// Of what.
+        file: PathBuf,
+        /// How it broke.
+        source: ClientError,
+    },
+    /// The same when the daemon cannot say how far it came.
+    #[error("the import broke off; `berth vm import {}` goes on with what is kept of it", file.display())]
+    Cut {
+        /// Of what.
+        file: PathBuf,
+        /// How it broke.
+        source: ClientError,
+    },
     /// An OVA.
     #[error(transparent)]
     Ova(#[from] OvaError),

@@ -4,6 +4,7 @@ pub mod appliance;
 pub mod ova;
 pub mod ports;
 pub mod snapshots;
+pub mod unfinished;
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;

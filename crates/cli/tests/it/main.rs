@@ -20,6 +20,7 @@ mod rubbish;
 mod shares;
 mod snapshots;
 mod terminal;
+mod unfinished;
 mod usage;
 
 use std::fs;

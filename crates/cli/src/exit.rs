@@ -17,6 +17,7 @@ use crate::copy::CopyError;
 use crate::machine::MachineError;
 use crate::plan::PlanError;
 use crate::vm::ova::OvaError;
+use crate::vm::unfinished::BrokeOff;
 
 /// The program's exit statuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,25 +85,8 @@ pub enum CliError {
     #[error(transparent)]
     Appliance(#[from] ApplianceError),
     /// An import whose connection broke.
-    #[error("the import of {name} broke off at {came}; `berth vm import {}` goes on there", file.display())]
-    BrokeOff {
-        /// The machine.
-        name: String,
-        /// How far it came.
-        came: String,
-        /// Of what.
-        file: PathBuf,
-        /// How it broke.
-        source: ClientError,
-    },
-    /// The same when the daemon cannot say how far it came.
-    #[error("the import broke off; `berth vm import {}` goes on with what is kept of it", file.display())]
-    Cut {
-        /// Of what.
-        file: PathBuf,
-        /// How it broke.
-        source: ClientError,
-    },
+    #[error(transparent)]
+    BrokeOff(#[from] Box<BrokeOff>),
     /// An OVA.
     #[error(transparent)]
     Ova(#[from] OvaError),

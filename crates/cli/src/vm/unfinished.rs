@@ -1,7 +1,7 @@
 //! Imports that broke off: what the daemon keeps of them, and how one goes on.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,31 @@ use crate::table;
 /// How long an import that has just broken off may take until the daemon has noticed and kept it.
 const PATIENCE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(50);
+
+/// An import whose connection broke.
+#[derive(Debug, thiserror::Error)]
+pub enum BrokeOff {
+    /// What came is kept.
+    #[error("the import of {name} broke off at {came}; `berth vm import {}` goes on there", file.display())]
+    At {
+        /// The machine.
+        name: String,
+        /// How far it came.
+        came: Came,
+        /// Of what.
+        file: PathBuf,
+        /// How it broke.
+        source: ClientError,
+    },
+    /// The daemon cannot say how far it came.
+    #[error("the import broke off; `berth vm import {}` goes on with what is kept of it", file.display())]
+    Somewhere {
+        /// Of what.
+        file: PathBuf,
+        /// How it broke.
+        source: ClientError,
+    },
+}
 
 fn all(client: &Client) -> Result<Vec<UnfinishedImport>, ClientError> {
     client.call(&Method::GET, &format!("{PREFIX}/imports"), NOTHING)
@@ -101,19 +126,18 @@ impl Wanted {
     ) -> CliError {
         match self.find(client) {
             Ok(None) => source.into(),
-            Ok(Some(kept)) => CliError::BrokeOff {
-                name: kept.name,
-                came: Came { at: kept.at, size }.to_string(),
-                file: file.to_owned(),
-                source,
-            },
-            Err(_) => CliError::Cut { file: file.to_owned(), source },
+            Ok(Some(kept)) => {
+                let (name, came) = (kept.name, Came { at: kept.at, size });
+                Box::new(BrokeOff::At { name, came, file: file.to_owned(), source }).into()
+            }
+            Err(_) => Box::new(BrokeOff::Somewhere { file: file.to_owned(), source }).into(),
         }
     }
 }
 
 /// How far an import came, for people.
-pub(super) struct Came {
+#[derive(Debug)]
+pub struct Came {
     /// Bytes that have come.
     pub(super) at: u64,
     /// All of them, if that is known.

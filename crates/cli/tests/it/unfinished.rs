@@ -2,16 +2,19 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::appliances::{elsewhere, noise};
-use crate::guest::{LIMIT, Running, SUM, run};
+use crate::guest::{LIMIT, Ran, Running, SUM, run};
 use crate::kept::Cloud;
 
 /// Bytes of the disk that do not compress: more than one checkpoint.
@@ -122,7 +125,10 @@ fn an_import_whose_daemon_is_killed_goes_on() {
     there.kill_daemon();
     drop(stdin);
     assert_eq!(client.wait(LIMIT), Some(1));
-    // The next daemon knows how far it came; the same with a daemon that ends in the middle again.
+    let mut said = String::new();
+    client.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(said.contains("the import broke off; `berth vm import -` goes on"), "{said}");
+    // The next daemon knows how far it came.
     let import = kept(&there);
     assert!(at(&import) >= CHECKPOINT && at(&import) <= CUT as u64, "{import}");
     assert_eq!(there.names(), [""; 0]);
@@ -135,6 +141,70 @@ fn an_import_whose_daemon_is_killed_goes_on() {
     there.ok("vm start a");
     there.console("a").exchange(&[2], &[7]);
     assert_eq!(there.machines(), ["a"]);
+}
+
+/// A way to a daemon on which each connection is cut when so many bytes went to it.
+struct Way {
+    socket: PathBuf,
+    /// Bytes that went over it.
+    sent: Arc<AtomicU64>,
+}
+
+impl Way {
+    fn make(to: &Cloud, name: &str, limit: u64) -> Self {
+        let (socket, daemon) = (to.root().join(name), to.root().join("berth.sock"));
+        let (listener, sent) = (UnixListener::bind(&socket).unwrap(), Arc::new(AtomicU64::new(0)));
+        let counted = Arc::clone(&sent);
+        std::thread::spawn(move || {
+            for near in listener.incoming() {
+                let (near, far) = (near.unwrap(), UnixStream::connect(&daemon).unwrap());
+                let back = (far.try_clone().unwrap(), near.try_clone().unwrap());
+                let sent = Arc::clone(&counted);
+                std::thread::spawn(move || {
+                    let went = std::io::copy(&mut (&near).take(limit), &mut &far);
+                    let went = went.unwrap_or(limit);
+                    sent.fetch_add(went, Ordering::SeqCst);
+                    // The end of what is said, or of all.
+                    let how = if went < limit { Shutdown::Write } else { Shutdown::Both };
+                    let _ = (far.shutdown(how), near.shutdown(Shutdown::Read));
+                });
+                std::thread::spawn(move || {
+                    let (mut from, mut to) = back;
+                    let _ = std::io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(Shutdown::Both);
+                });
+            }
+        });
+        Self { socket, sent }
+    }
+
+    fn import(&self, cloud: &Cloud, file: &Path) -> Ran {
+        let mut command = cloud.command(&format!("vm import {}", file.display()));
+        let ran = run(command.env("BERTH_HOST", format!("unix://{}", self.socket.display())), b"");
+        assert_eq!(ran.stderr.lines().count(), 1, "{}", ran.stderr);
+        ran
+    }
+}
+
+#[test]
+fn only_what_is_missing_is_sent_again() {
+    let ((here, file), there) = (packed(false), elsewhere());
+    there.ok("vm ls");
+    let ran = Way::make(&there, "cut.sock", CUT as u64).import(&there, &file);
+    ran.check_failed(&["the import of a broke off at 4", "M of 72", "goes on there", "a.berth"]);
+    let import = kept(&there);
+    let way = Way::make(&there, "whole.sock", u64::MAX);
+    way.import(&there, &file).check(0);
+    assert!(here.disk("a", "disk0.qcow2") == there.disk("a", "disk0.qcow2"));
+    let rest = fs::metadata(&file).unwrap().len() - at(&import);
+    let began = Instant::now();
+    while way.sent.load(Ordering::SeqCst) < rest {
+        assert!(began.elapsed() < LIMIT, "not all of it went there");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let sent = way.sent.load(Ordering::SeqCst);
+    // Requests and the marks between pieces of a body come on top.
+    assert!((rest..rest + 65_536).contains(&sent), "{sent} bytes for {rest}");
 }
 
 /// Asks as any program can; gives the status and the body.

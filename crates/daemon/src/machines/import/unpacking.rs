@@ -23,7 +23,8 @@ use crate::folder::{self, Folder, FolderError, FolderLock, Unnamed};
 use crate::machines::import::files::Files;
 
 /// Bytes of the stream from one checkpoint to the next: so much comes again when the daemon is killed.
-/// Waiting for the disk each time costs little beside writing them.
+/// Each waits for the disk: 1 GiB that does not compress came from a local file in 4.0 to 4.6 s, and
+/// without checkpoints in 3.2 to 3.3 s; most networks are slower than either.
 pub(super) const CHECKPOINT_BYTES: u64 = 32 << 20;
 
 /// What a checkpoint says besides where it is.

@@ -52,6 +52,10 @@ impl Checkpoint {
 
     /// Whether a stream with this manifest can have come so far.
     pub(crate) fn check(&self, manifest: &Manifest) -> Result<usize, ApplianceError> {
+        // A chunk takes more than a byte, and no stream is longer than a file can be.
+        if self.at > i64::MAX as u64 || self.chunks > self.at {
+            return Err(ApplianceError::Kept { what: "no stream is so long" });
+        }
         let wrong = Err(ApplianceError::Kept { what: "it does not fit the manifest" });
         let Ok(file) = usize::try_from(self.file) else { return wrong };
         let fits = match manifest.files.get(file) {

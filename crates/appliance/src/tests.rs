@@ -360,6 +360,8 @@ fn a_checkpoint_that_cannot_be_is_refused() {
     resume(good, &known).unwrap();
     let wrong = [
         Checkpoint { at: 20, ..good },
+        // Found by fuzzing: no record could end behind it.
+        Checkpoint { at: u64::MAX, ..good },
         Checkpoint { file: 7, ..good },
         Checkpoint { file: u64::MAX, ..good },
         Checkpoint { file: 6, done: 1, ..good },

@@ -1,11 +1,14 @@
 //! Appliances of any shape: a whole stream, and what follows a manifest that is right. Nothing is written
-//! outside of a file, and what is taken as complete is so for whoever only looks at it going by, too.
+//! outside of a file, and what is taken as complete is so for whoever only looks at it going by, and for
+//! readers each of which takes one record and leaves a checkpoint to the next. Any checkpoint may be there.
 #![no_main]
 
 use std::collections::BTreeMap;
 use std::io;
 
 use berth_appliance::check::Checker;
+use berth_appliance::checkpoint::{Checkpoint, KNOWN_BYTES};
+use berth_appliance::head::Head;
 use berth_appliance::manifest::{FileEntry, Manifest, Role};
 use berth_appliance::read::{Place, Reader};
 use berth_appliance::write::Writer;
@@ -15,6 +18,8 @@ use libfuzzer_sys::fuzz_target;
 struct Sparse {
     size: u64,
     pieces: BTreeMap<u64, Vec<u8>>,
+    /// What was there before is not known.
+    is_kept: bool,
 }
 
 impl Place for Sparse {
@@ -26,24 +31,68 @@ impl Place for Sparse {
 
     fn read_at(&mut self, at: u64, buffer: &mut [u8]) -> io::Result<()> {
         assert!(at + buffer.len() as u64 <= self.size, "read outside of the file");
-        let piece = self.pieces.get(&at).expect("it was written there");
-        buffer.copy_from_slice(&piece[..buffer.len()]);
+        match self.pieces.get(&at) {
+            Some(piece) => buffer.copy_from_slice(&piece[..buffer.len()]),
+            None => assert!(self.is_kept, "it was written there"),
+        }
         Ok(())
     }
 }
 
-fn unpack(stream: &[u8]) -> bool {
-    let Ok(mut reader) = Reader::new(stream) else { return false };
-    let sizes = reader.manifest().files.iter().map(|file| file.size);
-    let mut files: Vec<_> =
-        sizes.map(|size| Sparse { size, pieces: BTreeMap::new() }).collect();
+type Pieces = Vec<BTreeMap<u64, Vec<u8>>>;
+
+fn sparse(manifest: &Manifest, is_kept: bool) -> Vec<Sparse> {
+    let sizes = manifest.files.iter().map(|file| file.size);
+    sizes.map(|size| Sparse { size, pieces: BTreeMap::new(), is_kept }).collect()
+}
+
+fn unpack(stream: &[u8]) -> Option<Pieces> {
+    let mut reader = Reader::new(stream).ok()?;
+    let mut files = sparse(reader.manifest(), false);
     let mut places: Vec<_> = files.iter_mut().map(|file| file as &mut dyn Place).collect();
     for _ in 0..places.len() {
-        if reader.file(&mut places).is_err() {
-            return false;
-        }
+        reader.file(&mut places).ok()?;
     }
-    reader.finish().is_ok()
+    reader.finish().ok()?;
+    Some(files.into_iter().map(|file| file.pieces).collect())
+}
+
+/// The same with a reader for each record.
+fn unpack_in_parts(stream: &[u8]) -> Option<Pieces> {
+    let head = Head::read(stream).ok()?;
+    let mut files = sparse(head.manifest(), false);
+    let mut places: Vec<_> = files.iter_mut().map(|file| file as &mut dyn Place).collect();
+    let mut reader = Reader::new(stream).ok()?;
+    loop {
+        let checkpoint = reader.checkpoint();
+        let known: Vec<u8> = reader.known_from(0).1.flatten().collect();
+        let rest = &stream[checkpoint.at as usize..];
+        reader = Reader::resume(head.clone(), rest, &checkpoint, &known).expect("it was there");
+        if checkpoint.file == places.len() as u64 {
+            reader.finish().ok()?;
+            return Some(files.into_iter().map(|file| file.pieces).collect());
+        }
+        reader.part(&mut places, checkpoint.at + 1).ok()?;
+    }
+}
+
+/// Goes on at any checkpoint.
+fn resume(head: &[u8], data: &[u8]) {
+    let head = Head::read(head).expect("the manifest is right");
+    let Some((numbers, rest)) = data.split_first_chunk::<32>() else { return };
+    let number = |index: usize| {
+        u64::from_le_bytes(numbers[index * 8..][..8].try_into().expect("eight bytes"))
+    };
+    let (at, chunks, file, done) = (number(0), number(1), number(2), number(3));
+    let chain = *numbers;
+    let checkpoint = Checkpoint { at, chunks, file, done, chain: chain.into() };
+    let known = usize::try_from(checkpoint.known()).unwrap_or_default() * KNOWN_BYTES;
+    let (known, rest) = rest.split_at(known.min(rest.len()));
+    let mut files = sparse(head.manifest(), true);
+    let mut places: Vec<_> = files.iter_mut().map(|file| file as &mut dyn Place).collect();
+    let Ok(mut reader) = Reader::resume(head, rest, &checkpoint, known) else { return };
+    while reader.file(&mut places).is_ok() {}
+    let _ = reader.finish();
 }
 
 fn manifest() -> Manifest {
@@ -61,9 +110,12 @@ fn manifest() -> Manifest {
 fuzz_target!(|data: &[u8]| {
     let mut follows = Vec::new();
     drop(Writer::new(&mut follows, manifest()).expect("the manifest is right"));
+    resume(&follows, data);
     follows.extend(data);
     for stream in [data, &follows] {
-        if unpack(stream) {
+        let unpacked = unpack(stream);
+        assert!(unpacked == unpack_in_parts(stream));
+        if unpacked.is_some() {
             let mut checker = Checker::default();
             stream.chunks(7).try_for_each(|part| checker.push(part)).expect("it is whole");
             checker.finish().expect("it is whole");

@@ -36,6 +36,20 @@ pub enum ApplianceError {
         /// What is wrong there.
         what: &'static str,
     },
+    /// A record does not fit those before it: what is wrong may be before it, too.
+    #[error("the appliance is damaged at {at} bytes: {what}")]
+    Unfit {
+        /// Where the record begins.
+        at: u64,
+        /// What is wrong there.
+        what: &'static str,
+    },
+    /// What was kept of one that broke off.
+    #[error("what is kept of the appliance cannot be used: {what}")]
+    Kept {
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// What it says of itself is impossible.
     #[error("the appliance cannot be used: {reason}")]
     Manifest {

@@ -7,7 +7,9 @@ use berth_api::v1::machine::{MachineConfig, Share};
 use jiff::Timestamp;
 use uuid::Uuid;
 
+use crate::checkpoint::{Checkpoint, KNOWN_BYTES};
 use crate::error::ApplianceError;
+use crate::head::Head;
 use crate::limits::CHUNK_BYTES;
 use crate::manifest::{FileEntry, Manifest, Role};
 use crate::read::{Place, Reader};
@@ -270,4 +272,143 @@ fn other_files_are_told_apart() {
     let mut huge = opening(VERSION).to_vec();
     huge.extend([1, 0xff, 0xff, 0xff, 0xff]);
     assert!(matches!(unpack(&huge), Err(ApplianceError::Damaged { .. })));
+}
+
+/// A reader that broke off: where, and what it knew.
+fn kept<R: io::Read>(reader: &Reader<R>) -> (Checkpoint, Vec<u8>) {
+    let checkpoint = reader.checkpoint();
+    let (first, known) = reader.known_from(0);
+    assert_eq!(first, checkpoint.chunks - checkpoint.known());
+    (checkpoint, known.flatten().collect())
+}
+
+/// Wherever a stream is cut, another reader goes on at the last record before and comes to the same.
+#[test]
+fn a_stream_that_broke_off_goes_on_at_each_record() {
+    let stream = pack(&files());
+    let whole = unpack(&stream).unwrap();
+    let head = Head::read(stream.as_slice()).unwrap();
+    let mut ends = vec![head.bytes().len()];
+    while let Some(len) = stream[*ends.last().unwrap()..].get(1..5) {
+        let len = u32::from_le_bytes(len.try_into().unwrap()) as usize;
+        ends.push(ends.last().unwrap() + HEAD_BYTES + len);
+    }
+    assert_eq!(ends.pop(), Some(stream.len()));
+    assert!(ends.len() > 15, "{}", ends.len());
+    for end in ends {
+        // At the end of a record and in the middle of the next one.
+        for cut in [end, end + 3] {
+            let mut reader = Reader::new(&stream[..cut]).unwrap();
+            let mut places: Vec<_> = whole.iter().map(|_| Memory::default()).collect();
+            let mut refs: Vec<_> = places.iter_mut().map(|p| p as &mut dyn Place).collect();
+            let broke = (0..refs.len()).try_for_each(|_| reader.file(&mut refs));
+            let broke = broke.and_then(|()| reader.finish()).unwrap_err();
+            assert!(matches!(broke, ApplianceError::Truncated { .. }), "{broke}");
+            let (checkpoint, known) = kept(&reader);
+            assert_eq!(checkpoint.at as usize, end);
+            let text = serde_json::to_string(&checkpoint).unwrap();
+            assert_eq!(serde_json::from_str::<Checkpoint>(&text).unwrap(), checkpoint);
+            let rest = &stream[end..];
+            let mut reader = Reader::resume(head.clone(), rest, &checkpoint, &known).unwrap();
+            for _ in checkpoint.file..refs.len() as u64 {
+                reader.file(&mut refs).unwrap();
+            }
+            reader.finish().unwrap();
+            for (found, expected) in places.iter().zip(&whole) {
+                assert!(found.bytes == expected.bytes, "cut at {cut}");
+            }
+        }
+    }
+}
+
+/// Parts of any length are the same as the whole, and only new chunks have to be noted after each.
+#[test]
+fn parts_are_as_the_whole() {
+    let stream = pack(&files());
+    let mut reader = Reader::new(stream.as_slice()).unwrap();
+    let mut places: Vec<_> = files().iter().map(|_| Memory::default()).collect();
+    let mut refs: Vec<_> = places.iter_mut().map(|p| p as &mut dyn Place).collect();
+    let (mut noted, mut count) = (Vec::new(), 0);
+    while reader.checkpoint().file < refs.len() as u64 {
+        let until = reader.checkpoint().at + 1;
+        reader.part(&mut refs, until).unwrap();
+        let (first, known) = reader.known_from(count);
+        assert_eq!(first, count);
+        noted.extend(known.flatten());
+        count = reader.checkpoint().chunks;
+    }
+    assert_eq!(noted, kept(&reader).1);
+    reader.finish().unwrap();
+    let whole = unpack(&stream).unwrap();
+    assert!(places.iter().zip(&whole).all(|(found, expected)| found.bytes == expected.bytes));
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_is_refused() {
+    let stream = pack(&files());
+    let head = Head::read(stream.as_slice()).unwrap();
+    let mut reader = Reader::new(stream.as_slice()).unwrap();
+    let mut places: Vec<_> = files().iter().map(|_| Memory::default()).collect();
+    let mut refs: Vec<_> = places.iter_mut().map(|p| p as &mut dyn Place).collect();
+    for _ in 0..4 {
+        reader.file(&mut refs).unwrap();
+    }
+    let (good, known) = kept(&reader);
+    let resume = |checkpoint: Checkpoint, known: &[u8]| {
+        Reader::resume(head.clone(), stream.as_slice(), &checkpoint, known).map(drop)
+    };
+    resume(good, &known).unwrap();
+    let wrong = [
+        Checkpoint { at: 20, ..good },
+        // Found by fuzzing: no record could end behind it.
+        Checkpoint { at: u64::MAX, ..good },
+        Checkpoint { file: 7, ..good },
+        Checkpoint { file: u64::MAX, ..good },
+        Checkpoint { file: 6, done: 1, ..good },
+        Checkpoint { done: CHUNK_BYTES, ..good },
+        Checkpoint { done: 1, ..good },
+        Checkpoint { chunks: good.chunks + 1, ..good },
+        Checkpoint { chunks: u64::MAX, ..good },
+        Checkpoint { file: 3, ..good },
+    ];
+    for wrong in wrong {
+        let error = resume(wrong, &known).unwrap_err();
+        assert!(matches!(error, ApplianceError::Kept { .. }), "{wrong:?}: {error}");
+    }
+    assert!(resume(good, &known[1..]).is_err());
+    // Places that are of no file, in no chunk, not in order, or still to come.
+    let last = known.len() - KNOWN_BYTES;
+    for (at, byte) in [(32, 9), (36, 1), (last + 32, 0), (last + 32, 4), (last + 43, 1)] {
+        let mut known = known.clone();
+        known[at] = byte;
+        assert!(resume(good, &known).is_err(), "{at}");
+    }
+}
+
+/// What was unpacked is not what it was when the stream goes on: nobody takes it for right.
+#[test]
+fn what_was_kept_and_altered_is_not_taken() {
+    let stream = pack(&files());
+    let head = Head::read(stream.as_slice()).unwrap();
+    let mut reader = Reader::new(stream.as_slice()).unwrap();
+    let mut places: Vec<_> = files().iter().map(|_| Memory::default()).collect();
+    let mut refs: Vec<_> = places.iter_mut().map(|p| p as &mut dyn Place).collect();
+    for _ in 0..5 {
+        reader.file(&mut refs).unwrap();
+    }
+    let (checkpoint, known) = kept(&reader);
+    let rest = &stream[checkpoint.at as usize..];
+    // The memory has these again.
+    places[3].bytes[3 * CHUNK + 1] ^= 1;
+    let mut refs: Vec<_> = places.iter_mut().map(|p| p as &mut dyn Place).collect();
+    let mut reader = Reader::resume(head.clone(), rest, &checkpoint, &known).unwrap();
+    let error = reader.file(&mut refs).unwrap_err();
+    assert!(matches!(error, ApplianceError::Place { .. }), "{error}");
+    // Another checksum before is found at the end.
+    let other = Checkpoint { chain: blake3::hash(b"x"), ..checkpoint };
+    places[3].bytes[3 * CHUNK + 1] ^= 1;
+    let mut refs: Vec<_> = places.iter_mut().map(|p| p as &mut dyn Place).collect();
+    let mut reader = Reader::resume(head, rest, &other, &known).unwrap();
+    reader.file(&mut refs).unwrap();
+    assert!(matches!(reader.finish().unwrap_err(), ApplianceError::Unfit { .. }));
 }

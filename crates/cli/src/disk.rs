@@ -10,7 +10,7 @@ use berth_disk::qcow2::check::Report;
 use berth_disk::tools::{self, Backing};
 use serde::Serialize;
 
-use crate::args::{DiskCommand, DiskCreateArgs, DiskFile};
+use crate::args::disk::{DiskCommand, DiskCreateArgs, DiskFile};
 use crate::exit::{CliError, ExitCode};
 
 type Done = Result<ExitCode, CliError>;

@@ -16,6 +16,7 @@ use crate::copy::CopyError;
 use crate::machine::MachineError;
 use crate::plan::PlanError;
 use crate::vm::ova::OvaError;
+use crate::vm::unfinished::BrokeOff;
 
 /// The program's exit statuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +100,9 @@ pub enum CliError {
     /// An appliance.
     #[error(transparent)]
     Appliance(#[from] ApplianceError),
+    /// An import whose connection broke.
+    #[error(transparent)]
+    BrokeOff(#[from] Box<BrokeOff>),
     /// An OVA.
     #[error(transparent)]
     Ova(#[from] OvaError),

@@ -118,6 +118,8 @@ fn kept(client: &Client, command: &VmCommand) -> Result<ExitCode, CliError> {
         VmCommand::Clone(clone) => vm::snapshots::clone(client, clone),
         VmCommand::Export(export) => vm::appliance::export(client, export),
         VmCommand::Import(import) => vm::appliance::import(client, import),
+        VmCommand::Imports(list) => vm::unfinished::list(client, list.json),
+        VmCommand::ImportRm(remove) => vm::unfinished::remove(client, remove),
         VmCommand::Cp(paths) => copy::run(client, paths),
         VmCommand::Top(top) => top::run(client, top),
         VmCommand::Set(set) => vm::set(client, set),

@@ -371,6 +371,7 @@ pub(crate) fn check_run(args: &RunArgs) -> Result<(), PlanError> {
     if let Some(image) = &args.image {
         ImageName::parse(image)?;
     }
+    network::check_ports(&args.machine)?;
     check_combination(args)
 }
 

@@ -5,6 +5,7 @@ pub mod ova;
 pub mod ports;
 pub mod run;
 pub mod snapshots;
+pub mod unfinished;
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;

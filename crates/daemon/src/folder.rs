@@ -3,10 +3,12 @@
 //!
 //! Files are written beside their place, synced, renamed over it, and the directory is synced. A
 //! folder that is made or removed has a name that begins with a dot until it is complete, or as soon
-//! as it is not any more; [`sweep`] removes what a crash left. A folder for which nobody waited says so
+//! as it is not any more; [`sweep`] removes what a crash left, but imports that can go on
+//! ([`unfinished`]). A folder for which nobody waited says so
 //! ([`unsettled`]). `docs/formats/machine-folder.md`
 //! describes what is inside.
 
+pub mod unfinished;
 pub mod unsettled;
 
 use std::fs::{self, File, OpenOptions};
@@ -355,12 +357,19 @@ impl Unnamed {
         fill: impl FnOnce(&Folder) -> Result<(), E>,
     ) -> Result<Self, E> {
         let unnamed = Self::begin(machines)?;
-        let made = &unnamed.made;
-        fill(made)?;
-        made.write_config(config)?;
-        sync(&made.file("state"))?;
-        sync(&made.path)?;
+        fill(&unnamed.made)?;
+        unnamed.complete(config)?;
         Ok(unnamed)
+    }
+
+    /// Writes what makes it a machine's, when everything else is in it.
+    ///
+    /// # Errors
+    /// [`FolderError`].
+    pub fn complete(&self, config: &VmToml) -> Result<(), FolderError> {
+        self.made.write_config(config)?;
+        sync(&self.made.file("state"))?;
+        sync(&self.made.path)
     }
 
     /// The same without waiting for the disk: it is noted as unsettled in this boot before anything else
@@ -383,13 +392,45 @@ impl Unnamed {
         Ok(unnamed)
     }
 
-    fn begin(machines: &Path) -> Result<Self, FolderError> {
+    /// Begins one that has its `state` and nothing else.
+    ///
+    /// # Errors
+    /// [`FolderError::File`].
+    pub fn begin(machines: &Path) -> Result<Self, FolderError> {
         let path = machines.join(format!("{}{}", UNFINISHED[0], Uuid::new_v4()));
         fs::create_dir(&path).map_err(failed("creating", &path))?;
         let unnamed = Self { made: Folder::at(path), is_named: false };
         let state = unnamed.made.file("state");
         fs::create_dir(&state).map_err(failed("creating", &state))?;
         Ok(unnamed)
+    }
+
+    /// One that was left.
+    #[must_use]
+    pub fn adopt(made: Folder) -> Self {
+        Self { made, is_named: false }
+    }
+
+    /// What is made.
+    #[must_use]
+    pub fn folder(&self) -> &Folder {
+        &self.made
+    }
+
+    /// Gives it a name by which it is found again when it is left.
+    ///
+    /// # Errors
+    /// As [`Self::name`].
+    pub fn call(&mut self, name: &str) -> Result<(), FolderError> {
+        let target = self.made.path.with_file_name(name);
+        rename_new(&self.made.path, &target)?;
+        self.made = Folder::at(target);
+        Ok(())
+    }
+
+    /// Leaves it as it is.
+    pub fn leave(mut self) {
+        self.is_named = true;
     }
 
     /// Gives it its name. Whoever does so syncs the directory.
@@ -408,7 +449,7 @@ impl Drop for Unnamed {
     fn drop(&mut self) {
         if !self.is_named {
             // The next start of the daemon removes what cannot be removed now.
-            let _ = fs::remove_dir_all(&self.made.path);
+            let _ = self.made.clone().remove();
         }
     }
 }

@@ -368,6 +368,7 @@ mod tests {
                 hostname: "b".into(),
                 machine_id: "0".repeat(32),
                 mac: [2, 0, 0, 0, 0, 255],
+                leave_address: true,
             }),
         ] {
             assert_eq!(ToAgent::from_frame(message.to_frame().unwrap()).unwrap(), message);

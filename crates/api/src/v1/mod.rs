@@ -7,6 +7,7 @@ pub mod change;
 pub mod error;
 pub mod event;
 pub mod image;
+pub mod import;
 pub mod info;
 pub mod machine;
 pub mod network;

@@ -70,6 +70,14 @@ pub struct ImportArgs {
     /// Words of its command line
     #[arg(long, value_name = "WORDS", requires = "kernel")]
     pub append: Option<String>,
-    /// The file; `-` reads standard input
+    /// The file; `-` reads standard input. When its import broke off, only what did not come is sent
     pub file: PathBuf,
+}
+
+/// `berth vm import-rm`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ImportRmArgs {
+    /// Which, as `berth vm imports` lists them
+    #[arg(required = true, value_name = "ID")]
+    pub ids: Vec<String>,
 }

@@ -50,10 +50,17 @@ pub(super) fn plan(
             NetPlan::Absent
         }
     };
-    if !ports.is_empty() && matches!(plan, NetPlan::Absent | NetPlan::Tap(_)) {
-        return Err(PlanError::Usage("--publish needs `--net user` or a network".into()));
-    }
+    check_ports(machine)?;
     Ok(plan)
+}
+
+/// Refuses ports that could lead nowhere.
+pub(super) fn check_ports(machine: &MachineArgs) -> Result<(), PlanError> {
+    let nowhere = matches!(machine.net, Some(NetArg::None | NetArg::Tap(_)));
+    match nowhere && !machine.publish.is_empty() {
+        true => Err(PlanError::Usage("--publish needs `--net user` or a network".into())),
+        false => Ok(()),
+    }
 }
 
 fn forward(port: &Port) -> Forward {

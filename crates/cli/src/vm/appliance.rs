@@ -1,7 +1,7 @@
 //! `berth vm export` and `berth vm import`: streams between the daemon and files.
 
 use std::fs::{self, File};
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -11,15 +11,17 @@ use berth_api::v1::machine::Machine;
 use berth_api::v1::routes::{self, PREFIX};
 use berth_appliance::check::Checker;
 use berth_appliance::error::ApplianceError;
+use berth_appliance::head::Head;
 use hyper::Method;
 use hyper::body::{Body, Bytes, Frame};
 use tokio::sync::mpsc;
 
 use super::{Done, NOTHING, print};
 use crate::args::appliance::{ApplianceFormat, ExportArgs, ImportArgs};
-use crate::client::Client;
+use crate::client::{Client, ClientError};
 use crate::exit::{CliError, ExitCode};
 use crate::vm::ova::{self, Making};
+use crate::vm::unfinished::{Came, Wanted};
 
 /// Bytes that are sent at once.
 const CHUNK: usize = 256 << 10;
@@ -146,36 +148,40 @@ impl Drop for NewFile {
 /// # Errors
 /// [`CliError`]; then there is no machine, unless only its start failed.
 pub fn import(client: &Client, args: &ImportArgs) -> Done {
-    let from: Box<dyn Read + Send> = if args.file == Path::new("-") {
+    let from = if args.file == Path::new("-") {
         if io::stdin().is_terminal() {
             return Err(CliError::Usage("an appliance does not come from a terminal".into()));
         }
-        Box::new(io::stdin())
+        Origin::Pipe(Box::new(io::stdin()))
     } else {
         let failed = |source| CliError::File { path: args.file.clone(), source };
         let file = File::open(&args.file).map_err(failed)?;
-        if file.metadata().map_err(failed)?.is_dir() {
+        let meta = file.metadata().map_err(failed)?;
+        if meta.is_dir() {
             return Err(failed(io::ErrorKind::IsADirectory.into()));
         }
-        Box::new(file)
+        match meta.is_file() {
+            true => Origin::File { file, size: meta.len() },
+            false => Origin::Pipe(Box::new(file)),
+        }
     };
     let machine = match is_ova(args.format, &args.file) {
         true => {
             let (stream, packing) = ova::convert(args, from)?.stream().map_err(CliError::Output)?;
-            let sent = send(client, args, Box::new(stream));
+            let sent = send(client, args, "", stream);
             match packing.join() {
                 // What was not packed is why it was not taken. It also ends when nobody reads on.
                 Ok(Err(error)) if !matches!(error, ApplianceError::Write(_)) => {
                     return Err(error.into());
                 }
-                _ => sent?,
+                _ => sent??,
             }
         }
         false if args.kernel.is_some() || args.initrd.is_some() || args.append.is_some() => {
             let text = "an appliance has its own kernel; --kernel is for an OVA";
             return Err(CliError::Usage(text.into()));
         }
-        false => send(client, args, from)?,
+        false => send_appliance(client, args, from)?,
     };
     print(&format!("{}\n", machine.name))?;
     if args.run {
@@ -185,15 +191,107 @@ pub fn import(client: &Client, args: &ImportArgs) -> Done {
     Ok(ExitCode::Success)
 }
 
+/// Where an appliance comes from.
+enum Origin {
+    /// Any byte of it can be had.
+    File {
+        /// The file.
+        file: File,
+        /// Its bytes.
+        size: u64,
+    },
+    /// It has to be read as it comes.
+    Pipe(Box<dyn Read + Send>),
+}
+
+impl Read for Origin {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::File { file, .. } => file.read(buffer),
+            Self::Pipe(from) => from.read(buffer),
+        }
+    }
+}
+
+impl Origin {
+    /// Goes on at a byte; so many were read.
+    fn skip_to(&mut self, at: u64, read: u64) -> io::Result<()> {
+        match self {
+            Self::File { file, .. } => file.seek(SeekFrom::Start(at)).map(drop),
+            // What is too short is noticed by whoever takes the rest.
+            Self::Pipe(from) => {
+                io::copy(&mut from.take(at.saturating_sub(read)), &mut io::sink()).map(drop)
+            }
+        }
+    }
+
+    fn size(&self) -> Option<u64> {
+        match self {
+            Self::File { size, .. } => Some(*size),
+            Self::Pipe(_) => None,
+        }
+    }
+}
+
+/// Sends an appliance, or the rest of one whose import broke off.
+fn send_appliance(
+    client: &Client,
+    args: &ImportArgs,
+    mut from: Origin,
+) -> Result<Machine, CliError> {
+    let (size, mut begin) = (from.size(), Vec::new());
+    let head = Head::read(Seen { from: &mut from, bytes: &mut begin });
+    let Ok(head) = head else {
+        // The daemon may know more of it, or says what is wrong.
+        return Ok(send(client, args, "", io::Cursor::new(begin).chain(from))??);
+    };
+    let wanted = Wanted { head: head.sum(), without_state: args.without_state };
+    // A daemon that cannot say gets all of it.
+    let sent = match wanted.find(client).unwrap_or_default() {
+        None => send(client, args, "", io::Cursor::new(begin).chain(from))?,
+        Some(kept) => {
+            let file = args.file.clone();
+            let skipped = from.skip_to(kept.at, begin.len() as u64);
+            skipped.map_err(|source| CliError::File { path: file, source })?;
+            eprintln!(
+                "berth: the import of {} broke off at {}, and goes on there",
+                kept.name,
+                Came { at: kept.at, size }
+            );
+            send(client, args, &format!("&unfinished={}&at={}", kept.id, kept.at), from)?
+        }
+    };
+    sent.map_err(|error| match error {
+        // The daemon says itself what it keeps.
+        error @ ClientError::Api(_) => error.into(),
+        error => wanted.broke_off(client, &args.file, size, error),
+    })
+}
+
+/// Notes what is read.
+struct Seen<'a, R> {
+    from: &'a mut R,
+    bytes: &'a mut Vec<u8>,
+}
+
+impl<R: Read> Read for Seen<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.from.read(buffer)?;
+        self.bytes.extend_from_slice(buffer.get(..count).unwrap_or_default());
+        Ok(count)
+    }
+}
+
 fn send(
     client: &Client,
     args: &ImportArgs,
-    from: Box<dyn Read + Send>,
-) -> Result<Machine, CliError> {
+    rest: &str,
+    from: impl Read + Send + 'static,
+) -> Result<Result<Machine, ClientError>, CliError> {
     let name = args.name.as_ref().map(|name| format!("&name={}", routes::part(name)));
     let name = name.unwrap_or_default();
-    let path = format!("{PREFIX}/import?without_state={}{name}", args.without_state);
-    Ok(client.upload(&path, Upload::start(from)?)?)
+    let path = format!("{PREFIX}/import?without_state={}{name}{rest}", args.without_state);
+    Ok(client.upload(&path, Upload::start(from)?))
 }
 
 /// What a thread reads, as a body.

@@ -11,12 +11,12 @@ use crate::guest::{LIMIT, Running, SUM, run};
 use crate::kept::Cloud;
 
 /// Another host, as far as a state directory is one.
-fn elsewhere() -> Cloud {
+pub(crate) fn elsewhere() -> Cloud {
     Cloud::new()
 }
 
 /// Bytes that do not compress, and are the same each time.
-fn noise(len: usize) -> Vec<u8> {
+pub(crate) fn noise(len: usize) -> Vec<u8> {
     let mut state = 1_u64;
     let mut next = || {
         state ^= state << 13;
@@ -29,7 +29,7 @@ fn noise(len: usize) -> Vec<u8> {
 
 impl Cloud {
     /// What the guest sees of a disk.
-    fn disk(&self, name: &str, file: &str) -> Vec<u8> {
+    pub(crate) fn disk(&self, name: &str, file: &str) -> Vec<u8> {
         let path = self.root().join("machines").join(name).join(file);
         let image = open_image(&path, Access::Look).unwrap();
         let mut bytes = vec![0; image.size() as usize];
@@ -37,7 +37,7 @@ impl Cloud {
         bytes
     }
 
-    fn fill_disk(&self, name: &str, file: &str, bytes: &[u8], at: u64) {
+    pub(crate) fn fill_disk(&self, name: &str, file: &str, bytes: &[u8], at: u64) {
         let path = self.root().join("machines").join(name).join(file);
         let image = open_image(&path, Access::Write).unwrap();
         image.write(at, bytes).unwrap();
@@ -55,7 +55,7 @@ impl Cloud {
         self.fill_disk(name, "disk1.qcow2", &noise[..512], 512);
     }
 
-    fn machines(&self) -> Vec<String> {
+    pub(crate) fn machines(&self) -> Vec<String> {
         let entries = fs::read_dir(self.root().join("machines")).unwrap();
         let mut names: Vec<_> =
             entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();

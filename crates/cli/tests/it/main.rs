@@ -22,6 +22,7 @@ mod run;
 mod shares;
 mod snapshots;
 mod terminal;
+mod unfinished;
 mod usage;
 
 use std::fs;
@@ -73,7 +74,6 @@ fn wrong_words_are_usage_errors() {
     check("vm run --cpus 17 debian", &["17", "--cpus"]);
     check("vm run --memory lots debian", &["lots", "no size"]);
     check("vm run --net wi_fi debian", &["wi_fi", "tap=INTERFACE"]);
-    check("vm run --net wifi debian", &["wifi", "berth vm create"]);
     check("vm run --publish 80 debian", &["`80`", "8080:80"]);
     check("vm run --publish 8080:80 --net none debian", &["--publish", "user"]);
     check("vm run --accel hope debian", &["hope", "translate"]);

@@ -117,6 +117,7 @@ fn what_cannot_be_run_leaves_nothing() {
     let cloud = Cloud::new();
     cloud.fails("vm run debian -- true", &["debian", "berth image bootstrap debian bookworm"]);
     cloud.fails("vm run other -- true", &["other"]);
+    cloud.fails("vm run --net wifi debian -- true", &["wifi", "network"]);
     let root = cloud.root().join("machines");
     assert_eq!(fs::read_dir(root).unwrap().count(), 0);
 }

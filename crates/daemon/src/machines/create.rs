@@ -149,7 +149,11 @@ enum Fill {
 impl Fill {
     fn make(&self, path: &Path) -> Result<()> {
         match self {
-            Self::Link(from) => link_or_copy(from, path).map_err(making(path))?,
+            Self::Link(from) => {
+                // Another name of what a symbolic link leads to, which may not be reached later.
+                let from = from.canonicalize().map_err(folder::failed("finding", from))?;
+                link_or_copy(&from, path).map_err(making(path))?;
+            }
             Self::Overlay => {
                 let base = Backing { name: BASE.to_owned(), format: Format::Raw };
                 tools::create(path, Format::Qcow2, None, Some(&base))

@@ -1,34 +1,38 @@
-//! Machines out of appliances. Nothing of one is there before all of it has come and is what was packed.
+//! Machines out of appliances. Nothing of one is there before all of it has come and is what was packed;
+//! what came of one whose stream broke off is kept for a while, unseen, so that it can go on.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+mod files;
+#[cfg(test)]
+mod tests;
+mod unpacking;
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
+use berth_api::v1::error::{ApiError, ErrorCode};
 use berth_api::v1::event::EventKind;
+use berth_api::v1::import::UnfinishedImport;
 use berth_api::v1::machine::{Disk, DiskFormat, MachineConfig, Net};
 use berth_api::vmm::{IDENTITY, SUSPENDED};
-use berth_appliance::manifest::{FileEntry, Manifest, Role};
-use berth_appliance::read::{Place, Reader};
-use berth_disk::chain::{Access, open_image};
-use berth_disk::format::Format;
-use berth_disk::qcow2::image::Image;
-use berth_disk::tools;
+use berth_appliance::head::Head;
+use berth_appliance::manifest::{Manifest, Role};
 use jiff::Timestamp;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use crate::failure::{Result, conflict, failed, of_appliance};
-use crate::folder::{self, Folder, Unnamed, VERSION, VmToml};
+use crate::failure::{Result, conflict, error, of_appliance};
+use crate::folder::unfinished::{self, Note};
+use crate::folder::{self, Folder, FolderError, VERSION, VmToml};
 use crate::machines::create::check;
+use crate::machines::import::files::name_of;
+use crate::machines::import::unpacking::{CHECKPOINT_BYTES, Unpacking, Wanted, head_of};
 use crate::machines::snapshots::blocking;
 use crate::machines::{Entry, Machines, check_name, load, of_vmm};
 use crate::snapshot::restore::note_copy;
 use crate::vmm;
-
-/// Pieces that are left out where they are zero.
-const PIECE_BYTES: usize = 4096;
 
 /// What is to be made of an appliance.
 #[derive(Clone, Debug, Default)]
@@ -37,13 +41,25 @@ pub struct Import {
     pub name: Option<String>,
     /// Its disks only, though memory is there.
     pub without_state: bool,
+    /// The stream is the rest of one that broke off.
+    pub rest: Option<Rest>,
+}
+
+/// The rest of an appliance whose import broke off.
+#[derive(Clone, Copy, Debug)]
+pub struct Rest {
+    /// Which import.
+    pub id: Uuid,
+    /// The byte with which it begins.
+    pub at: u64,
 }
 
 impl Machines {
     /// Makes a machine of an appliance. It does not run yet; one with memory is suspended.
     ///
     /// # Errors
-    /// The appliance is damaged, cannot go on here, or its name is taken; then there is nothing of it.
+    /// The appliance is damaged, cannot go on here, or its name is taken; then there is nothing of it. When
+    /// the stream breaks off, what came is kept, if that was enough.
     pub async fn import(
         self: &Arc<Self>,
         from: impl Read + Send + 'static,
@@ -62,12 +78,54 @@ impl Machines {
         request: &Import,
         handle: &Handle,
     ) -> Result<(Arc<Entry>, String)> {
-        let mut reader = Reader::new(from).map_err(|error| of_appliance(&error))?;
-        let manifest = reader.manifest().clone();
+        let (manifest, mut unpacking) = match request.rest {
+            Some(rest) => self.resume_import(from, request, rest)?,
+            None => self.begin_import(from, request)?,
+        };
+        let name = request.name.as_ref().unwrap_or(&manifest.name);
+        let with_state = manifest.has_state() && !request.without_state;
+        let machine = config(&manifest);
+        let fits = |state: &Path| {
+            let fits = handle.block_on(vmm::check(&self.program, &machine, state));
+            fits.map_err(|error| cannot_go_on(&error))
+        };
+        if let Err(stopped) = unpacking.run(&fits) {
+            return Err(unpacking.stop(stopped));
+        }
+        let (unnamed, lock) = unpacking.into_folder();
+        let folder = unnamed.folder();
+        if with_state {
+            note_copy(&folder.file(SUSPENDED))?;
+            folder::sync(&folder.file(SUSPENDED))?;
+        }
+        folder::replace(&folder.file(IDENTITY), format!("{}\n", manifest.name).as_bytes())?;
+        load::note_place(folder)?;
+        let toml =
+            VmToml { version: VERSION, id: Uuid::new_v4(), created: Timestamp::now(), machine };
+        unnamed.complete(&toml)?;
+        let mut all = self.all();
+        if all.contains_key(name) {
+            return Err(taken(name));
+        }
+        let folder = unnamed.name(name)?;
+        // It is there; only a crash could undo that.
+        if let Err(error) = folder::sync(&self.directory) {
+            tracing::warn!(%error, "an imported machine may not survive a power failure");
+        }
+        unfinished::forget(&folder);
+        drop(lock);
+        let entry = Entry::new(name.clone(), folder, toml);
+        all.insert(name.clone(), Arc::clone(&entry));
+        drop(all);
+        Ok((entry, manifest.name))
+    }
+
+    /// Whether a machine can be made of this, as far as its manifest says.
+    fn check_import(&self, manifest: &Manifest, request: &Import) -> Result<()> {
         let name = request.name.as_ref().unwrap_or(&manifest.name);
         check_name(name)?;
         if self.all().contains_key(name) {
-            return Err(conflict(format!("there is a machine {name} already; try --name")));
+            return Err(taken(name));
         }
         let with_state = manifest.has_state() && !request.without_state;
         if with_state && matches!(manifest.machine.net, Net::Tap(_) | Net::Network(_)) {
@@ -76,49 +134,141 @@ impl Machines {
                  here cannot; --without-state takes its disks only",
             ));
         }
-        let machine = config(&manifest);
-        check(&machine)?;
-        let id = Uuid::new_v4();
-        let toml = VmToml { version: VERSION, id, created: Timestamp::now(), machine };
-        let unnamed = Unnamed::make(&self.directory, &toml, |folder| {
-            let mut files = Files::make(folder, &manifest, with_state)?;
-            for (index, entry) in manifest.files.iter().enumerate() {
-                reader.file(&mut files.places()).map_err(|error| of_appliance(&error))?;
-                files.finish(index)?;
-                if entry.role == Role::State && with_state {
-                    let state = folder.file(SUSPENDED);
-                    let fits = handle.block_on(vmm::check(&self.program, &toml.machine, &state));
-                    fits.map_err(|error| cannot_go_on(&error))?;
+        check(&config(manifest))
+    }
+
+    fn begin_import<R: Read>(
+        &self,
+        mut from: R,
+        request: &Import,
+    ) -> Result<(Manifest, Unpacking<R>)> {
+        let head = Head::read(&mut from).map_err(|error| of_appliance(&error))?;
+        let manifest = head.manifest().clone();
+        self.check_import(&manifest, request)?;
+        unfinished::sweep(&self.directory, Timestamp::now())?;
+        let name = request.name.clone().unwrap_or_else(|| manifest.name.clone());
+        let wanted = Wanted { name, without_state: request.without_state };
+        let begun = Unpacking::begin(&self.directory, head, from, wanted, CHECKPOINT_BYTES)?;
+        Ok((manifest, begun))
+    }
+
+    /// Goes on with an import that broke off. It stays for another time if this one does not fit it.
+    fn resume_import<R: Read>(
+        &self,
+        from: R,
+        request: &Import,
+        rest: Rest,
+    ) -> Result<(Manifest, Unpacking<R>)> {
+        let folder = self.unfinished_folder(rest.id)?;
+        let lock = folder.lock_within(load::SETTLE)?;
+        let of_kept = |error: ApiError| {
+            let message = format!(
+                "what is kept of the import {} cannot be used, so that it has to begin anew: {}",
+                rest.id, error.message
+            );
+            ApiError { message, ..error }
+        };
+        let read = Note::read(&folder).map_err(ApiError::from);
+        let (note, head) = match read.and_then(|note| Ok((note, head_of(&folder)?))) {
+            Ok(read) => read,
+            Err(error) => {
+                folder.remove()?;
+                return Err(of_kept(error));
+            }
+        };
+        if note.checkpoint.at != rest.at || note.without_state != request.without_state {
+            return Err(conflict(format!(
+                "the import {} goes on at byte {}{}, and not as was asked for",
+                rest.id,
+                note.checkpoint.at,
+                if note.without_state { " without state" } else { "" }
+            )));
+        }
+        let manifest = head.manifest().clone();
+        self.check_import(&manifest, request)?;
+        let resumed = Unpacking::resume(folder, lock, note, head, from, CHECKPOINT_BYTES);
+        Ok((manifest, resumed.map_err(of_kept)?))
+    }
+
+    fn unfinished_folder(&self, id: Uuid) -> Result<Folder> {
+        let folder = Folder::at(self.directory.join(unfinished::name(id)));
+        match folder.path().is_dir() {
+            true => Ok(folder),
+            false => {
+                let message = format!("there is no import {id} that broke off");
+                Err(error(ErrorCode::NotFound, message))
+            }
+        }
+    }
+
+    /// Imports that broke off and can go on, the last one first.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub async fn unfinished_imports(self: &Arc<Self>) -> Result<Vec<UnfinishedImport>> {
+        let machines = Arc::clone(self);
+        blocking(move || {
+            let all = unfinished::all(&machines.directory)?;
+            let described = all.iter().filter_map(|(id, folder)| describe(*id, folder).ok());
+            let mut described: Vec<_> = described.collect();
+            described.sort_by_key(|import| std::cmp::Reverse(import.time));
+            Ok(described)
+        })
+        .await
+    }
+
+    /// Removes what is kept of an import that broke off.
+    ///
+    /// # Errors
+    /// There is none, or it goes on.
+    pub async fn abandon_import(self: &Arc<Self>, id: Uuid) -> Result<()> {
+        let folder = self.unfinished_folder(id)?;
+        blocking(move || {
+            let _lock = match folder.lock_within(load::SETTLE) {
+                Err(FolderError::Locked { .. }) => {
+                    return Err(conflict(format!("the import {id} goes on; it has to end first")));
                 }
-            }
-            reader.finish().map_err(|error| of_appliance(&error))?;
-            if with_state {
-                note_copy(&folder.file(SUSPENDED))?;
-                folder::sync(&folder.file(SUSPENDED))?;
-            }
-            folder::replace(&folder.file(IDENTITY), format!("{}\n", manifest.name).as_bytes())?;
-            load::note_place(folder)?;
-            Ok::<_, berth_api::v1::error::ApiError>(())
-        })?;
-        let mut all = self.all();
-        if all.contains_key(name) {
-            return Err(conflict(format!("there is a machine {name} already; try --name")));
-        }
-        let folder = unnamed.name(name)?;
-        // It is there; only a crash could undo that.
-        if let Err(error) = folder::sync(&self.directory) {
-            tracing::warn!(%error, "an imported machine may not survive a power failure");
-        }
-        let entry = Entry::new(name.clone(), folder, toml);
-        all.insert(name.clone(), Arc::clone(&entry));
-        drop(all);
-        Ok((entry, manifest.name))
+                lock => lock?,
+            };
+            Ok(folder.remove()?)
+        })
+        .await
     }
 }
 
-fn cannot_go_on(error: &vmm::VmmError) -> berth_api::v1::error::ApiError {
+fn taken(name: &str) -> ApiError {
+    conflict(format!("there is a machine {name} already; try --name"))
+}
+
+fn describe(id: Uuid, folder: &Folder) -> Result<UnfinishedImport> {
+    let (note, head) = (Note::read(folder)?, head_of(folder)?);
+    Ok(UnfinishedImport {
+        id,
+        appliance: head.manifest().id,
+        head: head.sum(),
+        name: note.name,
+        without_state: note.without_state,
+        at: note.checkpoint.at,
+        disk_bytes: disk_bytes(folder.path()),
+        time: note.time,
+        in_use: matches!(folder.lock(), Err(FolderError::Locked { .. })),
+    })
+}
+
+/// What a folder takes on the disk, as far as it can be looked at.
+fn disk_bytes(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let bytes = entries.map(|entry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => disk_bytes(&entry.path()),
+        Ok(meta) => meta.blocks() * 512,
+        Err(_) => 0,
+    });
+    bytes.sum()
+}
+
+fn cannot_go_on(error: &vmm::VmmError) -> ApiError {
     let mut error = of_vmm("the appliance", error);
-    error.code = berth_api::v1::error::ErrorCode::Conflict;
+    error.code = ErrorCode::Conflict;
     error.message.push_str("; --without-state takes its disks only");
     error
 }
@@ -148,125 +298,4 @@ fn config(manifest: &Manifest) -> MachineConfig {
     }
     machine.initrd = (!modules.is_empty()).then(|| modules.join(",").into());
     machine
-}
-
-/// What a file is called in the folder.
-fn name_of(manifest: &Manifest, index: usize) -> String {
-    let role =
-        |file: &&FileEntry| Some(file.role) == manifest.files.get(index).map(|file| file.role);
-    let number = manifest.files.iter().take(index).filter(role).count();
-    match manifest.files.get(index).map(|file| file.role) {
-        Some(Role::Disk) => format!("disk{number}.qcow2"),
-        Some(Role::Initrd) => format!("initrd{number}"),
-        Some(Role::State) => format!("{SUSPENDED}/{}", folder::MACHINE),
-        Some(Role::Memory) => format!("{SUSPENDED}/{}", folder::MEMORY),
-        Some(Role::Kernel) | None => "kernel".to_owned(),
-    }
-}
-
-/// A file of the new machine.
-enum Target {
-    /// A disk.
-    Disk(Box<Image>),
-    /// Anything else.
-    File(File),
-    /// Kept as long as the stream is read, since others may refer to it.
-    Bytes(Vec<u8>),
-    /// Memory that is not wanted.
-    Nothing,
-}
-
-impl Place for Target {
-    fn write_at(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        let mut at = at;
-        for piece in bytes.chunks(PIECE_BYTES) {
-            if piece.iter().any(|byte| *byte != 0) {
-                match self {
-                    Self::Disk(image) => image.write(at, piece)?,
-                    Self::File(file) => file.write_all_at(piece, at)?,
-                    Self::Bytes(all) => {
-                        let end = at as usize + piece.len();
-                        if let Some(part) = all.get_mut(at as usize..end) {
-                            part.copy_from_slice(piece);
-                        }
-                    }
-                    Self::Nothing => {}
-                }
-            }
-            at += piece.len() as u64;
-        }
-        Ok(())
-    }
-
-    fn read_at(&mut self, at: u64, buffer: &mut [u8]) -> io::Result<()> {
-        match self {
-            Self::Disk(image) => image.read(at, buffer),
-            Self::File(file) => file.read_exact_at(buffer, at),
-            Self::Bytes(all) => {
-                let part = all.get(at as usize..at as usize + buffer.len());
-                buffer.copy_from_slice(part.ok_or(io::ErrorKind::UnexpectedEof)?);
-                Ok(())
-            }
-            Self::Nothing => Err(io::ErrorKind::Unsupported.into()),
-        }
-    }
-
-    fn is_wanted(&self) -> bool {
-        !matches!(self, Self::Nothing)
-    }
-}
-
-/// All files of the new machine.
-struct Files {
-    all: Vec<(PathBuf, Target)>,
-}
-
-impl Files {
-    fn make(folder: &Folder, manifest: &Manifest, with_state: bool) -> Result<Self> {
-        if with_state {
-            let state = folder.file(SUSPENDED);
-            fs::create_dir(&state).map_err(folder::failed("creating", &state))?;
-        }
-        let mut all = Vec::new();
-        for (index, entry) in manifest.files.iter().enumerate() {
-            let path = folder.file(name_of(manifest, index));
-            let target = match entry.role {
-                Role::State if !with_state => Target::Bytes(vec![0; entry.size as usize]),
-                Role::Memory if !with_state => Target::Nothing,
-                Role::Disk => make_disk(&path, entry.size)?,
-                _ => make_file(&path, entry.size)?,
-            };
-            all.push((path, target));
-        }
-        Ok(Self { all })
-    }
-
-    fn places(&mut self) -> Vec<&mut dyn Place> {
-        self.all.iter_mut().map(|(_, target)| target as &mut dyn Place).collect()
-    }
-
-    /// Makes a file last that is complete.
-    fn finish(&self, index: usize) -> Result<()> {
-        let Some((path, target)) = self.all.get(index) else { return Ok(()) };
-        let done = match target {
-            Target::Disk(image) => image.close(),
-            Target::File(file) => file.sync_all(),
-            Target::Bytes(_) | Target::Nothing => Ok(()),
-        };
-        Ok(done.map_err(folder::failed("writing", path))?)
-    }
-}
-
-fn make_disk(path: &Path, size: u64) -> Result<Target> {
-    let made = tools::create(path, Format::Qcow2, Some(size), None);
-    made.map_err(|error| failed(&error))?;
-    let image = open_image(path, Access::Write).map_err(|error| failed(&error))?;
-    Ok(Target::Disk(Box::new(image)))
-}
-
-fn make_file(path: &Path, size: u64) -> Result<Target> {
-    let file = folder::own_file().read(true).write(true).create_new(true).open(path);
-    let file = file.map_err(folder::failed("creating", path))?;
-    file.set_len(size).map_err(folder::failed("writing", path))?;
-    Ok(Target::File(file))
 }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 use crate::cgroup::Groups;
 use crate::events::Events;
 use crate::failure::{Result, chain, conflict, error, invalid};
-use crate::folder::{self, Folder, FolderError, unsettled};
+use crate::folder::{self, Folder, FolderError, unfinished, unsettled};
 use crate::machines::{Entry, Machines, check_name, clone, network, run};
 use crate::snapshot;
 use crate::vmm::{self, Program, VmmError};
@@ -94,6 +94,8 @@ impl Machines {
         builder.create(&directory).map_err(folder::failed("creating", &directory))?;
         let boot = unsettled::boot_id()?;
         folder::sweep(&directory)?;
+        unfinished::sweep(&directory, Timestamp::now())?;
+        unfinished::forget_all(&directory)?;
         clone::sweep(&directory, &boot)?;
         let whole = unsettled::sweep(&directory, &boot)?;
         settle_later(whole);

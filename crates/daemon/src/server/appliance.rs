@@ -10,17 +10,19 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderName, StatusCode};
 use axum::response::{IntoResponse, Response};
 use berth_api::v1::error::ErrorBody;
+use berth_api::v1::import::UnfinishedImport;
 use berth_api::v1::machine::Machine;
 use futures_util::StreamExt;
 use serde::Deserialize;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use utoipa::IntoParams;
+use uuid::Uuid;
 
-use crate::failure::chain;
-use crate::machines::import::Import;
+use crate::failure::{chain, invalid};
+use crate::machines::import::{Import, Rest};
 use crate::server::Daemon;
-use crate::server::extract::{Failure, MachinePath, Path, Query};
+use crate::server::extract::{Failure, ImportPath, MachinePath, Path, Query};
 use crate::server::machines::{Answer, whole};
 use crate::server::stream::body_of;
 
@@ -103,9 +105,14 @@ pub(super) struct ImportQuery {
     /// The disks only, though memory is there.
     #[serde(default)]
     without_state: bool,
+    /// An import that broke off: the body is the rest of its appliance.
+    unfinished: Option<Uuid>,
+    /// The byte of the appliance with which that begins, as `/imports` says.
+    at: Option<u64>,
 }
 
-/// Makes a machine of an appliance, the body. It does not run yet; one with memory is suspended.
+/// Makes a machine of an appliance, the body. It does not run yet; one with memory is suspended. When the
+/// body breaks off, what came is kept for some days, if it is much; `/imports` says how far that is.
 #[utoipa::path(
     post,
     path = "/import",
@@ -122,6 +129,11 @@ pub(super) async fn import(
     Query(query): Query<ImportQuery>,
     request: Request,
 ) -> Answer<(StatusCode, Json<Machine>)> {
+    let of_another = match (query.unfinished, query.at) {
+        (Some(id), Some(at)) => Some(Rest { id, at }),
+        (None, None) => None,
+        _ => return Err(invalid("unfinished and at are needed together, or neither").into()),
+    };
     let request_body = request.into_body().into_data_stream();
     let (back, rest) = tokio::sync::oneshot::channel();
     let from = Incoming {
@@ -130,7 +142,7 @@ pub(super) async fn import(
         handle: Handle::current(),
         back: Some(back),
     };
-    let wanted = Import { name: query.name, without_state: query.without_state };
+    let wanted = Import { name: query.name, without_state: query.without_state, rest: of_another };
     let made = whole(async move { daemon.machines.import(from, wanted).await }).await;
     if made.is_err()
         && let Ok(mut rest) = rest.await
@@ -139,6 +151,36 @@ pub(super) async fn import(
         let _ = tokio::time::timeout(DRAIN_TIME, drained).await;
     }
     Ok((StatusCode::CREATED, Json(made?.describe())))
+}
+
+/// Imports that broke off and can go on, the last one first.
+#[utoipa::path(get, path = "/imports", responses(
+    (status = 200, body = Vec<UnfinishedImport>),
+    (status = "5XX", body = ErrorBody),
+))]
+pub(super) async fn unfinished(
+    State(daemon): State<Daemon>,
+) -> Answer<Json<Vec<UnfinishedImport>>> {
+    Ok(Json(daemon.machines.unfinished_imports().await?))
+}
+
+/// Removes what is kept of an import that broke off.
+#[utoipa::path(
+    delete,
+    path = "/imports/{id}",
+    params(ImportPath),
+    responses(
+        (status = 204),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+pub(super) async fn abandon(
+    State(daemon): State<Daemon>,
+    Path(id): Path<Uuid>,
+) -> Answer<StatusCode> {
+    whole(async move { daemon.machines.abandon_import(id).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// A body that a thread reads, which gives it back when it has read enough.

@@ -88,6 +88,15 @@ pub struct ImagePath {
     name: String,
 }
 
+/// Which import that broke off.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "a description; handlers take the id alone")]
+pub struct ImportPath {
+    /// The import's id.
+    id: uuid::Uuid,
+}
+
 /// Which of its snapshots.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]

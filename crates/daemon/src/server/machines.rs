@@ -32,6 +32,8 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
         .routes(routes!(adopt))
         .routes(routes!(run::run))
         .routes(routes!(appliance::import))
+        .routes(routes!(appliance::unfinished))
+        .routes(routes!(appliance::abandon))
         .routes(routes!(appliance::export))
         .routes(routes!(inspect, remove, change::change))
         .routes(routes!(start))

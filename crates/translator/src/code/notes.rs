@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use bitflags::bitflags;
 use iced_x86::{Instruction, OpKind};
@@ -340,25 +340,70 @@ struct Step(u16);
 
 const STEP_HOST_MAX: u16 = 0xfff;
 
-/// The notes of any number of blocks, in the order of the blocks.
+/// A list of notes of one kind.
+pub trait List<T>: Deref<Target = [T]> + Default {
+    /// Forgets all.
+    fn forget(&mut self);
+}
+
+impl<T> List<T> for Vec<T> {
+    fn forget(&mut self) {
+        self.clear();
+    }
+}
+
+impl<T: Plain> List<T> for Stream<T> {
+    fn forget(&mut self) {
+        self.clear();
+    }
+}
+
+/// Where notes are.
+pub trait Keep {
+    /// Those of one kind.
+    type List<T: Plain>: List<T>;
+}
+
+/// On their own, as those of a block that is being made.
 #[derive(Debug, Default)]
-pub struct Notes {
-    steps: Vec<Step>,
+pub struct Loose;
+
+/// In the store of a cache.
+#[derive(Debug, Default)]
+pub struct Stored;
+
+impl Keep for Loose {
+    type List<T: Plain> = Vec<T>;
+}
+
+impl Keep for Stored {
+    type List<T: Plain> = Stream<T>;
+}
+
+/// The notes of any number of blocks, in the order of the blocks.
+#[derive(Default)]
+pub struct NotesIn<K: Keep> {
+    steps: K::List<Step>,
     /// Memory accesses.
-    pub sites: Vec<Site>,
+    pub sites: K::List<Site>,
     /// What slow paths there are, by the number of the access.
     pub slow: BTreeMap<u32, Slow>,
     /// Links.
-    pub links: Vec<Link>,
+    pub links: K::List<Link>,
     /// Indirect branches.
-    pub branches: Vec<Branch>,
+    pub branches: K::List<Branch>,
     /// String instructions.
-    pub strings: Vec<StringSite>,
+    pub strings: K::List<StringSite>,
     /// Instructions for helpers.
-    pub helpers: Vec<Helped>,
+    pub helpers: K::List<Helped>,
     /// What changes in copies.
-    fixups: Vec<Packed>,
+    fixups: K::List<Packed>,
 }
+
+/// Of blocks that are being made or moved.
+pub type Notes = NotesIn<Loose>;
+/// Of the blocks of a segment.
+pub type KeptNotes = NotesIn<Stored>;
 
 /// How many of each kind there are, or where those of a block begin.
 #[derive(Clone, Copy, Debug, Default)]
@@ -395,7 +440,7 @@ fn part<T>(all: &[T], start: u32, end: u32) -> &[T] {
 }
 
 /// Notes to be read.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     steps: &'a [Step],
     sites: &'a [Site],
@@ -408,7 +453,13 @@ pub struct View<'a> {
     fixups: &'a [Packed],
 }
 
-impl Notes {
+impl<K: Keep> fmt::Debug for NotesIn<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.view().fmt(f)
+    }
+}
+
+impl<K: Keep> NotesIn<K> {
     /// How many there are of each kind.
     pub fn counts(&self) -> Counts {
         self.view().counts()
@@ -430,16 +481,18 @@ impl Notes {
 
     /// Forgets all.
     pub fn clear(&mut self) {
-        self.steps.clear();
-        self.sites.clear();
+        self.steps.forget();
+        self.sites.forget();
         self.slow.clear();
-        self.links.clear();
-        self.branches.clear();
-        self.strings.clear();
-        self.helpers.clear();
-        self.fixups.clear();
+        self.links.forget();
+        self.branches.forget();
+        self.strings.forget();
+        self.helpers.forget();
+        self.fixups.forget();
     }
+}
 
+impl Notes {
     /// Notes what changes in a copy: offsets of the first byte behind it, the cold part following the
     /// body.
     pub fn fix_all(&mut self, fixups: &mut [(u32, Fix)]) {
@@ -560,24 +613,6 @@ unsafe impl Plain for Packed {}
 /// Notes a block has at most of each kind.
 const ROOM: usize = 8 << 10;
 
-/// The notes of the blocks of a segment, in its store.
-#[derive(Default)]
-pub struct KeptNotes {
-    steps: Stream<Step>,
-    /// Memory accesses.
-    pub sites: Stream<Site>,
-    /// What slow paths there are, by the number of the access.
-    pub slow: BTreeMap<u32, Slow>,
-    /// Links.
-    pub links: Stream<Link>,
-    /// Indirect branches.
-    pub branches: Stream<Branch>,
-    strings: Stream<StringSite>,
-    /// Instructions for helpers.
-    pub helpers: Stream<Helped>,
-    fixups: Stream<Packed>,
-}
-
 impl KeptNotes {
     /// Room for those of so many bytes of host code, and much more, at the place `next` of a store.
     pub fn new(next: &mut usize, code: usize) -> Self {
@@ -638,37 +673,6 @@ impl KeptNotes {
             && self.strings.set_len(counts.strings as usize)
             && self.helpers.set_len(counts.helpers as usize)
             && self.fixups.set_len(counts.fixups as usize)
-    }
-
-    /// How many there are of each kind.
-    pub fn counts(&self) -> Counts {
-        self.view().counts()
-    }
-
-    /// To be read.
-    pub fn view(&self) -> View<'_> {
-        View {
-            steps: &self.steps,
-            sites: &self.sites,
-            slow: &self.slow,
-            links: &self.links,
-            branches: &self.branches,
-            strings: &self.strings,
-            helpers: &self.helpers,
-            fixups: &self.fixups,
-        }
-    }
-
-    /// Forgets all.
-    pub fn clear(&mut self) {
-        self.steps.clear();
-        self.sites.clear();
-        self.slow.clear();
-        self.links.clear();
-        self.branches.clear();
-        self.strings.clear();
-        self.helpers.clear();
-        self.fixups.clear();
     }
 
     /// Appends those of a block.

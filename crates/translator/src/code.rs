@@ -21,6 +21,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::SetupError;
+use crate::ram::Origin;
 use crate::translate::Mode;
 
 pub use moved::{Moved, Went};
@@ -31,7 +32,6 @@ pub use notes::{
 pub use places::GoesOn;
 use segment::{Segment, index_of, number, segment_of};
 pub use share::CodePart;
-pub use store::Pages;
 use store::{Plain, Store, Stream};
 
 /// Number of a block in [`CodeCache`], valid until its segment is dropped.
@@ -227,7 +227,7 @@ impl CodeCache {
     ///
     /// # Errors
     /// As [`CodeCache::new`], or it is not that.
-    fn with(size: usize, begin: Option<&Pages>) -> Result<Self, SetupError> {
+    fn with(size: usize, begin: Option<&Origin>) -> Result<Self, SetupError> {
         let err = |source| SetupError::Map { what: "the code cache", source };
         let size = size.next_multiple_of(1 << 16).max(4 << 20);
         let mut next = size;

@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use super::notes::{Counts, Slow};
 use super::segment::SEGMENTS;
-use super::store::{Pages, Store, Stream};
+use super::store::{Store, Stream};
 use super::{CodeCache, PERMANENT};
 use crate::SetupError;
+use crate::ram::Origin;
 
 /// What else a cache holds, in its store as long as it is shared.
 pub struct CodePart {
@@ -73,7 +74,7 @@ impl CodeCache {
     ///
     /// # Errors
     /// The system refuses.
-    pub fn share(&mut self) -> io::Result<(Pages, Vec<u64>)> {
+    pub fn share(&mut self) -> io::Result<(Origin, Vec<u64>)> {
         let (part, store) = (&mut self.part, &mut self.store);
         part.slow.clear();
         part.detours.clear();
@@ -115,7 +116,7 @@ impl CodeCache {
     /// When the host refuses the mappings; `None` when it is not of such a cache.
     pub fn begin_with(
         size: usize,
-        pages: &Pages,
+        pages: &Origin,
         numbers: &[u64],
     ) -> Result<Option<Self>, SetupError> {
         let mut cache = Self::with(size, Some(pages))?;

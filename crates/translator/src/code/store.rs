@@ -15,6 +15,7 @@ use std::ops::{Deref, Range};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use crate::ram::Origin;
 use crate::sys::{self, Reservation};
 
 /// Bytes of a page.
@@ -29,15 +30,6 @@ const PIECES_MAX: usize = 4000;
 const READ: i32 = libc::PROT_READ;
 const WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const EXECUTE: i32 = libc::PROT_READ | libc::PROT_EXEC;
-
-/// Where what a cache holds is, for caches that begin with it.
-#[derive(Clone, Debug, Default)]
-pub struct Pages {
-    /// The files. Nobody writes to what is shared of them, or makes them shorter.
-    pub files: Vec<Arc<OwnedFd>>,
-    /// For each page 0 if nothing is there, else one more than the index of its file.
-    pub of_page: Vec<u8>,
-}
 
 /// The memory of a cache.
 pub struct Store {
@@ -64,7 +56,7 @@ impl Store {
     ///
     /// # Errors
     /// When the host refuses the mappings, or `begin` is of another size.
-    pub fn new(code: usize, size: usize, begin: Option<(&Pages, usize)>) -> io::Result<Self> {
+    pub fn new(code: usize, size: usize, begin: Option<(&Origin, usize)>) -> io::Result<Self> {
         let own = Arc::new(sys::memfd(c"berth-code", size as u64)?);
         let (rw, rx) = (Reservation::new(size)?, Reservation::new(code)?);
         let mut store = Self {
@@ -216,11 +208,11 @@ impl Store {
     ///
     /// # Errors
     /// The system refuses; the cache can go on.
-    pub fn share(&mut self, live: &[Range<usize>]) -> io::Result<Pages> {
+    pub fn share(&mut self, live: &[Range<usize>]) -> io::Result<Origin> {
         self.try_to_share(live).inspect_err(|_| self.bring_together_or_end())
     }
 
-    fn try_to_share(&mut self, live: &[Range<usize>]) -> io::Result<Pages> {
+    fn try_to_share(&mut self, live: &[Range<usize>]) -> io::Result<Origin> {
         if self.file_of.chunk_by(|a, b| a == b).count() > PIECES_MAX {
             self.bring_together()?;
         }
@@ -253,7 +245,7 @@ impl Store {
             at += len;
         }
         self.singles = 0;
-        Ok(Pages { files, of_page })
+        Ok(Origin { files, of_page })
     }
 
     /// Writes bytes; the range must be inside.

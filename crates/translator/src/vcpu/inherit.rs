@@ -1,11 +1,10 @@
 //! What a vCPU has translated, for the vCPU of a clone.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::code::{CodeCache, Pages};
+use crate::code::CodeCache;
+use crate::ram::Origin;
 use crate::shared::Shared;
 use crate::sys;
 use crate::{Optimizations, SetupError};
@@ -19,10 +18,8 @@ const SETTLING: Duration = Duration::from_millis(300);
 /// in another process of the same program.
 #[derive(Clone, Debug, Default)]
 pub struct SharedCode {
-    /// Files with host code and tables. Nobody writes to what is used of them, or makes them shorter.
-    pub files: Vec<Arc<OwnedFd>>,
-    /// For each page of them 0, or one more than the index of its file.
-    pub of_page: Vec<u8>,
+    /// Where host code and its tables are.
+    pub pages: Origin,
     /// What else belongs to it.
     pub numbers: Vec<u64>,
     /// Numbers of the guest physical pages that it was made from.
@@ -59,13 +56,14 @@ impl Begin {
     /// # Errors
     /// When the host refuses the mappings.
     pub(super) fn new(shared: &Shared, from: &SharedCode) -> Result<Option<Self>, SetupError> {
-        let pages = Pages { files: from.files.clone(), of_page: from.of_page.clone() };
-        let Some((head, numbers)) = from.numbers.split_at_checked(8) else { return Ok(None) };
-        let &[a, b, c, thunks, optimizations, checked, spaces, slots] = head else {
+        let Some((made, numbers)) = from.numbers.split_first_chunk::<5>() else {
             return Ok(None);
         };
-        let same = sys::build_id() == Some([a, b, c])
-            && u64::from(shared.config.optimizations.bits()) == optimizations
+        let Some((&[checked, spaces, slots], numbers)) = numbers.split_first_chunk() else {
+            return Ok(None);
+        };
+        let thunks = made[3];
+        let same = made_for(thunks, shared.config.optimizations).as_ref() == Some(made)
             && slots == shared.config.address_spaces as u64;
         if !same {
             return Ok(None);
@@ -75,7 +73,7 @@ impl Begin {
         };
         let slot = |&n: &u64| ((n >> 32).checked_sub(1).map(|pcid| pcid as u16), n as u16);
         let slots = slots.iter().map(slot).collect();
-        let code = CodeCache::begin_with(shared.config.code_cache_bytes, &pages, numbers)?;
+        let code = CodeCache::begin_with(shared.config.code_cache_bytes, &from.pages, numbers)?;
         let around = Around { thunks, checked: checked != 0, spaces: spaces as u16, slots };
         Ok(code.map(|code| Self { code, around }))
     }
@@ -106,7 +104,7 @@ impl Inner {
         let guest_pages = self.lin.shared.pages_with_code(self.lin.index);
         let (pages, cache) = self.code.share()?;
         numbers.extend(cache);
-        Ok(SharedCode { files: pages.files, of_page: pages.of_page, numbers, guest_pages })
+        Ok(SharedCode { pages, numbers, guest_pages })
     }
 
     /// Goes on with the address spaces of the vCPU whose code this one has, which was made from these

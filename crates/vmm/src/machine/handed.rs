@@ -41,34 +41,54 @@ pub struct Handed {
 #[serde(deny_unknown_fields)]
 struct Message {
     state: MachineState,
-    files: usize,
-    /// The file of each page (0: none, it is zero), and how many pages it is the same for.
-    runs: Vec<(u8, u64)>,
+    memory: Pages,
     /// What each vCPU has translated.
     code: Vec<Option<Code>>,
 }
 
-/// What a vCPU has translated; its files follow those before.
+/// Where pages are; the files follow those of what is before.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pages {
+    files: usize,
+    /// The file of each page (0: none, it is zero), and how many pages it is the same for.
+    runs: Vec<(u8, u64)>,
+}
+
+/// What a vCPU has translated.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Code {
-    files: usize,
-    runs: Vec<(u8, u64)>,
+    pages: Pages,
     numbers: Vec<u64>,
     guest_pages: Vec<u64>,
 }
 
-fn runs(of_page: &[u8]) -> Vec<(u8, u64)> {
-    let runs = of_page.chunk_by(|a, b| a == b);
-    runs.filter_map(|run| Some((*run.first()?, run.len() as u64))).collect()
+impl Pages {
+    fn of(origin: &Origin) -> Self {
+        let runs = origin.of_page.chunk_by(|a, b| a == b);
+        let runs = runs.filter_map(|run| Some((*run.first()?, run.len() as u64)));
+        Self { files: origin.files.len(), runs: runs.collect() }
+    }
+
+    /// How many there are.
+    fn count(&self) -> u64 {
+        self.runs.iter().fold(0, |sum, (_, len)| sum.saturating_add(*len))
+    }
+
+    /// The next of the files that came are those of these pages.
+    fn take(&self, files: &mut impl Iterator<Item = Arc<OwnedFd>>) -> io::Result<Origin> {
+        let taken: Vec<_> = files.take(self.files).collect();
+        if taken.len() != self.files {
+            return Err(strange(format!("{} of {} files", taken.len(), self.files)));
+        }
+        let of_page = of_page(&self.runs, self.count(), &taken)?;
+        Ok(Origin { files: taken, of_page })
+    }
 }
 
 /// The file of each of so many pages; each file has to have all of them.
 fn of_page(runs: &[(u8, u64)], pages: u64, files: &[Arc<OwnedFd>]) -> io::Result<Vec<u8>> {
-    let sum: u64 = runs.iter().fold(0, |sum, (_, len)| sum.saturating_add(*len));
-    if sum != pages {
-        return Err(strange(format!("{sum} pages instead of {pages}")));
-    }
     for file in files {
         // One that is shorter would end the process when it is read behind its end.
         let len = rustix::fs::fstat(file)?.st_size;
@@ -76,7 +96,9 @@ fn of_page(runs: &[(u8, u64)], pages: u64, files: &[Arc<OwnedFd>]) -> io::Result
             return Err(strange(format!("a file of {len} bytes for {pages} pages")));
         }
     }
-    let mut of_page = Vec::with_capacity(usize::try_from(pages).unwrap_or(0));
+    let mut of_page = Vec::new();
+    let room = usize::try_from(pages).unwrap_or(usize::MAX);
+    of_page.try_reserve(room).map_err(|_| strange(format!("{pages} pages")))?;
     for &(file, len) in runs {
         if usize::from(file) > files.len() {
             return Err(strange(format!("pages in file {file} of {}", files.len())));
@@ -107,21 +129,16 @@ pub fn hand(
     let mut told = Vec::new();
     for code in code {
         // What does not fit is translated anew.
-        let code = code.as_ref().filter(|code| files.len() + code.files.len() <= FILES_MAX);
-        files.extend(code.iter().flat_map(|code| code.files.iter().map(|file| file.as_fd())));
+        let fits = |code: &&SharedCode| files.len() + code.pages.files.len() <= FILES_MAX;
+        let code = code.as_ref().filter(fits);
+        files.extend(code.iter().flat_map(|code| code.pages.files.iter().map(|file| file.as_fd())));
         told.push(code.map(|code| Code {
-            files: code.files.len(),
-            runs: runs(&code.of_page),
+            pages: Pages::of(&code.pages),
             numbers: code.numbers.clone(),
             guest_pages: code.guest_pages.clone(),
         }));
     }
-    let message = Message {
-        state: state.clone(),
-        files: memory.files.len(),
-        runs: runs(&memory.of_page),
-        code: told,
-    };
+    let message = Message { state: state.clone(), memory: Pages::of(memory), code: told };
     let json = serde_json::to_vec(&message)?;
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
     let mut rights = SendAncillaryBuffer::new(&mut space);
@@ -163,27 +180,22 @@ impl Handed {
         from.take(length).read_to_end(&mut json)?;
         let message: Message = serde_json::from_slice(&json)?;
         let mut files = files.into_iter();
-        let mut take = |count: usize| {
-            let taken: Vec<_> = files.by_ref().take(count).collect();
-            if taken.len() == count { Ok(taken) } else { Err(strange(format!("{count} files"))) }
-        };
-        let files = take(message.files)?;
-        let of_page = of_page(&message.runs, message.state.memory_bytes / 4096, &files)?;
-        let memory = Origin { files, of_page };
+        let pages = message.state.memory_bytes / 4096;
+        if message.memory.count() != pages {
+            return Err(strange(format!("{} pages instead of {pages}", message.memory.count())));
+        }
+        let memory = message.memory.take(&mut files)?;
         let mut code = Vec::new();
         for told in message.code {
-            let Some(told) = told else {
+            let Some(Code { pages, numbers, guest_pages }) = told else {
                 code.push(None);
                 continue;
             };
-            let files = take(told.files)?;
-            let pages = told.runs.iter().fold(0, |sum: u64, (_, len)| sum.saturating_add(*len));
-            if pages > CODE_PAGES_MAX {
-                return Err(strange(format!("{pages} pages of code")));
+            if pages.count() > CODE_PAGES_MAX {
+                return Err(strange(format!("{} pages of code", pages.count())));
             }
-            let of_page = self::of_page(&told.runs, pages, &files)?;
-            let Code { numbers, guest_pages, .. } = told;
-            code.push(Some(SharedCode { files, of_page, numbers, guest_pages }));
+            let pages = pages.take(&mut files)?;
+            code.push(Some(SharedCode { pages, numbers, guest_pages }));
         }
         Ok(Self { state: message.state, memory, code })
     }
@@ -194,7 +206,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
-    use super::{Handed, of_page};
+    use super::{Handed, Pages};
 
     fn received(bytes: &[u8]) -> std::io::Result<Handed> {
         let (mut far, near) = UnixStream::pair().unwrap();
@@ -218,9 +230,12 @@ mod tests {
 
     #[test]
     fn pages_are_in_files_that_are_there() {
-        assert!(of_page(&[(0, 3), (0, 1)], 4, &[]).unwrap().iter().all(|&n| n == 0));
-        for runs in [&[(0, 3)][..], &[(0, 5)], &[(1, 4)], &[(255, 4)], &[(0, u64::MAX), (0, 5)]] {
-            assert!(of_page(runs, 4, &[]).is_err(), "{runs:?}");
+        let taken = |runs: &[(u8, u64)], files| {
+            Pages { files, runs: runs.to_vec() }.take(&mut std::iter::empty())
+        };
+        assert!(taken(&[(0, 3), (0, 1)], 0).unwrap().of_page == [0; 4]);
+        for (runs, files) in [(&[(0, 3)][..], 1), (&[(1, 4)], 0), (&[(255, 4)], 0)] {
+            assert!(taken(runs, files).is_err(), "{runs:?}");
         }
     }
 }

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use berth_api::v1::error::{ApiError, ErrorBody};
+use berth_api::v1::routes::nothing_at;
 use berth_daemon::relay;
 use berth_daemon::tls::{TlsError, TlsFiles};
 use http_body_util::combinators::UnsyncBoxBody;
@@ -126,6 +127,17 @@ pub enum ClientError {
     /// It is not what was asked for.
     #[error("the daemon answered {0}")]
     Status(StatusCode),
+    /// It is another version's.
+    #[error(
+        "the daemon at {address} is of another version, which has nothing at {path}; end it (`pkill -f \
+         'berth.* daemon'`, machines go on) and try again: then one of this version is started"
+    )]
+    Version {
+        /// Where it listens.
+        address: String,
+        /// What it does not know.
+        path: String,
+    },
     /// The system.
     #[error("{0} failed")]
     System(&'static str, #[source] io::Error),
@@ -496,6 +508,7 @@ impl Client {
         let request = request.header(HOST, host).body(body);
         let request = request
             .map_err(|error| ClientError::System("making the request", io::Error::other(error)))?;
+        let path = request.uri().path().to_owned();
         // A daemon says what it thinks of our certificate when the handshake is over for us.
         let response = sender.send_request(request).await.map_err(|error| match alert(&error) {
             Some(source) => ClientError::NotAccepted { address: self.place.to_string(), source },
@@ -504,7 +517,14 @@ impl Client {
         if response.status().is_client_error() || response.status().is_server_error() {
             let status = response.status();
             let body: Result<ErrorBody, _> = serde_json::from_slice(&read(response).await?);
-            return Err(body.map_or(ClientError::Status(status), |body| body.error.into()));
+            return Err(match body {
+                // Every path that is asked for is one of this version's.
+                Ok(ErrorBody { error }) if error.message == nothing_at(&path) => {
+                    ClientError::Version { address: self.place.to_string(), path }
+                }
+                Ok(ErrorBody { error }) => error.into(),
+                Err(_) => ClientError::Status(status),
+            });
         }
         Ok(response)
     }
@@ -582,7 +602,39 @@ fn start_daemon(socket: &Path, root: &Path) -> Result<(), ClientError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+
     use super::*;
+
+    #[test]
+    fn a_daemon_of_another_version_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("berth.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut asked = [0; 4096];
+                let count = stream.read(&mut asked).unwrap();
+                let asked = String::from_utf8_lossy(&asked[..count]).into_owned();
+                let Some(path) = asked.split(' ').nth(1) else { continue };
+                let error = ApiError {
+                    code: berth_api::v1::error::ErrorCode::NotFound,
+                    message: nothing_at(path),
+                };
+                let body = serde_json::to_string(&ErrorBody { error }).unwrap();
+                let head = "HTTP/1.1 404 Not Found\r\ncontent-type: application/json\r\n";
+                let answer = format!("{head}content-length: {}\r\n\r\n{body}", body.len());
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        let address = Address { place: Place::Unix(socket), is_own: false };
+        let client = Client::new(&address, dir.path(), &TlsGiven::default()).unwrap();
+        let error = client.call::<()>(&Method::GET, "/berth/v1/new", None::<&()>).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("another version") && text.contains("/berth/v1/new"), "{text}");
+    }
 
     #[test]
     fn the_socket_is_where_it_was_said_to_be() {

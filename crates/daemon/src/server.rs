@@ -34,7 +34,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use berth_api::v1::error::{ErrorBody, ErrorCode};
 use berth_api::v1::info::Info;
-use berth_api::v1::routes::PREFIX;
+use berth_api::v1::routes::{PREFIX, nothing_at};
 use berth_api::v1::run::Ended;
 use jiff::Timestamp;
 use tokio::net::{UnixListener, UnixStream};
@@ -282,7 +282,7 @@ fn router(daemon: Daemon) -> Router {
 }
 
 async fn no_route(uri: axum::http::Uri) -> Response {
-    failure(error(ErrorCode::NotFound, format!("there is nothing at {}", uri.path())))
+    failure(error(ErrorCode::NotFound, nothing_at(uri.path())))
 }
 
 async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> Response {

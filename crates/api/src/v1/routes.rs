@@ -15,6 +15,12 @@ pub fn image(name: &str) -> String {
     format!("{PREFIX}/images/{}", part(name))
 }
 
+/// What is answered to whoever asks for a path that there is not.
+#[must_use]
+pub fn nothing_at(path: &str) -> String {
+    format!("there is nothing at {path}")
+}
+
 /// The path of a network.
 #[must_use]
 pub fn network(name: &str) -> String {

@@ -28,6 +28,8 @@ pub const ORIGIN: &str = "state/origin.json";
 /// In a state that is not only of the machine that goes on with it: the guest is told by a new generation
 /// id.
 pub const RENEW: &str = "renew";
+/// Marks a machine that is removed when it ends: JSON, a `Temporary`.
+pub const TEMPORARY: &str = "state/temporary";
 /// A machine that was suspended: what it is to go on with.
 pub const SUSPENDED: &str = "state/suspended";
 /// Bytes a line may have.

@@ -179,7 +179,7 @@ impl<R: Read> Reader<R> {
     /// # Errors
     /// [`ApplianceError`]; what was written is of no use then.
     pub fn finish(&mut self) -> Result<(), ApplianceError> {
-        let begin = self.at;
+        let (begin, chain) = (self.at, self.chain);
         let unfit = |what| Err(ApplianceError::Unfit { at: begin, what });
         if self.file != self.manifest.files.len() {
             return Err(refused("not all of its files were unpacked"));
@@ -196,7 +196,11 @@ impl<R: Read> Reader<R> {
         match (Stream { from: &mut self.from, at: self.at }).fill(&mut [0]) {
             Err(ApplianceError::Truncated { .. }) => Ok(()),
             Ok(()) => Err(ApplianceError::Trailing { at: self.at }),
-            Err(error) => Err(error),
+            Err(error) => {
+                // Who goes on later needs the end once more.
+                (self.at, self.chain) = (begin, chain);
+                Err(error)
+            }
         }
     }
 

@@ -612,7 +612,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("berth.sock");
         let listener = UnixListener::bind(&socket).unwrap();
-        std::thread::spawn(move || {
+        thread::spawn(move || {
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
                 let mut asked = [0; 4096];

@@ -4,7 +4,7 @@
 mod network;
 mod own;
 mod share;
-pub(crate) mod words;
+mod words;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 use berth_api::agent::message::{Exec, TerminalSize};
 use berth_api::size::Size;
-use berth_api::v1::machine::{self as kept, Cpu, MachineConfig, Shell};
+use berth_api::v1::machine::{self as kept, Cpu, MachineConfig};
+use berth_api::v1::run::{Shell, Temporary};
 use berth_disk::chain::describe;
 use berth_disk::error::DiskError;
 use berth_disk::format::Format;
@@ -211,7 +212,8 @@ impl RunPlan {
     /// [`PlanError`]; nothing is left behind.
     pub fn new(args: &RunArgs, state: &Path) -> Result<Self, PlanError> {
         let shell = if args.command.is_empty() { Shell::Once } else { Shell::Never };
-        let (mut plan, image) = Self::base(args, state, shell, false, true)?;
+        let shown = Temporary { shell, terminal: terminal::described() };
+        let (mut plan, image) = Self::base(args, state, &shown, false, true)?;
         if let Some((image, store)) = &image {
             let disk = ThrowawayDisk::copy_of(&image.root_disk(), store)?;
             plan.disks
@@ -238,7 +240,7 @@ impl RunPlan {
     fn base(
         args: &RunArgs,
         state: &Path,
-        shell: Shell,
+        shown: &Temporary,
         is_kept: bool,
         boots: bool,
     ) -> Result<(Self, FromImage), PlanError> {
@@ -260,7 +262,7 @@ impl RunPlan {
             Some(image) => image_boot(args, image, state)?,
         };
         let plan = Self {
-            command_line: command_line(args, &name, shell)?,
+            command_line: command_line(args, &name, shown)?,
             shares,
             name,
             cpus: args.machine.cpus,
@@ -286,7 +288,7 @@ impl RunPlan {
     }
 
     /// What a kept machine needs, whose disks are in its folder. `console` is its serial port. One that
-    /// does not boot, since it goes on, needs no kernel.
+    /// does not boot, since it goes on, needs no kernel. `shown` says what its guest does with its console.
     ///
     /// # Errors
     /// [`PlanError`].
@@ -296,6 +298,7 @@ impl RunPlan {
         folder: &Path,
         state: &Path,
         console: Console,
+        shown: &Temporary,
         boots: bool,
     ) -> Result<Self, PlanError> {
         let machine = MachineArgs {
@@ -335,7 +338,7 @@ impl RunPlan {
             image: config.image.clone(),
             ..RunArgs::default()
         };
-        let (plan, _) = Self::base(&args, state, config.shell, true, boots)?;
+        let (plan, _) = Self::base(&args, state, shown, true, boots)?;
         Ok(Self { console, ..plan })
     }
 }
@@ -574,7 +577,7 @@ pub(crate) fn first_command(args: &RunArgs) -> Option<Exec> {
     Some(exec)
 }
 
-fn command_line(args: &RunArgs, name: &str, shell: Shell) -> Result<String, PlanError> {
+fn command_line(args: &RunArgs, name: &str, shown: &Temporary) -> Result<String, PlanError> {
     let mut words = Vec::new();
     if args.image.is_some() {
         words.push("console=ttyS0 quiet panic=-1 berth.root=/dev/vda berth.rw=1".to_owned());
@@ -583,11 +586,11 @@ fn command_line(args: &RunArgs, name: &str, shell: Shell) -> Result<String, Plan
             words.push("console=hvc0".to_owned());
         }
         words.push(format!("berth.hostname={name}"));
-        match shell {
+        match shown.shell {
             Shell::Never => {}
             Shell::Once => {
                 words.push("berth.shell=1".to_owned());
-                words.extend(words::terminal());
+                words.extend(shown.terminal.iter().flat_map(words::terminal));
             }
             Shell::Always => words.push("berth.shell=always".to_owned()),
         }
@@ -632,6 +635,10 @@ mod tests {
     use super::*;
     use crate::args::{Args, Command, VmCommand};
 
+    fn shown(shell: Shell) -> Temporary {
+        Temporary { shell, terminal: None }
+    }
+
     fn run_args(line: &str) -> RunArgs {
         let words = format!("berth vm run {line}");
         let args = Args::try_parse_from(words.split_whitespace()).unwrap();
@@ -667,7 +674,7 @@ mod tests {
             let mut args = run_args("--kernel k");
             args.machine.kernel = Some(kernel.clone());
             args.machine.append = append.to_owned();
-            command_line(&args, "box", Shell::Once).unwrap()
+            command_line(&args, "box", &shown(Shell::Once)).unwrap()
         };
         assert_eq!(line("quiet", &head), "panic=-1 quiet");
         assert_eq!(line("panic=5", &head), "panic=5");
@@ -689,17 +696,19 @@ mod tests {
 
     #[test]
     fn an_images_command_line_carries_what_the_agent_wants() {
-        let line = command_line(&run_args("--append extra=1 debian"), "box", Shell::Once).unwrap();
+        let line =
+            command_line(&run_args("--append extra=1 debian"), "box", &shown(Shell::Once)).unwrap();
         assert!(line.contains("berth.hostname=box berth.shell=1"), "{line}");
         assert!(line.ends_with(" extra=1"), "{line}");
-        let line = command_line(&run_args("debian -- true"), "box", Shell::Never).unwrap();
+        let line = command_line(&run_args("debian -- true"), "box", &shown(Shell::Never)).unwrap();
         assert!(!line.contains("berth.shell"), "{line}");
         let line =
-            command_line(&run_args("--virtio-console stdio debian"), "box", Shell::Once).unwrap();
+            command_line(&run_args("--virtio-console stdio debian"), "box", &shown(Shell::Once))
+                .unwrap();
         assert!(line.contains("console=hvc0"), "{line}");
         let long = "x".repeat(3000);
         assert!(
-            command_line(&run_args(&format!("--append {long} debian")), "box", Shell::Once)
+            command_line(&run_args(&format!("--append {long} debian")), "box", &shown(Shell::Once))
                 .is_err()
         );
     }
@@ -733,11 +742,11 @@ mod tests {
     #[test]
     fn variables_are_words_of_the_command_line() {
         let args = run_args("-e A=b/c -e É=1 debian");
-        let mut line = command_line(&args, "box", Shell::Always).unwrap();
+        let mut line = command_line(&args, "box", &shown(Shell::Always)).unwrap();
         assert!(line.ends_with(" berth.env=A=b/c berth.env=%c3%89=1"), "{line}");
         let mut spaced = args;
         spaced.machine.env[0].value = "x \"y\"\n%".into();
-        line = command_line(&spaced, "box", Shell::Never).unwrap();
+        line = command_line(&spaced, "box", &shown(Shell::Never)).unwrap();
         assert!(line.contains(" berth.env=A=x%20%22y%22%0a%25 "), "{line}");
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 
 use berth_api::agent::message::TerminalSize;
+use berth_api::v1::run::Terminal;
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
@@ -18,6 +19,14 @@ pub fn size() -> Option<TerminalSize> {
     let size = tcgetwinsize(stdout()).ok()?;
     (size.ws_row > 0 && size.ws_col > 0)
         .then_some(TerminalSize { rows: size.ws_row, cols: size.ws_col })
+}
+
+/// What is told of the terminal to the console of a machine; `None` unless a person sits at both ends.
+#[must_use]
+pub fn described() -> Option<Terminal> {
+    let size = size().unwrap_or(TerminalSize { rows: 0, cols: 0 });
+    let term = std::env::var("TERM").ok();
+    is_interactive().then_some(Terminal { term, rows: size.rows, cols: size.cols })
 }
 
 /// A terminal that passes every key on. Restored when dropped.

@@ -231,6 +231,11 @@ impl Machines {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether this machine is one of them.
+    fn has(&self, entry: &Entry) -> bool {
+        self.all().values().any(|other| other.id == entry.id)
+    }
+
     /// All of them by name.
     #[must_use]
     pub fn list(&self) -> Vec<Machine> {
@@ -587,13 +592,21 @@ impl Machines {
     pub async fn remove(&self, entry: &Entry, force: bool) -> Result<()> {
         let _changing = entry.changing.lock().await;
         let name = entry.name();
+        if !self.has(entry) {
+            // Its name may be another's by now.
+            return Err(error(ErrorCode::NotFound, format!("there is no machine {name} any more")));
+        }
         if entry.state().is_up() {
             if !force {
                 return Err(conflict(format!(
                     "{name} runs; stop it first, or remove it with --force"
                 )));
             }
-            self.kill_now(entry).await?;
+            match self.kill_now(entry).await {
+                // It may have ended by itself.
+                Err(error) if entry.state().is_up() => return Err(error),
+                _ => {}
+            }
         }
         let folder = entry.folder();
         let removed = tokio::task::spawn_blocking(move || {

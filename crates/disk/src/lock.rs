@@ -70,11 +70,13 @@ fn set(file: &File, kind: i32, bytes: (i64, i64)) -> io::Result<()> {
     command(file, libc::F_OFD_SETLK, &mut range(kind, bytes))
 }
 
-/// Whether somebody else has a lock of a byte, of whatever kind.
+/// Whether somebody else has a lock of a byte, of whatever kind, but one for reading all of the file,
+/// which readers of ours had that were started before there were ranges.
 fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
     let mut found = range(libc::F_WRLCK, (byte, 1));
     command(file, libc::F_OFD_GETLK, &mut found)?;
-    Ok(found.l_type != libc::F_UNLCK as i16)
+    let reads_all = found.l_type == libc::F_RDLCK as i16 && found.l_start == 0 && found.l_len == 0;
+    Ok(found.l_type != libc::F_UNLCK as i16 && !reads_all)
 }
 
 #[allow(unsafe_code, reason = "no safe wrapper offers locks of open file descriptions")]

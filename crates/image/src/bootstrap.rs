@@ -11,6 +11,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use uuid::Uuid;
+
 use crate::disk::copy_sparse;
 use crate::mounts::remove_tree;
 use crate::sources;
@@ -197,13 +199,13 @@ struct Workspace {
 
 impl Workspace {
     fn new(store: &Store) -> Result<Self, BootstrapError> {
-        let directory = store.temporary().join(format!("bootstrap-{}", std::process::id()));
+        let directory = store.temporary().join(format!("bootstrap-{}", Uuid::new_v4()));
         fs::create_dir_all(&directory).map_err(failed("creating", &directory))?;
         let is_root = rustix::process::geteuid().is_root();
         let root_area = if is_root {
             directory.clone()
         } else {
-            let area = std::env::temp_dir().join(format!("berth-bootstrap-{}", std::process::id()));
+            let area = std::env::temp_dir().join(format!("berth-bootstrap-{}", Uuid::new_v4()));
             fs::create_dir(&area).map_err(failed("creating", &area))?;
             // The namespace's root is another user to us, and writes here.
             fs::set_permissions(&area, fs::Permissions::from_mode(0o777))

@@ -284,7 +284,7 @@ impl Store {
     /// [`StoreError`].
     pub fn remove(&self, _lock: &StoreLock, image: &Image) -> Result<(), StoreError> {
         // Renamed first: an interrupted removal leaves no half image behind.
-        let aside = self.temporary().join(format!("removed-{}", std::process::id()));
+        let aside = self.temporary().join(format!("removed-{}", uuid::Uuid::new_v4()));
         fs::rename(&image.directory, &aside).map_err(failed("removing", &image.directory))?;
         fs::remove_dir_all(&aside).map_err(failed("removing", &aside))
     }

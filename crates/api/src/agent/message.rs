@@ -75,7 +75,7 @@ pub struct Identify {
     pub mac: [u8; 6],
     /// Whether that card gives up its address on the network before this is answered: it is that of another
     /// machine on the same network.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leave_address: bool,
 }
 

@@ -63,9 +63,6 @@ pub struct MachineConfig {
     /// The processor that the guest sees.
     #[serde(default, skip_serializing_if = "Cpu::is_host")]
     pub cpu: Cpu,
-    /// Who gets a shell on the console of a guest of an image.
-    #[serde(default, skip_serializing_if = "Shell::is_always")]
-    pub shell: Shell,
     /// Whether the guest has port 0xf4, which ends the machine.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub debug_exit: bool,
@@ -108,7 +105,6 @@ impl Default for MachineConfig {
             memory_limit: None,
             accel: Accel::default(),
             cpu: Cpu::default(),
-            shell: Shell::default(),
             debug_exit: false,
             net: Net::default(),
             env: BTreeMap::new(),
@@ -186,26 +182,6 @@ impl std::str::FromStr for Cpu {
             "x86-64-v4" => "x86-64-v4 needs AVX-512, which the translator does not have".to_owned(),
             _ => format!("there are {}", Self::ALL.map(Self::name).join(", ")),
         })
-    }
-}
-
-/// Who gets a shell on the console of a guest of an image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Shell {
-    /// Whoever attaches, and when it has ended the next.
-    #[default]
-    Always,
-    /// One; the guest powers off when it ends.
-    Once,
-    /// Nobody.
-    Never,
-}
-
-impl Shell {
-    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
-    const fn is_always(&self) -> bool {
-        matches!(self, Self::Always)
     }
 }
 

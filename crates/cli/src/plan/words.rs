@@ -1,5 +1,7 @@
 //! Words of the kernel command line that the guest's agent reads.
 
+use berth_api::v1::run::Terminal;
+
 use crate::args::machine::{ShareArg, Variable};
 
 /// A variable as the agent reads it: bytes that could mean something else are written as `%2F`.
@@ -23,20 +25,17 @@ fn written(text: &str) -> String {
 }
 
 /// What the agent is told of the terminal that its console is.
-pub(crate) fn terminal() -> Vec<String> {
+pub(super) fn terminal(terminal: &Terminal) -> Vec<String> {
     let mut words = Vec::new();
-    if !crate::terminal::is_interactive() {
-        return words;
-    }
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '+');
-    if let Ok(term) = std::env::var("TERM")
+    if let Some(term) = &terminal.term
         && !term.is_empty()
         && term.chars().all(plain)
     {
         words.push(format!("berth.term={term}"));
     }
-    if let Some(size) = crate::terminal::size() {
-        words.push(format!("berth.size={}x{}", size.rows, size.cols));
+    if terminal.rows != 0 && terminal.cols != 0 {
+        words.push(format!("berth.size={}x{}", terminal.rows, terminal.cols));
     }
     words
 }

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use berth_api::v1::machine::{Machine, MachineConfig, Shell};
+use berth_api::v1::machine::{Machine, MachineConfig};
 use berth_api::v1::routes::{self, PREFIX, UPGRADE_CONSOLE, UPGRADE_RUN};
-use berth_api::v1::run::{Ended, RunMachine};
+use berth_api::v1::run::{Ended, RunMachine, Shell};
 use berth_vmm::console::SignalWatch;
 use hyper::Method;
 use serde::de::DeserializeOwned;
@@ -19,7 +19,8 @@ use crate::client::{Client, ClientError};
 use crate::command::{self, AGENT_WAIT};
 use crate::exit::{CliError, ExitCode};
 use crate::machine::{MachineError, POWER_OFF_WAIT, complaint};
-use crate::plan::{check_run, first_command, words};
+use crate::plan::{check_run, first_command};
+use crate::terminal;
 use crate::vm::{Done, Kept, given_disk, made_of, show_console};
 
 /// How much of what the guest printed before the console is connected is shown.
@@ -36,14 +37,9 @@ const END_WAIT: Duration = Duration::from_secs(2);
 pub fn run(client: &Client, args: &RunArgs) -> Done {
     check_run(args)?;
     let command = first_command(args);
-    let mut config = made_of(client, &args.machine, args.image.as_deref())?;
-    config.shell = if command.is_some() { Shell::Never } else { Shell::Once };
-    if command.is_none() {
-        let mut words = words::terminal();
-        words.push(std::mem::take(&mut config.append));
-        config.append = words.join(" ").trim_end().to_owned();
-    }
-    let mut running = Running::begin(client, args, config)?;
+    let config = made_of(client, &args.machine, args.image.as_deref())?;
+    let shell = if command.is_some() { Shell::Never } else { Shell::Once };
+    let mut running = Running::begin(client, args, config, shell)?;
     match command {
         None => running.console(client),
         Some(command) => {
@@ -86,9 +82,15 @@ struct Running {
 }
 
 impl Running {
-    fn begin(client: &Client, args: &RunArgs, config: MachineConfig) -> Result<Self, CliError> {
+    fn begin(
+        client: &Client,
+        args: &RunArgs,
+        config: MachineConfig,
+        shell: Shell,
+    ) -> Result<Self, CliError> {
         let disks = args.disks.iter().map(given_disk).collect::<Result<_, _>>()?;
-        let request = RunMachine { name: args.name.clone(), config, disks };
+        let (name, terminal) = (args.name.clone(), terminal::described());
+        let request = RunMachine { name, shell, terminal, config, disks };
         let path = format!("{PREFIX}/run");
         let (stream, before) =
             client.upgrade_by(&Method::POST, &path, Some(&request), UPGRADE_RUN)?;

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use berth_vmm::machine::Storer;
 use berth_vmm::state::WORKING_SET;
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 /// When what has been read is noted.
@@ -95,6 +96,12 @@ impl Ahead {
         let Some(touched) = storer.touched(&self.pagemap)? else { return Ok(()) };
         let pages = touched.iter().map(|range| (range.start, range.end - range.start));
         let note = Note { version: VERSION, pages: pages.take(RANGES_MAX).collect() };
+        // Of clones that go on at the same time one notes it.
+        if flock(&self.file, FlockOperation::NonBlockingLockExclusive).is_err()
+            || self.file.metadata()?.len() != 0
+        {
+            return Ok(());
+        }
         self.file.write_all_at(&serde_json::to_vec(&note)?, 0)
     }
 }

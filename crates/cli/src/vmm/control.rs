@@ -216,13 +216,17 @@ impl Control {
             Request::Agent if self.clock_set.try_lock().is_err() => {
                 refuse("the guest's agent does not answer yet".into())
             }
-            Request::Agent => match self.agent() {
-                Ok(agent) => {
-                    answer(stream, &Answer::Done)?;
-                    relay(stream, &agent)
+            Request::Agent => {
+                // What could not be told when it began is told now.
+                self.set_clock(AGENT_TIME);
+                match self.agent() {
+                    Ok(agent) => {
+                        answer(stream, &Answer::Done)?;
+                        relay(stream, &agent)
+                    }
+                    Err(error) => refuse(format!("the guest's agent does not answer: {error}")),
                 }
-                Err(error) => refuse(format!("the guest's agent does not answer: {error}")),
-            },
+            }
             Request::Console { backlog } => {
                 let attached = match self.hub.attach(*backlog) {
                     Ok(attached) => attached,

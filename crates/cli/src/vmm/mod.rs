@@ -29,8 +29,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use berth_api::v1::machine::{Exit, MachineState};
+use berth_api::v1::run::Temporary;
 use berth_api::vmm::{
-    Answer, Greeting, IDENTITY, ORIGIN, Origin, RENEW, Request, SUSPENDED, Status,
+    Answer, Greeting, IDENTITY, ORIGIN, Origin, RENEW, Request, SUSPENDED, Status, TEMPORARY,
 };
 use berth_daemon::folder::{Folder, FolderLock, VmToml, hardware_address};
 use berth_vmm::console::SignalWatch;
@@ -90,6 +91,8 @@ fn greet(greeting: &Greeting) {
 
 /// What a machine went on from, until it is removed.
 const RESUMED: &str = "state/.resumed";
+/// Bytes that say how a machine that is removed at its end is shown.
+const TEMPORARY_MAX: u64 = 16 << 10;
 /// Bytes that say where a clone begins.
 const ORIGIN_MAX: u64 = 16 << 10;
 /// How long the process of another machine may take to hand it over.
@@ -181,7 +184,11 @@ fn begin(
         // What is damaged is told when all of it is read.
         let _ = folder.as_stored(&mut machine);
     }
-    let plan = RunPlan::kept(&machine, name, folder.path(), root, console, !goes_on)?;
+    let shown = match berth_daemon::folder::read_bounded(&folder.file(TEMPORARY), TEMPORARY_MAX) {
+        Ok(text) => serde_json::from_str(&text)?,
+        Err(_) => Temporary::default(),
+    };
+    let plan = RunPlan::kept(&machine, name, folder.path(), root, console, &shown, !goes_on)?;
     let mut parts = devices(&plan);
     parts.mac = Some(Mac(hardware_address(toml.id)));
     parts.balloon = true;

@@ -65,7 +65,6 @@ fn a_machine_that_is_run_is_one_of_the_daemons_until_it_ends() {
     cloud.ok("vm clone box copy");
     let copy: Value = serde_json::from_str(&cloud.ok("vm inspect copy")).unwrap();
     assert_eq!(copy[0]["temporary"], false);
-    // It goes on after it was restarted; its command does not.
     drop(running.stdin());
     assert_eq!(running.wait(LIMIT), Some(0));
     let list = await_machines(&cloud, 1);

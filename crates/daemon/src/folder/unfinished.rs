@@ -133,7 +133,11 @@ pub fn sweep(machines: &Path, now: Timestamp) -> Result<(), FolderError> {
         let Ok(lock) = folder.lock() else { continue };
         match Note::read(&folder) {
             Err(error) => remove(folder, &error.to_string()),
-            Ok(note) if now.duration_since(note.time).unsigned_abs() > AGE_MAX => {
+            // A clock that was set back makes nothing old.
+            Ok(note)
+                if Duration::try_from(now.duration_since(note.time))
+                    .is_ok_and(|age| age > AGE_MAX) =>
+            {
                 remove(folder, "it was kept for too long");
             }
             Ok(note) => kept.push((note.time, folder, lock)),

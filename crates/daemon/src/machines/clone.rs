@@ -291,6 +291,11 @@ fn check_network(config: &MachineConfig, running: bool) -> Result<()> {
             "the network card is connected to the interface {name}, which one machine can have; try \
              without --running, and give each clone its own in its vm.toml"
         ))),
+        // It has to be told that it has another address, and has nobody who could.
+        Net::Network(name) if running && config.image.is_none() => Err(conflict(format!(
+            "the network card is in the network {name}, and a guest that is not of an image has the \
+             original's address in a clone: try without --running"
+        ))),
         _ => Ok(()),
     }
 }

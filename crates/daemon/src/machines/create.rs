@@ -10,6 +10,7 @@ use berth_api::v1::machine::{
     CreateMachine, Disk, DiskFormat, MachineConfig, Net, NewDisk, check_shares,
 };
 use berth_api::v1::network::{PORTS_MAX, is_network_name};
+use berth_api::v1::run::Temporary;
 use berth_disk::chain::describe;
 use berth_disk::format::Format;
 use berth_disk::tools::{self, Backing};
@@ -42,14 +43,14 @@ impl Machines {
     /// # Errors
     /// The name is taken, or what was asked for cannot be; then there is nothing of it.
     pub async fn create(self: &Arc<Self>, request: CreateMachine) -> Result<Arc<Entry>> {
-        self.create_as(request, false).await
+        self.create_as(request, None).await
     }
 
-    /// The same; whether it is removed when it ends.
+    /// The same; with what is to be noted of one that is removed when it ends.
     pub(super) async fn create_as(
         self: &Arc<Self>,
         mut request: CreateMachine,
-        temporary: bool,
+        temporary: Option<Temporary>,
     ) -> Result<Arc<Entry>> {
         check_name(&request.name)?;
         check(&request.config)?;
@@ -70,7 +71,7 @@ impl Machines {
         Ok(entry)
     }
 
-    fn make(&self, request: CreateMachine, temporary: bool) -> Result<Arc<Entry>> {
+    fn make(&self, request: CreateMachine, temporary: Option<Temporary>) -> Result<Arc<Entry>> {
         let image = self.image(&request.config)?;
         let mut machine = request.config;
         let mut fills = Vec::new();
@@ -110,8 +111,8 @@ impl Machines {
                 fill.make(&folder.file(file))?;
             }
             load::note_place(folder)?;
-            if temporary {
-                run::note_temporary(folder)?;
+            if let Some(noted) = &temporary {
+                run::note_temporary(folder, noted)?;
             }
             Ok::<_, ApiError>(())
         })?;

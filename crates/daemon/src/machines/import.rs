@@ -78,11 +78,10 @@ impl Machines {
         request: &Import,
         handle: &Handle,
     ) -> Result<(Arc<Entry>, String)> {
-        let (manifest, mut unpacking) = match request.rest {
+        let (manifest, name, mut unpacking) = match request.rest {
             Some(rest) => self.resume_import(from, request, rest)?,
             None => self.begin_import(from, request)?,
         };
-        let name = request.name.as_ref().unwrap_or(&manifest.name);
         let with_state = manifest.has_state() && !request.without_state;
         let machine = config(&manifest);
         let fits = |state: &Path| {
@@ -104,10 +103,10 @@ impl Machines {
             VmToml { version: VERSION, id: Uuid::new_v4(), created: Timestamp::now(), machine };
         unnamed.complete(&toml)?;
         let mut all = self.all();
-        if all.contains_key(name) {
-            return Err(taken(name));
+        if all.contains_key(&name) {
+            return Err(taken(&name));
         }
-        let folder = unnamed.name(name)?;
+        let folder = unnamed.name(&name)?;
         // It is there; only a crash could undo that.
         if let Err(error) = folder::sync(&self.directory) {
             tracing::warn!(%error, "an imported machine may not survive a power failure");
@@ -115,14 +114,13 @@ impl Machines {
         unfinished::forget(&folder);
         drop(lock);
         let entry = Entry::new(name.clone(), folder, toml);
-        all.insert(name.clone(), Arc::clone(&entry));
+        all.insert(name, Arc::clone(&entry));
         drop(all);
         Ok((entry, manifest.name))
     }
 
     /// Whether a machine can be made of this, as far as its manifest says.
-    fn check_import(&self, manifest: &Manifest, request: &Import) -> Result<()> {
-        let name = request.name.as_ref().unwrap_or(&manifest.name);
+    fn check_import(&self, manifest: &Manifest, name: &str, request: &Import) -> Result<()> {
         check_name(name)?;
         if self.all().contains_key(name) {
             return Err(taken(name));
@@ -141,15 +139,15 @@ impl Machines {
         &self,
         mut from: R,
         request: &Import,
-    ) -> Result<(Manifest, Unpacking<R>)> {
+    ) -> Result<(Manifest, String, Unpacking<R>)> {
         let head = Head::read(&mut from).map_err(|error| of_appliance(&error))?;
         let manifest = head.manifest().clone();
-        self.check_import(&manifest, request)?;
-        unfinished::sweep(&self.directory, Timestamp::now())?;
         let name = request.name.clone().unwrap_or_else(|| manifest.name.clone());
-        let wanted = Wanted { name, without_state: request.without_state };
+        self.check_import(&manifest, &name, request)?;
+        unfinished::sweep(&self.directory, Timestamp::now())?;
+        let wanted = Wanted { name: name.clone(), without_state: request.without_state };
         let begun = Unpacking::begin(&self.directory, head, from, wanted, CHECKPOINT_BYTES)?;
-        Ok((manifest, begun))
+        Ok((manifest, name, begun))
     }
 
     /// Goes on with an import that broke off. It stays for another time if this one does not fit it.
@@ -158,7 +156,7 @@ impl Machines {
         from: R,
         request: &Import,
         rest: Rest,
-    ) -> Result<(Manifest, Unpacking<R>)> {
+    ) -> Result<(Manifest, String, Unpacking<R>)> {
         let folder = self.unfinished_folder(rest.id)?;
         let lock = folder.lock_within(load::SETTLE)?;
         let of_kept = |error: ApiError| {
@@ -185,9 +183,11 @@ impl Machines {
             )));
         }
         let manifest = head.manifest().clone();
-        self.check_import(&manifest, request)?;
+        // What it was to be called when it was begun.
+        let name = request.name.clone().unwrap_or_else(|| note.name.clone());
+        self.check_import(&manifest, &name, request)?;
         let resumed = Unpacking::resume(folder, lock, note, head, from, CHECKPOINT_BYTES);
-        Ok((manifest, resumed.map_err(of_kept)?))
+        Ok((manifest, name, resumed.map_err(of_kept)?))
     }
 
     fn unfinished_folder(&self, id: Uuid) -> Result<Folder> {

@@ -136,7 +136,7 @@ impl Machines {
             }
         };
         let _ = tokio::time::timeout(SETTLE, all).await;
-        machines.end_temporary().await;
+        machines.end_temporary();
         machines.settle_networks().await;
         machines.sweep_groups().await;
         Ok(machines)
@@ -175,6 +175,7 @@ impl Machines {
     /// A machine that was not there, or not understood, when the daemon started.
     pub(super) async fn load_one(self: &Arc<Self>, name: &str) -> Result<Arc<Entry>> {
         let entry = self.enter_one(name)?;
+        self.end_if_temporary(Arc::clone(&entry));
         // Its process, if there is one, is found soon.
         let seeking = Arc::clone(self).seek(Arc::clone(&entry));
         let _ = tokio::time::timeout(SETTLE, seeking).await;

@@ -7,11 +7,12 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use berth_api::v1::error::{ApiError, ErrorCode};
 use berth_api::v1::machine::{CreateMachine, Exit, NAME_MAX};
-use berth_api::v1::run::{Ended, RunMachine};
-use berth_api::vmm::UNFINISHED;
+use berth_api::v1::run::{Ended, RunMachine, Temporary};
+use berth_api::vmm::{TEMPORARY, UNFINISHED};
 use jiff::Timestamp;
 use uuid::Uuid;
 
@@ -20,19 +21,23 @@ use crate::folder::{self, Folder, FolderError};
 use crate::machines::{Entry, Machines};
 use crate::vmm::CONSOLE;
 
-/// Marks a machine that is removed when it ends.
-const TEMPORARY: &str = "state/temporary";
 /// Bytes of its console that are told at its end.
 const CONSOLE_TAIL: u64 = 4096;
 /// How often another name is tried.
 const NAMES: usize = 20;
+/// How soon what could not be removed is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 pub(super) fn is_temporary(folder: &Folder) -> bool {
     folder.file(TEMPORARY).exists()
 }
 
-pub(super) fn note_temporary(folder: &Folder) -> std::result::Result<(), FolderError> {
-    folder::replace(&folder.file(TEMPORARY), b"")
+pub(super) fn note_temporary(
+    folder: &Folder,
+    noted: &Temporary,
+) -> std::result::Result<(), FolderError> {
+    let text = serde_json::to_vec(noted).unwrap_or_default();
+    folder::replace(&folder.file(TEMPORARY), &text)
 }
 
 /// It is one as others from now on.
@@ -72,14 +77,15 @@ impl Machines {
     /// # Errors
     /// Of either; then there is nothing of it.
     pub async fn run(self: &Arc<Self>, request: RunMachine) -> Result<Arc<Entry>> {
-        let RunMachine { name, config, disks } = request;
+        let RunMachine { name, shell, terminal, config, disks } = request;
+        let noted = Temporary { shell, terminal };
         let mut tries = 0;
         let entry = loop {
             tries += 1;
             let tried = name.clone().unwrap_or_else(|| some_name(config.image.as_deref()));
             let (config, disks) = (config.clone(), disks.clone());
             let request = CreateMachine { name: tried.clone(), config, disks };
-            match self.create_as(request, true).await {
+            match self.create_as(request, Some(noted.clone())).await {
                 Err(ApiError { code: ErrorCode::Conflict, .. })
                     if name.is_none() && tries < NAMES && self.all().contains_key(&tried) => {}
                 made => break made?,
@@ -88,7 +94,13 @@ impl Machines {
         match self.start(&entry).await {
             Ok(()) => Ok(entry),
             Err(error) => {
-                self.remove_temporary(&entry).await;
+                if self.remove(&entry, true).await.is_err() {
+                    // A process that does not answer has it.
+                    let machines = Arc::clone(self);
+                    tokio::spawn(async move {
+                        machines.until_over(&entry, std::future::ready(())).await;
+                    });
+                }
                 Err(error)
             }
         }
@@ -102,50 +114,69 @@ impl Machines {
         gone: impl Future<Output = ()> + Send,
     ) -> Option<Ended> {
         tokio::pin!(gone);
-        while let Some(mut ended) = entry.ended() {
-            let over = async { ended.wait_for(|over| *over).await.is_ok() };
-            tokio::select! {
-                _ = over => {}
-                () = &mut gone => {
-                    self.remove_temporary(entry).await;
-                    return None;
+        let mut left = false;
+        let mut tries = 0;
+        while self.has(entry) {
+            if let Some(mut ended) = entry.ended().filter(|_| !left) {
+                let over = async { ended.wait_for(|over| *over).await.is_ok() };
+                tokio::select! {
+                    _ = over => {}
+                    () = &mut gone => left = true,
+                }
+                // It may be started anew, or go on from a snapshot.
+                drop(entry.changing.lock().await);
+                continue;
+            }
+            let how = how_it_ended(entry);
+            match self.remove(entry, left).await {
+                Ok(()) => return (!left).then_some(how),
+                Err(_) if !self.has(entry) => return (!left).then_some(how),
+                // Somebody else has it, or it was started meanwhile.
+                Err(error) => {
+                    if tries == 0 {
+                        let (machine, error) = (entry.name(), chain(&error));
+                        tracing::warn!(machine, error, "it is over and is removed later");
+                    }
+                    tries += 1;
+                    tokio::time::sleep(AGAIN).await;
                 }
             }
-            // It may be started anew, or go on from a snapshot.
-            drop(entry.changing.lock().await);
         }
-        let exit = entry.live().last_exit.clone();
-        let exit = exit.unwrap_or_else(|| Exit {
-            time: Timestamp::now(),
-            in_order: false,
-            reason: UNFINISHED.to_owned(),
-            status: 1,
-        });
-        let tail = read_tail(&entry.folder().file(CONSOLE), CONSOLE_TAIL).unwrap_or_default();
-        let console = String::from_utf8_lossy(&tail).into_owned();
-        self.remove_temporary(entry).await;
-        Some(Ended { exit, console })
-    }
-
-    async fn remove_temporary(&self, entry: &Entry) {
-        if let Err(error) = self.remove(entry, true).await {
-            let (machine, error) = (entry.name(), chain(&error));
-            tracing::error!(machine, error, "it is over and could not be removed");
-        }
+        (!left).then(|| how_it_ended(entry))
     }
 
     /// Removes those of an earlier daemon that have ended, and the others when they do.
-    pub(super) async fn end_temporary(self: &Arc<Self>) {
+    pub(super) fn end_temporary(self: &Arc<Self>) {
         let entries: Vec<_> = self.all().values().cloned().collect();
-        for entry in entries.into_iter().filter(|entry| entry.live().temporary) {
+        entries.into_iter().for_each(|entry| self.end_if_temporary(entry));
+    }
+
+    /// Removes a machine when it has ended, if it is temporary and nobody stays with it.
+    pub(super) fn end_if_temporary(self: &Arc<Self>, entry: Arc<Entry>) {
+        if entry.live().temporary {
             let machines = Arc::clone(self);
-            let over = async move {
+            tokio::spawn(async move {
                 // Whoever ran it has lost sight of it.
                 machines.until_over(&entry, std::future::pending()).await;
-            };
-            tokio::spawn(over);
+            });
         }
     }
+}
+
+fn how_it_ended(entry: &Entry) -> Ended {
+    let exit = entry.live().last_exit.clone();
+    let exit = exit.unwrap_or_else(|| Exit {
+        time: Timestamp::now(),
+        in_order: false,
+        reason: UNFINISHED.to_owned(),
+        status: 1,
+    });
+    let tail = read_tail(&entry.folder().file(CONSOLE), CONSOLE_TAIL).unwrap_or_default();
+    let mut console = String::from_utf8_lossy(&tail).into_owned();
+    // What is no text takes three bytes for one.
+    let end = console.floor_char_boundary(CONSOLE_TAIL as usize);
+    console.truncate(end);
+    Ended { exit, console }
 }
 
 #[cfg(test)]
@@ -162,6 +193,5 @@ mod tests {
         }
         assert!(some_name(Some("debian:bookworm")).starts_with("debian-"));
         assert!(some_name(None).starts_with("berth-"));
-        assert_ne!(some_name(None), format!("{}x", some_name(None)));
     }
 }

@@ -210,7 +210,7 @@ fn code_of_others_is_not_used() {
         cases.push(SharedCode { numbers: code.numbers[..n].to_vec(), ..code.clone() });
     }
     cases.push(SharedCode { guest_pages: vec![u64::MAX], ..code.clone() });
-    cases.push(SharedCode { files: Vec::new(), ..code.clone() });
+    cases.push(SharedCode { pages: Origin::default(), ..code.clone() });
     for case in cases {
         // It is refused, or of no harm as long as it is not run.
         first.cloned(&case, &frozen);

@@ -85,18 +85,28 @@ impl Bits {
 
     /// Removes `count` pages from the first on.
     fn clear(&self, first: u64, count: u64) {
-        let end = first + count;
-        if count == 0 {
-            return;
+        for (word, bits) in self.words(first, count) {
+            word.fetch_and(!bits, Ordering::SeqCst);
         }
-        for word in first / 64..end.div_ceil(64) {
+    }
+
+    /// Adds `count` pages from the first on.
+    fn add(&self, first: u64, count: u64) {
+        for (word, bits) in self.words(first, count) {
+            word.fetch_or(bits, Ordering::SeqCst);
+        }
+    }
+
+    /// Where `count` pages from the first on are.
+    fn words(&self, first: u64, count: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let end = first + count;
+        let words = if count == 0 { 0..0 } else { first / 64..end.div_ceil(64) };
+        words.filter_map(move |word| {
             let (from, to) =
                 (first.max(word * 64) - word * 64, end.min(word * 64 + 64) - word * 64);
             let bits = (!0u64 >> (64 - (to - from))) << from;
-            if let Some(word) = self.0.get(word as usize) {
-                word.fetch_and(!bits, Ordering::SeqCst);
-            }
-        }
+            Some((self.0.get(word as usize)?, bits))
+        })
     }
 
     /// The pages in it.
@@ -245,24 +255,30 @@ impl Ram {
     /// Maps all views, as pages are in files.
     pub(super) fn map_views(&mut self, raw: bool) -> io::Result<()> {
         self.layers.frozen = Bits::new(self.span() / PAGE);
-        for gpa in self.pages() {
-            let number = self.offset_of(gpa).and_then(|offset| self.layers.number(offset));
-            self.layers.frozen.set(gpa / PAGE, number.is_some_and(|number| number != 0));
-        }
         let origin = self.layers.any.load(Ordering::Acquire);
-        for (gpa, len, _) in self.runs(|gpa| self.file_key(gpa)) {
-            let writable = if self.is_frozen(gpa) { READ } else { WRITE };
-            if raw || origin {
-                self.map_in(&self.raw, gpa, len, writable)?;
+        let number = |of_page: &AtomicU8| of_page.load(Ordering::Relaxed);
+        for slot in &self.slots {
+            let first = (slot.offset / PAGE) as usize;
+            let pages = self.layers.file_of.get(first..first + (slot.size / PAGE) as usize);
+            let pages = pages.ok_or(io::ErrorKind::InvalidInput)?;
+            let mut gpa = slot.gpa;
+            // A guest that goes on waits for this: by runs, not by pages.
+            for run in pages.chunk_by(|a, b| number(a) == number(b)) {
+                let len = run.len() as u64 * PAGE;
+                let is_frozen = run.first().is_some_and(|page| number(page) != 0);
+                if is_frozen {
+                    self.layers.frozen.add(gpa / PAGE, len / PAGE);
+                }
+                let writable = if is_frozen { READ } else { WRITE };
+                if raw || origin {
+                    self.map_in(&self.raw, gpa, len, writable)?;
+                }
+                self.map_in(&self.rw, gpa, len, writable)?;
+                self.map_in(&self.ro, gpa, len, READ)?;
+                gpa += len;
             }
-            self.map_in(&self.rw, gpa, len, writable)?;
-            self.map_in(&self.ro, gpa, len, READ)?;
         }
         Ok(())
-    }
-
-    fn pages(&self) -> impl Iterator<Item = u64> + use<'_> {
-        self.slots.iter().flat_map(|s| (s.gpa..s.gpa + s.size).step_by(PAGE as usize))
     }
 
     /// Neighbouring pages for which `key` is the same: address, bytes, that key.

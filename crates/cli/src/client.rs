@@ -1,7 +1,10 @@
 //! The daemon's HTTP interface, seen from a command: on a unix socket, or on TCP with TLS and
 //! certificates on both sides. A daemon of this host that is not there is started.
 
-use std::io;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -13,6 +16,7 @@ use std::time::{Duration, Instant};
 use berth_api::v1::error::{ApiError, ErrorBody};
 use berth_api::v1::routes::nothing_at;
 use berth_daemon::relay;
+use berth_daemon::server::LOCK;
 use berth_daemon::tls::{TlsError, TlsFiles};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
@@ -24,6 +28,7 @@ use hyper::http::uri::Authority;
 use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio_rustls::TlsConnector;
@@ -35,6 +40,8 @@ use tokio_rustls::rustls::{self, ClientConfig};
 pub const DAEMON_LOG: &str = "daemon.log";
 /// How long a daemon may take until it answers.
 const START_TIME: Duration = Duration::from_secs(15);
+/// Bytes of a socket's path.
+const SOCKET_MAX: u64 = 4096;
 const START_POLL: Duration = Duration::from_millis(5);
 /// Variables of the environment that a daemon gets; the last ones are for making images.
 const KEPT: [&str; 9] = [
@@ -249,8 +256,8 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn new(address: &Address, root: &Path, tls: &TlsGiven) -> Result<Self, ClientError> {
-        let place = &address.place;
-        let tls = match place {
+        let mut place = address.place.clone();
+        let tls = match &address.place {
             Place::Unix(socket) => {
                 if let Err(error) = UnixStream::connect(socket) {
                     let is_absent = matches!(
@@ -261,7 +268,10 @@ impl Client {
                         let address = place.to_string();
                         return Err(ClientError::Absent { address, source: error });
                     }
-                    start_daemon(socket, root)?;
+                    place = Place::Unix(match noted_socket(root) {
+                        Some(other) => other,
+                        None => start_daemon(socket, root)?,
+                    });
                 }
                 None
             }
@@ -276,7 +286,7 @@ impl Client {
         let mut builder = tokio::runtime::Builder::new_current_thread();
         let runtime = builder.enable_io().enable_time().build();
         let runtime = runtime.map_err(|error| ClientError::System("starting to wait", error))?;
-        Ok(Self { place: place.clone(), tls, runtime: Arc::new(runtime) })
+        Ok(Self { place, tls, runtime: Arc::new(runtime) })
     }
 
     /// Whether the daemon may be on another host.
@@ -552,8 +562,21 @@ async fn read(response: Response<Incoming>) -> Result<Bytes, ClientError> {
     Ok(collected.to_bytes())
 }
 
-/// Starts a daemon that goes on after this program, and waits until it answers.
-fn start_daemon(socket: &Path, root: &Path) -> Result<(), ClientError> {
+/// Where the daemon of a state directory listens that was told to listen elsewhere, if there is one.
+fn noted_socket(root: &Path) -> Option<PathBuf> {
+    let file = File::open(root.join(LOCK)).ok()?;
+    if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
+        // Nobody keeps it; what is noted there is of one that has ended.
+        return None;
+    }
+    let mut noted = Vec::new();
+    file.take(SOCKET_MAX).read_to_end(&mut noted).ok()?;
+    let socket = PathBuf::from(OsString::from_vec(noted));
+    UnixStream::connect(&socket).is_ok().then_some(socket)
+}
+
+/// Starts a daemon that goes on after this program, and waits until it answers; where it listens.
+fn start_daemon(socket: &Path, root: &Path) -> Result<PathBuf, ClientError> {
     let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
     let log = root.join(DAEMON_LOG);
     let failed = |source| ClientError::NotStarted { log: log.clone(), source };
@@ -584,9 +607,14 @@ fn start_daemon(socket: &Path, root: &Path) -> Result<(), ClientError> {
     let mut ended = None;
     loop {
         match UnixStream::connect(socket) {
-            Ok(_) => return Ok(()),
+            Ok(_) => return Ok(socket.to_owned()),
             Err(error) if began.elapsed() > START_TIME => return Err(failed(error)),
             Err(_) => {}
+        }
+        if ended.is_some()
+            && let Some(other) = noted_socket(&root)
+        {
+            return Ok(other);
         }
         // Another program may have started one at the same time; then ours ends, and it answers soon.
         match (&ended, child.try_wait().map_err(failed)?) {
@@ -602,7 +630,7 @@ fn start_daemon(socket: &Path, root: &Path) -> Result<(), ClientError> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::io::Write;
     use std::os::unix::net::UnixListener;
 
     use super::*;

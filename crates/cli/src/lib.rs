@@ -136,6 +136,8 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
     let client = || -> Result<Client, CliError> { Ok(Client::new(&address()?, &root()?, &tls)?) };
     match args.command {
         Command::Vm(VmCommand::Run(run)) if run.is_by_the_daemon() => {
+            // Before there is a daemon.
+            plan::check_run(&run)?;
             vm::run::run(&client()?, &run)
         }
         Command::Vm(VmCommand::Run(run)) => {

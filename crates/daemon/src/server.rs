@@ -23,6 +23,7 @@ mod stream;
 mod tcp;
 
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -52,8 +53,9 @@ use crate::server::tcp::TlsListener;
 use crate::tls::{TlsError, TlsFiles};
 use crate::vmm::Program;
 
-/// Locked by the daemon of a state directory; the store of images has another lock.
-const LOCK: &str = "daemon.lock";
+/// Locked by the daemon of a state directory, which writes into it where it listens; the store of images
+/// has another lock.
+pub const LOCK: &str = "daemon.lock";
 /// How long a daemon that was killed may have it.
 const LOCK_TIME: Duration = Duration::from_secs(2);
 const LOCK_POLL: Duration = Duration::from_millis(10);
@@ -159,6 +161,11 @@ pub async fn serve(
         _ => None,
     };
     let listener = listen(&config.socket)?;
+    // For those who look elsewhere: without it they are told that there is one.
+    let said = std::fs::write(config.root.join(LOCK), config.socket.as_os_str().as_bytes());
+    if let Err(error) = said {
+        tracing::warn!(%error, "where this daemon listens is not noted");
+    }
     let bound = inode(&config.socket);
     let machines = Machines::load(&config.root, config.program.clone(), Events::default())
         .await
@@ -221,7 +228,11 @@ async fn lock(root: &Path) -> Result<FolderLock, DaemonError> {
     let began = Instant::now();
     loop {
         match Folder::at(root).lock_named(LOCK) {
-            Ok(lock) => return Ok(lock),
+            Ok(lock) => {
+                // Of one that has ended.
+                let _ = std::fs::write(root.join(LOCK), "");
+                return Ok(lock);
+            }
             Err(FolderError::Locked { .. }) if began.elapsed() < LOCK_TIME => {
                 tokio::time::sleep(LOCK_POLL).await;
             }

@@ -19,7 +19,7 @@ use crate::client::{Client, ClientError};
 use crate::command::{self, AGENT_WAIT};
 use crate::exit::{CliError, ExitCode};
 use crate::machine::{MachineError, POWER_OFF_WAIT, complaint};
-use crate::plan::{check_run, first_command};
+use crate::plan::first_command;
 use crate::terminal;
 use crate::vm::{Done, Kept, given_disk, made_of, show_console};
 
@@ -35,7 +35,6 @@ const END_WAIT: Duration = Duration::from_secs(2);
 /// # Errors
 /// [`CliError`].
 pub fn run(client: &Client, args: &RunArgs) -> Done {
-    check_run(args)?;
     let command = first_command(args);
     let config = made_of(client, &args.machine, args.image.as_deref())?;
     let shell = if command.is_some() { Shell::Never } else { Shell::Once };

@@ -1,6 +1,7 @@
 //! `berth vm run` of an image, by the daemon.
 
 use std::fs;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -36,8 +37,8 @@ fn await_machines(cloud: &Cloud, count: usize) -> Vec<Value> {
 /// Runs a machine whose command says `up` and waits; by then it does.
 fn waiting(cloud: &Cloud, name: &str) -> Running {
     let mut command = cloud.command(&format!("vm run --net none --name {name} debian -- sh -c"));
-    command.arg("echo up; cat").stdin(std::process::Stdio::piped());
-    let mut running = Running::start(command.stdout(std::process::Stdio::piped()));
+    command.arg("echo up; cat").stdin(Stdio::piped());
+    let mut running = Running::start(command.stdout(Stdio::piped()));
     let mut out = running.stdout();
     let mut text = [0; 3];
     std::io::Read::read_exact(&mut out, &mut text).unwrap();
@@ -137,4 +138,26 @@ fn an_agent_that_cannot_run_in_the_guest_is_refused() {
         ran.check_failed(&[part]);
         assert_eq!(folders(&cloud), 0);
     }
+}
+
+/// A state directory has one daemon, also for those who look for it elsewhere.
+#[test]
+fn a_daemon_is_found_wherever_it_listens() {
+    let cloud = Cloud::new();
+    let elsewhere = cloud.root().join("elsewhere.sock");
+    let words = format!("daemon --socket {}", elsewhere.display());
+    let mut daemon =
+        Running::start(cloud.command(&words).stdout(Stdio::null()).stderr(Stdio::null()));
+    let began = Instant::now();
+    while std::os::unix::net::UnixStream::connect(&elsewhere).is_err() {
+        assert!(began.elapsed() < LIMIT);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(cloud.ok("vm ls --json"), "[]\n");
+    assert!(!cloud.root().join("berth.sock").exists(), "no other was started");
+    kill_process(Pid::from_child(&daemon.0), Signal::KILL).unwrap();
+    daemon.wait(LIMIT);
+    // What it noted is not believed any more.
+    assert_eq!(cloud.ok("vm ls --json"), "[]\n");
+    assert!(cloud.root().join("berth.sock").exists());
 }

@@ -153,19 +153,21 @@ impl Layers {
         origin: Option<&Origin>,
         singles_max: usize,
     ) -> Self {
-        let number = |page: usize| origin.and_then(|o| o.of_page.get(page)).copied().unwrap_or(0);
         let files = origin.map(|o| o.files.as_slice()).unwrap_or_default();
         let layer = |file: &Arc<_>, holders| Some(Layer { file: Arc::clone(file), holders });
         let own = own.map(|file| layer(file, 0));
         let files: Vec<_> =
             own.into_iter().chain(files.iter().map(|file| layer(file, 1))).collect();
         let known = |number: u8| if usize::from(number) < files.len() { number } else { 0 };
+        let mut of_page = vec![0; (bytes / PAGE) as usize];
+        let given = origin.map(|o| o.of_page.as_slice()).unwrap_or_default();
+        for (to, &from) in of_page.iter_mut().zip(given) {
+            *to = known(from);
+        }
         Self {
             any: AtomicBool::new(origin.is_some()),
             frozen: Bits::new(0),
-            file_of: (0..(bytes / PAGE) as usize)
-                .map(|page| AtomicU8::new(known(number(page))))
-                .collect(),
+            file_of: of_page.into_iter().map(AtomicU8::new).collect(),
             files: Mutex::new(files),
             own: AtomicU8::new(0),
             singles: AtomicUsize::new(0),

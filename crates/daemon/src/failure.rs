@@ -13,6 +13,13 @@ use crate::snapshot::SnapshotError;
 /// What an operation gives.
 pub type Result<T> = std::result::Result<T, ApiError>;
 
+/// Does what waits for files, on a thread for that.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))?
+}
+
 /// An error with a message.
 pub fn error(code: ErrorCode, message: impl Into<String>) -> ApiError {
     ApiError { code, message: message.into() }

@@ -258,12 +258,7 @@ impl Folder {
                 let text = serde_json::to_string(exit).unwrap_or_default();
                 replace(&path, text.as_bytes())
             }
-            None => match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    Err(failed("removing", &path)(error))
-                }
-                _ => Ok(()),
-            },
+            None => remove_file(&path),
         }
     }
 
@@ -625,6 +620,19 @@ pub fn read_bounded(path: &Path, max: u64) -> Result<String, FolderError> {
     let file = File::open(path).map_err(failed("reading", path))?;
     file.take(max).read_to_string(&mut text).map_err(failed("reading", path))?;
     Ok(text)
+}
+
+/// What is not there need not be removed or renamed.
+pub(crate) fn gone_is_well(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Removes a file, if it is there.
+pub(crate) fn remove_file(path: &Path) -> Result<(), FolderError> {
+    gone_is_well(fs::remove_file(path)).map_err(failed("removing", path))
 }
 
 #[cfg(test)]

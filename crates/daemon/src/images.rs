@@ -8,11 +8,11 @@ use std::time::Duration;
 use berth_api::v1::error::{ApiError, ErrorCode};
 use berth_api::v1::image::{self as api, BootstrapImage, BootstrapLine};
 use berth_image::bootstrap::{self, BootstrapError, DISK_BYTES_DEFAULT, Outcome, Request};
-use berth_image::store::{self, Image, ImageName, Store, StoreError, StoreLock};
+use berth_image::store::{self, Image, ImageName, Store, StoreLock};
 use berth_image::tools::Stop;
 use tokio::sync::{mpsc, watch};
 
-use crate::failure::{Result, conflict, error, failed, of_bootstrap, of_store};
+use crate::failure::{Result, blocking, conflict, error, of_bootstrap, of_store};
 use crate::machines::Machines;
 
 /// How often a store that somebody else changes is looked at.
@@ -42,11 +42,11 @@ impl Images {
     pub(crate) async fn list(&self) -> Result<Vec<api::Image>> {
         let root = self.root.clone();
         blocking(move || {
-            let images = Store::open(&root)?.images()?;
-            Ok::<_, StoreError>(images.iter().map(describe).collect())
+            let images = Store::open(&root).and_then(|store| store.images());
+            let images = images.map_err(|error| of_store(&error))?;
+            Ok(images.iter().map(describe).collect())
         })
-        .await?
-        .map_err(|error| of_store(&error))
+        .await
     }
 
     /// Removes an image; one that is made at the same time is waited for, or is an error.
@@ -58,7 +58,7 @@ impl Images {
         loop {
             let (root, machines) = (self.root.clone(), Arc::clone(&self.machines));
             let wanted = name.clone();
-            let removed = blocking(move || remove_now(&root, &machines, &wanted)).await??;
+            let removed = blocking(move || remove_now(&root, &machines, &wanted)).await?;
             if let Some(image) = removed {
                 tracing::info!(image = image.name, "removed");
                 return Ok(image);
@@ -122,21 +122,21 @@ impl Images {
     ) -> Result<BootstrapLine> {
         let lock = self.lock(&stop, &to).await.map_err(|error| of_bootstrap(&error))?;
         let root = self.root.clone();
-        blocking(move || {
+        let made = move || {
             let store = Store::open(&root)?;
             let progress = |line: &str| {
                 let _ = to.try_send(BootstrapLine::Progress(line.to_owned()));
             };
-            match bootstrap::bootstrap(&store, &lock, &request, &stop, &progress)? {
-                Outcome::Made(image) => {
-                    tracing::info!(image = image.info.name, "made");
-                    Ok(BootstrapLine::Made(describe(&image)))
-                }
-                Outcome::Existed(image) => Ok(BootstrapLine::Existed(describe(&image))),
+            bootstrap::bootstrap(&store, &lock, &request, &stop, &progress)
+        };
+        let outcome = blocking(move || made().map_err(|error| of_bootstrap(&error))).await?;
+        Ok(match outcome {
+            Outcome::Made(image) => {
+                tracing::info!(image = image.info.name, "made");
+                BootstrapLine::Made(describe(&image))
             }
+            Outcome::Existed(image) => BootstrapLine::Existed(describe(&image)),
         })
-        .await?
-        .map_err(|error: BootstrapError| of_bootstrap(&error))
     }
 
     /// Waits for the right to change the store.
@@ -223,8 +223,4 @@ fn describe(image: &Image) -> api::Image {
         disk_bytes: image.info.disk_bytes,
         allocated_bytes: image.allocated_bytes(),
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))
 }

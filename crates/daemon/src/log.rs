@@ -53,13 +53,21 @@ impl Log {
     /// # Errors
     /// The system's.
     pub fn tail(&self, bytes: u64) -> io::Result<Vec<u8>> {
-        let mut file = File::open(&self.path)?;
-        let end = file.seek(SeekFrom::End(0))?;
-        file.seek(SeekFrom::Start(end.saturating_sub(bytes)))?;
-        let mut text = Vec::new();
-        file.take(bytes).read_to_end(&mut text)?;
-        Ok(text)
+        tail(&self.path, bytes)
     }
+}
+
+/// The last bytes of a file.
+///
+/// # Errors
+/// The system's.
+pub fn tail(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let end = file.seek(SeekFrom::End(0))?;
+    file.seek(SeekFrom::Start(end.saturating_sub(bytes)))?;
+    let mut text = Vec::new();
+    file.take(bytes).read_to_end(&mut text)?;
+    Ok(text)
 }
 
 /// Opens a log for a process that is started, as its standard error; a full one is renamed before.

@@ -50,7 +50,7 @@ use uuid::Uuid;
 
 use crate::cgroup::{Group, Groups, Limits};
 use crate::events::Events;
-use crate::failure::{Result, chain, conflict, error, invalid};
+use crate::failure::{Result, blocking, chain, conflict, error, invalid};
 use crate::folder::{Folder, VmToml};
 use crate::machines::stats::Counts;
 use crate::snapshot::verified::Verified;
@@ -338,12 +338,7 @@ impl Machines {
         let folder = entry.folder();
         // What is there while it runs is what is to be said of a process that was lost.
         let said = folder.last_exit().filter(|exit| exit.reason != UNFINISHED);
-        let exit = said.unwrap_or_else(|| Exit {
-            time: Timestamp::now(),
-            in_order: false,
-            reason: UNFINISHED.to_owned(),
-            status: 1,
-        });
+        let exit = said.unwrap_or_else(lost);
         let kind = match (exit.in_order, folder.file(SUSPENDED).is_dir()) {
             (_, true) => EventKind::Suspended,
             (true, _) => EventKind::Stopped,
@@ -609,19 +604,24 @@ impl Machines {
             }
         }
         let folder = entry.folder();
-        let removed = tokio::task::spawn_blocking(move || {
+        let removed = blocking(move || {
             let _lock = folder.lock_within(load::SETTLE)?;
-            folder.remove()
+            Ok(folder.remove()?)
         });
         // With its first step it is gone: what a failure leaves is removed by the next daemon.
-        let result = removed.await.map_err(|error| crate::failure::failed(&error))?;
+        let result = removed.await;
         if result.is_ok() || !entry.folder().path().exists() {
             self.all().remove(&name);
             self.leave_network(entry).await;
             self.tell(EventKind::Removed, entry, None);
         }
-        Ok(result?)
+        result
     }
+}
+
+/// The end of a machine whose process did not say how it ended.
+fn lost() -> Exit {
+    Exit { time: Timestamp::now(), in_order: false, reason: UNFINISHED.to_owned(), status: 1 }
 }
 
 /// Refuses what cannot be a name.

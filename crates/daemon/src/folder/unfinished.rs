@@ -14,7 +14,6 @@
 //! whoever goes on. A checkpoint that cannot be understood is none, and its folder is removed.
 
 use std::fs;
-use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::folder::{Folder, FolderError, failed, read_bounded, replace};
+use crate::folder::{Folder, FolderError, failed, gone_is_well, read_bounded, replace};
 
 /// What is kept besides the machine's files. Those are not in it.
 pub const DIRECTORY: &str = "state/import";
@@ -161,9 +160,7 @@ fn remove(folder: Folder, why: &str) {
 /// Removes what is not needed any more from a folder that is a machine.
 pub fn forget(folder: &Folder) {
     let path = folder.file(DIRECTORY);
-    if let Err(error) = fs::remove_dir_all(&path)
-        && error.kind() != io::ErrorKind::NotFound
-    {
+    if let Err(error) = gone_is_well(fs::remove_dir_all(&path)) {
         tracing::warn!(%error, path = %path.display(), "what is left cannot be removed");
     }
 }

@@ -21,7 +21,7 @@ use berth_api::v1::machine::is_name;
 use berth_api::vmm::ORIGIN;
 use rustix::fs::{Mode, OFlags};
 
-use crate::folder::{Folder, FolderError, failed, own_file, sync};
+use crate::folder::{Folder, FolderError, failed, gone_is_well, own_file, sync};
 
 /// What the name of the entry begins with, before the boot in which it was made.
 const PREFIX: &str = "unsettled-";
@@ -110,13 +110,6 @@ impl Held {
             gone_is_well(fs::remove_file(&path)).map_err(failed("removing", &path))?;
         }
         sync(&self.0.file("state"))
-    }
-}
-
-fn gone_is_well(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
     }
 }
 

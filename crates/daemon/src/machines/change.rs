@@ -9,7 +9,7 @@ use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{MachineConfig, MachineState};
 use berth_api::vmm::{RESIZE_TIME, Request};
 
-use crate::failure::{Result, chain, conflict, failed, invalid};
+use crate::failure::{Result, blocking, chain, conflict, invalid};
 use crate::machines::create::check;
 use crate::machines::{Entry, Machines};
 use crate::vmm::{self, VmmError};
@@ -58,7 +58,7 @@ impl Machines {
             changed.live().config = config;
             Ok(())
         };
-        tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))??;
+        blocking(work).await?;
         let later = match state.is_up() {
             true => change_now(entry, &wanted).await,
             false => {

@@ -19,9 +19,9 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::failure::{Result, chain, conflict, failed, invalid};
+use crate::failure::{Result, blocking, chain, conflict, failed, invalid};
 use crate::folder::{self, Folder, Unnamed, VERSION, VmToml, link_or_copy, unsettled};
-use crate::machines::snapshots::{Memory, Taken, blocking, nothing_to_go_on};
+use crate::machines::snapshots::{Memory, Taken, nothing_to_go_on};
 use crate::machines::{Entry, Machines, check_name, export, load};
 use crate::snapshot::restore::{link_state, note_copy};
 use crate::snapshot::{self, SnapshotToml, is_plain, layers};

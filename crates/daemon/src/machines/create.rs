@@ -18,7 +18,7 @@ use berth_image::store::{Image, ImageName, Store};
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::failure::{Result, chain, conflict, failed, invalid, of_store};
+use crate::failure::{Result, blocking, chain, conflict, failed, invalid, of_store};
 use crate::folder::{self, Folder, VERSION, VmToml, link_or_copy};
 use crate::machines::{Entry, Machines, check_name, load, run};
 
@@ -61,8 +61,7 @@ impl Machines {
         self.check_network(&request.config.net).await?;
         let machines = Arc::clone(self);
         // Copying a disk takes its time, where it cannot be linked.
-        let made = tokio::task::spawn_blocking(move || machines.make(request, temporary));
-        let entry = made.await.map_err(|error| failed(&error))??;
+        let entry = blocking(move || machines.make(request, temporary)).await?;
         if let Err(error) = self.join_network(&entry).await {
             let removed = self.remove(&entry, false).await;
             return Err(removed.err().unwrap_or(error));

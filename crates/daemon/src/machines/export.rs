@@ -17,9 +17,9 @@ use berth_image::{agent, initramfs};
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::failure::{Result, conflict, failed, of_store};
+use crate::failure::{Result, blocking, conflict, failed, of_store};
 use crate::folder::{self, Folder, FolderLock};
-use crate::machines::snapshots::{Memory, Taken, blocking};
+use crate::machines::snapshots::{Memory, Taken};
 use crate::machines::{Entry, Machines, load};
 use crate::snapshot::{self, Draft, layers};
 

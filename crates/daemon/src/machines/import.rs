@@ -23,13 +23,12 @@ use jiff::Timestamp;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use crate::failure::{Result, conflict, error, of_appliance};
+use crate::failure::{Result, blocking, conflict, error, of_appliance};
 use crate::folder::unfinished::{self, Note};
 use crate::folder::{self, Folder, FolderError, VERSION, VmToml};
 use crate::machines::create::check;
 use crate::machines::import::files::name_of;
 use crate::machines::import::unpacking::{CHECKPOINT_BYTES, Unpacking, Wanted, head_of};
-use crate::machines::snapshots::blocking;
 use crate::machines::{Entry, Machines, check_name, load, of_vmm};
 use crate::snapshot::restore::note_copy;
 use crate::vmm;
@@ -78,11 +77,11 @@ impl Machines {
         request: &Import,
         handle: &Handle,
     ) -> Result<(Arc<Entry>, String)> {
-        let (manifest, name, mut unpacking) = match request.rest {
+        let mut unpacking = match request.rest {
             Some(rest) => self.resume_import(from, request, rest)?,
             None => self.begin_import(from, request)?,
         };
-        let with_state = manifest.has_state() && !request.without_state;
+        let (manifest, with_state) = (unpacking.manifest().clone(), unpacking.with_state());
         let machine = config(&manifest);
         let fits = |state: &Path| {
             let fits = handle.block_on(vmm::check(&self.program, &machine, state));
@@ -91,7 +90,7 @@ impl Machines {
         if let Err(stopped) = unpacking.run(&fits) {
             return Err(unpacking.stop(stopped));
         }
-        let (unnamed, lock) = unpacking.into_folder();
+        let (unnamed, name, lock) = unpacking.into_folder();
         let folder = unnamed.folder();
         if with_state {
             note_copy(&folder.file(SUSPENDED))?;
@@ -120,13 +119,14 @@ impl Machines {
     }
 
     /// Whether a machine can be made of this, as far as its manifest says.
-    fn check_import(&self, manifest: &Manifest, name: &str, request: &Import) -> Result<()> {
-        check_name(name)?;
-        if self.all().contains_key(name) {
-            return Err(taken(name));
+    fn check_import(&self, manifest: &Manifest, wanted: &Wanted) -> Result<()> {
+        check_name(&wanted.name)?;
+        if self.all().contains_key(&wanted.name) {
+            return Err(taken(&wanted.name));
         }
-        let with_state = manifest.has_state() && !request.without_state;
-        if with_state && matches!(manifest.machine.net, Net::Tap(_) | Net::Network(_)) {
+        if wanted.with_state(manifest)
+            && matches!(manifest.machine.net, Net::Tap(_) | Net::Network(_))
+        {
             return Err(conflict(
                 "the network card in its memory was on an interface of its host, and can do what one \
                  here cannot; --without-state takes its disks only",
@@ -135,19 +135,13 @@ impl Machines {
         check(&config(manifest))
     }
 
-    fn begin_import<R: Read>(
-        &self,
-        mut from: R,
-        request: &Import,
-    ) -> Result<(Manifest, String, Unpacking<R>)> {
+    fn begin_import<R: Read>(&self, mut from: R, request: &Import) -> Result<Unpacking<R>> {
         let head = Head::read(&mut from).map_err(|error| of_appliance(&error))?;
-        let manifest = head.manifest().clone();
-        let name = request.name.clone().unwrap_or_else(|| manifest.name.clone());
-        self.check_import(&manifest, &name, request)?;
+        let name = request.name.clone().unwrap_or_else(|| head.manifest().name.clone());
+        let wanted = Wanted { name, without_state: request.without_state };
+        self.check_import(head.manifest(), &wanted)?;
         unfinished::sweep(&self.directory, Timestamp::now())?;
-        let wanted = Wanted { name: name.clone(), without_state: request.without_state };
-        let begun = Unpacking::begin(&self.directory, head, from, wanted, CHECKPOINT_BYTES)?;
-        Ok((manifest, name, begun))
+        Unpacking::begin(&self.directory, head, from, wanted, CHECKPOINT_BYTES)
     }
 
     /// Goes on with an import that broke off. It stays for another time if this one does not fit it.
@@ -156,7 +150,7 @@ impl Machines {
         from: R,
         request: &Import,
         rest: Rest,
-    ) -> Result<(Manifest, String, Unpacking<R>)> {
+    ) -> Result<Unpacking<R>> {
         let folder = self.unfinished_folder(rest.id)?;
         let lock = folder.lock_within(load::SETTLE)?;
         let of_kept = |error: ApiError| {
@@ -167,7 +161,7 @@ impl Machines {
             ApiError { message, ..error }
         };
         let read = Note::read(&folder).map_err(ApiError::from);
-        let (note, head) = match read.and_then(|note| Ok((note, head_of(&folder)?))) {
+        let (mut note, head) = match read.and_then(|note| Ok((note, head_of(&folder)?))) {
             Ok(read) => read,
             Err(error) => {
                 folder.remove()?;
@@ -182,12 +176,11 @@ impl Machines {
                 if note.without_state { " without state" } else { "" }
             )));
         }
-        let manifest = head.manifest().clone();
-        // What it was to be called when it was begun.
-        let name = request.name.clone().unwrap_or_else(|| note.name.clone());
-        self.check_import(&manifest, &name, request)?;
-        let resumed = Unpacking::resume(folder, lock, note, head, from, CHECKPOINT_BYTES);
-        Ok((manifest, name, resumed.map_err(of_kept)?))
+        // Otherwise it has the name that it was to have when it was begun.
+        note.name = request.name.clone().unwrap_or(note.name);
+        self.check_import(head.manifest(), &Wanted::of(&note))?;
+        let resumed = Unpacking::resume(folder, lock, &note, head, from, CHECKPOINT_BYTES);
+        resumed.map_err(of_kept)
     }
 
     fn unfinished_folder(&self, id: Uuid) -> Result<Folder> {

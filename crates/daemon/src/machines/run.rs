@@ -3,22 +3,19 @@
 //! Such a machine is marked by a file, so that a daemon that comes later removes it too: at its start, or
 //! when it ends.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use berth_api::v1::error::{ApiError, ErrorCode};
-use berth_api::v1::machine::{CreateMachine, Exit, NAME_MAX};
+use berth_api::v1::machine::{CreateMachine, NAME_MAX};
 use berth_api::v1::run::{Ended, RunMachine, Temporary};
-use berth_api::vmm::{TEMPORARY, UNFINISHED};
-use jiff::Timestamp;
+use berth_api::vmm::TEMPORARY;
 use uuid::Uuid;
 
 use crate::failure::{Result, chain};
 use crate::folder::{self, Folder, FolderError};
-use crate::machines::{Entry, Machines};
+use crate::log;
+use crate::machines::{Entry, Machines, lost};
 use crate::vmm::CONSOLE;
 
 /// Bytes of its console that are told at its end.
@@ -42,23 +39,7 @@ pub(super) fn note_temporary(
 
 /// It is one as others from now on.
 pub(super) fn note_kept(folder: &Folder) -> std::result::Result<(), FolderError> {
-    let path = folder.file(TEMPORARY);
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(folder::failed("removing", &path)(error))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The end of a file.
-fn read_tail(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    let mut file = File::open(path)?;
-    let len = file.metadata()?.len();
-    file.seek(SeekFrom::Start(len.saturating_sub(most)))?;
-    let mut tail = Vec::new();
-    file.take(most).read_to_end(&mut tail)?;
-    Ok(tail)
+    folder::remove_file(&folder.file(TEMPORARY))
 }
 
 /// A name for a machine of an image, which nobody is likely to have.
@@ -164,14 +145,8 @@ impl Machines {
 }
 
 fn how_it_ended(entry: &Entry) -> Ended {
-    let exit = entry.live().last_exit.clone();
-    let exit = exit.unwrap_or_else(|| Exit {
-        time: Timestamp::now(),
-        in_order: false,
-        reason: UNFINISHED.to_owned(),
-        status: 1,
-    });
-    let tail = read_tail(&entry.folder().file(CONSOLE), CONSOLE_TAIL).unwrap_or_default();
+    let exit = entry.live().last_exit.clone().unwrap_or_else(lost);
+    let tail = log::tail(&entry.folder().file(CONSOLE), CONSOLE_TAIL).unwrap_or_default();
     let mut console = String::from_utf8_lossy(&tail).into_owned();
     // What is no text takes three bytes for one.
     let end = console.floor_char_boundary(CONSOLE_TAIL as usize);

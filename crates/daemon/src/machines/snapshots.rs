@@ -13,7 +13,7 @@ use berth_disk::tools::{self, Backing};
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::failure::{Result, conflict, error, failed, invalid};
+use crate::failure::{Result, blocking, conflict, error, invalid};
 use crate::folder::{Folder, VmToml};
 use crate::machines::{Entry, Machines, SUSPEND_TIME, load, of_vmm};
 use crate::snapshot::restore::{link_state, restore};
@@ -21,13 +21,6 @@ use crate::snapshot::{
     self, Draft, FrozenDisk, SNAPSHOTS_MAX, SnapshotError, SnapshotToml, VERSION, is_plain,
 };
 use crate::vmm;
-
-/// Does what waits for files.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))?
-}
 
 /// What is to be done with a machine's memory when it is frozen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

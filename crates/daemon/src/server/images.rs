@@ -3,7 +3,6 @@
 use std::io;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use berth_api::v1::error::ErrorBody;
@@ -19,7 +18,7 @@ use crate::images::{LINES, checked};
 use crate::server::Daemon;
 use crate::server::extract::{Body, Failure, ImagePath, Path, Query};
 use crate::server::machines::Answer;
-use crate::server::stream::JSON_LINES;
+use crate::server::stream::{JSON_LINES, json_line};
 
 pub(super) fn router() -> OpenApiRouter<Daemon> {
     OpenApiRouter::new().routes(routes!(list, bootstrap)).routes(routes!(remove))
@@ -48,9 +47,8 @@ async fn bootstrap(
     let (to, from) = mpsc::channel(LINES);
     tokio::spawn(async move { daemon.images.bootstrap(request, to).await });
     let lines = stream::unfold(from, |mut from| async {
-        let mut line = serde_json::to_vec(&from.recv().await?).unwrap_or_default();
-        line.push(b'\n');
-        Some((Ok::<_, io::Error>(Bytes::from(line)), from))
+        let line = from.recv().await?;
+        Some((Ok::<_, io::Error>(json_line(&line)), from))
     });
     Ok((JSON_LINES, axum::body::Body::from_stream(lines)).into_response())
 }

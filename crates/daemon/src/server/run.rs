@@ -4,9 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use axum::extract::{FromRequest, Request, State};
-use axum::http::StatusCode;
-use axum::http::header::{CONNECTION, UPGRADE};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use berth_api::v1::error::ErrorBody;
 use berth_api::v1::machine::Machine;
 use berth_api::v1::routes::UPGRADE_RUN;
@@ -20,7 +18,7 @@ use crate::machines::{Entry, Machines};
 use crate::server::Daemon;
 use crate::server::extract::{Body, Failure};
 use crate::server::machines::whole;
-use crate::server::stream::asks_for;
+use crate::server::stream::{asks_for, json_line, switching};
 
 /// Creates a machine and starts it. Upgrade to `berth-run`: lines of JSON, first a `Machine`, and when it
 /// has ended an `Ended`; then it is removed, and before if the connection ends.
@@ -42,8 +40,7 @@ pub(super) async fn run(
         Ok(())
     };
     whole(begun).await?;
-    let headers = [(CONNECTION, "upgrade"), (UPGRADE, UPGRADE_RUN)];
-    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+    Ok(switching(UPGRADE_RUN))
 }
 
 /// Stays with a machine until it has ended, or whoever asked for it has gone.
@@ -66,8 +63,6 @@ async fn stay(machines: Arc<Machines>, entry: Arc<Entry>, upgraded: OnUpgrade) {
 }
 
 async fn tell(to: &mut (impl AsyncWrite + Unpin), what: &impl Serialize) -> io::Result<()> {
-    let mut line = serde_json::to_vec(what)?;
-    line.push(b'\n');
-    to.write_all(&line).await?;
+    to.write_all(&json_line(what)).await?;
     to.flush().await
 }

@@ -18,7 +18,7 @@ use berth_api::vmm;
 use berth_net::relay;
 use futures_util::stream;
 use hyper_util::rt::TokioIo;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::net::UnixStream;
@@ -56,11 +56,16 @@ pub(super) async fn events(State(daemon): State<Daemon>) -> Response {
             }
             Err(RecvError::Closed) => return None,
         };
-        let mut line = serde_json::to_vec(&event).unwrap_or_default();
-        line.push(b'\n');
-        Some((Ok(Bytes::from(line)), from))
+        Some((Ok(json_line(&event)), from))
     });
     (JSON_LINES, Body::from_stream(heard)).into_response()
+}
+
+/// Something as a line of JSON.
+pub(super) fn json_line(what: &impl Serialize) -> Bytes {
+    let mut line = serde_json::to_vec(what).unwrap_or_default();
+    line.push(b'\n');
+    line.into()
 }
 
 /// Which log, and how much of it.
@@ -294,6 +299,11 @@ fn upgrade(mut request: Request, protocol: &'static str, stream: UnixStream) -> 
             Err(error) => tracing::warn!(%error, protocol, "a connection was not upgraded"),
         }
     });
+    switching(protocol)
+}
+
+/// The answer after which a connection speaks another protocol.
+pub(super) fn switching(protocol: &'static str) -> Response {
     let headers = [(CONNECTION, "upgrade"), (UPGRADE, protocol)];
     (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
 }

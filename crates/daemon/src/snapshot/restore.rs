@@ -22,7 +22,7 @@ use berth_disk::tools::{self, Backing};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::folder::{self, Folder, FolderError, FolderLock, failed};
+use crate::folder::{self, Folder, FolderError, FolderLock, failed, gone_is_well};
 use crate::snapshot::{
     self, SnapshotError, SnapshotToml, VERSION, is_plain, read_toml, state_of, write_toml,
 };
@@ -162,17 +162,11 @@ pub(super) fn finish(folder: &Folder) -> Result<(), SnapshotError> {
 }
 
 fn rename_if_there(from: &Path, to: &Path) -> Result<(), FolderError> {
-    match fs::rename(from, to) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result.map_err(failed("renaming", from)),
-    }
+    gone_is_well(fs::rename(from, to)).map_err(failed("renaming", from))
 }
 
 fn remove_all(path: &Path) -> Result<(), FolderError> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result.map_err(failed("removing", path)),
-    }
+    gone_is_well(fs::remove_dir_all(path)).map_err(failed("removing", path))
 }
 
 /// Removes what a restore left that was not begun.

@@ -148,12 +148,8 @@ impl Files {
                 continue;
             }
             if !is_there && !comes {
-                match fs::remove_file(&path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        return Err(folder::failed("removing", &path)(error).into());
-                    }
-                    _ => all.push(make(folder, manifest, index, with_state)?),
-                }
+                folder::remove_file(&path)?;
+                all.push(make(folder, manifest, index, with_state)?);
                 continue;
             }
             let target = open(&path, entry.role, comes)?;

@@ -89,7 +89,7 @@ fn resume<'a>(machines: &Path, stream: &'a [u8]) -> Result<Unpacking<&'a [u8]>> 
     let (folder, note) = kept(machines);
     let (lock, head) = (folder.lock()?, head_of(&folder)?);
     let rest = &stream[note.checkpoint.at as usize..];
-    Unpacking::resume(folder, lock, note, head, rest, EVERY)
+    Unpacking::resume(folder, lock, &note, head, rest, EVERY)
 }
 
 fn run(mut unpacking: Unpacking<&[u8]>) -> std::result::Result<Folder, ApiError> {

@@ -34,6 +34,18 @@ pub(super) struct Wanted {
     pub(super) without_state: bool,
 }
 
+impl Wanted {
+    /// What was wanted of an import that broke off.
+    pub(super) fn of(note: &Note) -> Self {
+        Self { name: note.name.clone(), without_state: note.without_state }
+    }
+
+    /// Whether memory is taken too.
+    pub(super) fn with_state(&self, manifest: &Manifest) -> bool {
+        manifest.has_state() && !self.without_state
+    }
+}
+
 /// Why a stream is not read on.
 #[derive(Debug)]
 pub(super) enum Stopped {
@@ -98,8 +110,7 @@ impl<R: Read> Unpacking<R> {
         let known = folder::own_file().write(true).create_new(true).open(&path);
         let known = known.map_err(folder::failed("creating", &path))?;
         let manifest = head.manifest().clone();
-        let with_state = manifest.has_state() && !wanted.without_state;
-        let files = Files::make(folder, &manifest, with_state)?;
+        let files = Files::make(folder, &manifest, wanted.with_state(&manifest))?;
         let reader = Reader::after(head, from).map_err(|error| of_appliance(&error))?;
         let (noted, saved, is_resumed) = (0, None, false);
         Ok(Self {
@@ -121,7 +132,7 @@ impl<R: Read> Unpacking<R> {
     pub(super) fn resume(
         folder: Folder,
         lock: FolderLock,
-        note: Note,
+        note: &Note,
         head: Head,
         from: R,
         every: u64,
@@ -129,8 +140,7 @@ impl<R: Read> Unpacking<R> {
         let unnamed = Unnamed::adopt(folder);
         let folder = unnamed.folder();
         let manifest = head.manifest().clone();
-        let (checkpoint, with_state) =
-            (note.checkpoint, manifest.has_state() && !note.without_state);
+        let (checkpoint, wanted) = (note.checkpoint, Wanted::of(note));
         let path = folder.file(unfinished::KNOWN);
         let known = folder::own_file().create(false).read(true).write(true).open(&path);
         let known = known.map_err(folder::failed("opening", &path))?;
@@ -141,8 +151,8 @@ impl<R: Read> Unpacking<R> {
         read.map_err(folder::failed("reading", &path))?;
         let reader = Reader::resume(head, from, &checkpoint, &last);
         let reader = reader.map_err(|error| of_appliance(&error))?;
+        let with_state = wanted.with_state(&manifest);
         let files = Files::reopen(folder, &manifest, with_state, &checkpoint)?;
-        let wanted = Wanted { name: note.name, without_state: note.without_state };
         Ok(Self {
             reader,
             manifest,
@@ -158,8 +168,14 @@ impl<R: Read> Unpacking<R> {
         })
     }
 
-    fn with_state(&self) -> bool {
-        self.manifest.has_state() && !self.wanted.without_state
+    /// What the appliance says it is.
+    pub(super) fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Whether memory is taken too.
+    pub(super) fn with_state(&self) -> bool {
+        self.wanted.with_state(&self.manifest)
     }
 
     /// Unpacks all that is still to come. `fits` says of the state of processors and devices whether it can
@@ -266,9 +282,9 @@ impl<R: Read> Unpacking<R> {
         error
     }
 
-    /// The folder, when all has come. Nobody else has it as long as it is locked.
-    pub(super) fn into_folder(self) -> (Unnamed, FolderLock) {
-        (self.unnamed, self.lock)
+    /// The folder, when all has come, and the machine's name. Nobody else has it as long as it is locked.
+    pub(super) fn into_folder(self) -> (Unnamed, String, FolderLock) {
+        (self.unnamed, self.wanted.name, self.lock)
     }
 }
 

@@ -235,11 +235,6 @@ impl Machine {
         if config.cpus == 0 || config.cpus > CPUS_MAX {
             return Err(MachineError::Cpus(config.cpus));
         }
-        if config.accel != AccelChoice::Kvm {
-            // Meanwhile. Without a thread the first translation does it.
-            let thread = std::thread::Builder::new().name("warm-up".into());
-            let _ = thread.spawn(berth_translator::warm_up);
-        }
         let ram = GuestRam::new(config.memory_bytes)?;
         if let Some(resume) = &config.resume {
             let (accel, state) = stored::read(config, resume)?;
@@ -402,6 +397,9 @@ fn start_translated(
     begin: &Begin,
     attach: Option<AttachPci>,
 ) -> Result<RunningMachine, MachineError> {
+    // Meanwhile. Without a thread the first translation does it.
+    let thread = std::thread::Builder::new().name("warm-up".into());
+    let _ = thread.spawn(berth_translator::warm_up);
     let apics = board.mailboxes.iter().zip(0..).map(|(mailbox, id)| {
         let signals = Arc::clone(mailbox) as Arc<dyn CpuSignals>;
         Lapic::new(id, id == 0, Arc::clone(&board.clock), signals)

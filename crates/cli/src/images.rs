@@ -14,8 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::args::{BootstrapArgs, ImageCommand};
 use crate::client::{Client, ClientError};
 use crate::exit::{CliError, ExitCode};
-use crate::table;
-use crate::vm::{NOTHING, print, print_json};
+use crate::vm::{NOTHING, print, print_list};
 
 type Done = Result<ExitCode, CliError>;
 
@@ -70,18 +69,14 @@ fn list(client: &Client, json: bool) -> Done {
     if images.is_empty() && !json {
         eprintln!("berth: no images yet; make one with `berth image bootstrap debian bookworm`");
     }
-    if json {
-        return print_json(&images);
-    }
-    let rows = images.iter().map(|image| {
+    print_list(&images, json, &["IMAGE", "KERNEL", "DISK", "USED"], |image| {
         vec![
             image.name.clone(),
             image.kernel_version.clone(),
             Size::from(image.disk_bytes).to_string(),
             Size::from(image.allocated_bytes).to_string(),
         ]
-    });
-    print(&(table::plain(&["IMAGE", "KERNEL", "DISK", "USED"], rows.collect()) + "\n"))
+    })
 }
 
 /// Images before one that cannot be removed are gone.

@@ -7,8 +7,7 @@ use hyper::Method;
 use crate::args::network::{NetworkCommand, NetworkCreateArgs};
 use crate::client::Client;
 use crate::exit::{CliError, ExitCode};
-use crate::table;
-use crate::vm::{NOTHING, each, print, print_json};
+use crate::vm::{NOTHING, each, print, print_json, print_list};
 
 type Done = Result<ExitCode, CliError>;
 
@@ -48,10 +47,8 @@ fn make(client: &Client, args: &NetworkCreateArgs) -> Done {
 fn list(client: &Client, json: bool) -> Done {
     let networks: Vec<Network> =
         client.call(&Method::GET, &format!("{PREFIX}/networks"), NOTHING)?;
-    if json {
-        return print_json(&networks);
-    }
-    let rows = networks.iter().map(|network| {
+    let columns = ["NAME", "SUBNET", "GATEWAY", "BRIDGE", "KIND", "MEMBERS"];
+    print_list(&networks, json, &columns, |network| {
         vec![
             network.name.clone(),
             network.subnet.clone(),
@@ -60,7 +57,5 @@ fn list(client: &Client, json: bool) -> Done {
             if network.internal { "internal" } else { "nat" }.to_owned(),
             network.members.len().to_string(),
         ]
-    });
-    let header = ["NAME", "SUBNET", "GATEWAY", "BRIDGE", "KIND", "MEMBERS"];
-    print(&(table::plain(&header, rows.collect()) + "\n"))
+    })
 }

@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use berth_api::agent::message::{Exec, TerminalSize};
+use berth_api::agent::message::Exec;
 use berth_api::size::Size;
 use berth_api::v1::machine::{self as kept, Cpu, MachineConfig};
 use berth_api::v1::run::{Shell, Temporary};
@@ -36,8 +36,6 @@ use crate::terminal;
 
 const PAGE_BYTES: u64 = 4096;
 const SECTOR_BYTES: u64 = 512;
-/// Of a terminal that does not know its size, as behind a serial line or in `script`.
-const TERMINAL_SIZE_DEFAULT: TerminalSize = TerminalSize { rows: 24, cols: 80 };
 /// A Linux host name.
 const NAME_BYTES_MAX: usize = 63;
 /// What Linux takes as its command line on x86.
@@ -568,12 +566,7 @@ pub(crate) fn first_command(args: &RunArgs) -> Option<Exec> {
         return None;
     }
     let mut exec = Exec { argv: args.command.clone(), ..Exec::default() };
-    if terminal::is_interactive() {
-        exec.tty = Some(terminal::size().unwrap_or(TERMINAL_SIZE_DEFAULT));
-        if let Ok(term) = std::env::var("TERM") {
-            exec.env.push(("TERM".into(), term));
-        }
-    }
+    terminal::give(&mut exec);
     Some(exec)
 }
 

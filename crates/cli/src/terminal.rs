@@ -2,10 +2,13 @@
 
 use std::io;
 
-use berth_api::agent::message::TerminalSize;
+use berth_api::agent::message::{Exec, TerminalSize};
 use berth_api::v1::run::Terminal;
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+
+/// Of a terminal that does not know its size, as behind a serial line or in `script`.
+const SIZE_DEFAULT: TerminalSize = TerminalSize { rows: 24, cols: 80 };
 
 /// Whether a person sits at both ends.
 #[must_use]
@@ -19,6 +22,14 @@ pub fn size() -> Option<TerminalSize> {
     let size = tcgetwinsize(stdout()).ok()?;
     (size.ws_row > 0 && size.ws_col > 0)
         .then_some(TerminalSize { rows: size.ws_row, cols: size.ws_col })
+}
+
+/// Gives a command of the guest this terminal, if a person sits at both ends.
+pub fn give(exec: &mut Exec) {
+    if is_interactive() {
+        exec.tty = Some(size().unwrap_or(SIZE_DEFAULT));
+        exec.env.extend(std::env::var("TERM").ok().map(|term| ("TERM".into(), term)));
+    }
 }
 
 /// What is told of the terminal to the console of a machine; `None` unless a person sits at both ends.

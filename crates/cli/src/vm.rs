@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use berth_api::agent::message::{Exec, TerminalSize};
+use berth_api::agent::message::Exec;
 use berth_api::v1::change::{ChangeMachine, ChangedMachine, Later};
 use berth_api::v1::machine::{
     self as api, AdoptMachine, CreateMachine, Machine, MachineConfig, NewDisk, RenameMachine,
@@ -259,11 +259,8 @@ pub fn rename(client: &Client, args: &RenameArgs) -> Done {
 pub fn list(client: &Client, json: bool) -> Done {
     let machines: Vec<Machine> =
         client.call(&Method::GET, &format!("{PREFIX}/machines"), NOTHING)?;
-    if json {
-        return print_json(&machines);
-    }
     let now = Timestamp::now();
-    let rows = machines.iter().map(|machine| {
+    print_list(&machines, json, &["NAME", "STATE", "CPUS", "MEMORY", "IMAGE", "UP"], |machine| {
         vec![
             machine.name.clone(),
             machine.state.as_str().to_owned(),
@@ -272,9 +269,7 @@ pub fn list(client: &Client, json: bool) -> Done {
             machine.config.image.clone().unwrap_or_else(|| "-".into()),
             machine.started.map_or_else(|| "-".into(), |started| span(started, now)),
         ]
-    });
-    let header = ["NAME", "STATE", "CPUS", "MEMORY", "IMAGE", "UP"];
-    print(&(table::plain(&header, rows.collect()) + "\n"))
+    })
 }
 
 /// A time since then, for people.
@@ -391,11 +386,8 @@ pub fn exec(client: &Client, args: &ExecArgs) -> Done {
         user: args.user.clone(),
         ..Exec::default()
     };
-    if terminal::is_interactive() && !args.no_tty {
-        exec.tty = Some(terminal::size().unwrap_or(TerminalSize { rows: 24, cols: 80 }));
-        if let Ok(term) = std::env::var("TERM") {
-            exec.env.push(("TERM".into(), term));
-        }
+    if !args.no_tty {
+        terminal::give(&mut exec);
     }
     exec.env.extend(args.env.iter().cloned().map(Variable::into_pair));
     check_running(client, &args.name)?;
@@ -468,6 +460,19 @@ fn type_in(mut to: &UnixStream, escape: bool, left: &AtomicBool) {
             return;
         }
     }
+}
+
+/// Prints what there is, as JSON or as a table of these columns.
+pub(crate) fn print_list<T: serde::Serialize>(
+    all: &[T],
+    json: bool,
+    columns: &[&str],
+    row: impl Fn(&T) -> Vec<String>,
+) -> Done {
+    if json {
+        return print_json(&all);
+    }
+    print(&(table::plain(columns, all.iter().map(row).collect()) + "\n"))
 }
 
 pub(crate) fn print(text: &str) -> Done {

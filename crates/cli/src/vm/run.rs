@@ -43,12 +43,7 @@ pub fn run(client: &Client, args: &RunArgs) -> Done {
         None => running.console(client),
         Some(command) => {
             let mut guest = Kept::new(client, &running.name);
-            let ran = match client.is_remote() {
-                // Whose clock is right is not known here.
-                true => command::run(&mut guest, &command),
-                false => command::run_first(&mut guest, &command),
-            };
-            match ran {
+            match command::run(&mut guest, &command) {
                 Ok(status) => {
                     running.power_off(client);
                     Ok(status)

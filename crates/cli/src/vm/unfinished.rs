@@ -11,11 +11,10 @@ use berth_api::v1::routes::{self, PREFIX};
 use hyper::Method;
 use jiff::Timestamp;
 
-use super::{Done, NOTHING, each, print, print_json, span};
+use super::{Done, NOTHING, each, print_list, span};
 use crate::args::appliance::ImportRmArgs;
 use crate::client::{Client, ClientError};
 use crate::exit::CliError;
-use crate::table;
 
 /// How long an import that has just broken off may take until the daemon has noticed and kept it.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -56,11 +55,8 @@ fn all(client: &Client) -> Result<Vec<UnfinishedImport>, ClientError> {
 /// [`CliError`].
 pub fn list(client: &Client, json: bool) -> Done {
     let imports = all(client)?;
-    if json {
-        return print_json(&imports);
-    }
     let now = Timestamp::now();
-    let rows = imports.iter().map(|import| {
+    print_list(&imports, json, &["ID", "NAME", "CAME", "DISK", "BROKE OFF"], |import| {
         vec![
             import.id.to_string(),
             import.name.clone(),
@@ -68,9 +64,7 @@ pub fn list(client: &Client, json: bool) -> Done {
             Size::from(import.disk_bytes).to_string(),
             if import.in_use { "goes on".to_owned() } else { span(import.time, now) },
         ]
-    });
-    let header = ["ID", "NAME", "CAME", "DISK", "BROKE OFF"];
-    print(&(table::plain(&header, rows.collect()) + "\n"))
+    })
 }
 
 /// `berth vm import-rm`.

@@ -15,8 +15,7 @@ struct Box {
 impl Box {
     fn new(options: &[&str]) -> Option<Self> {
         let debian = Debian::take()?;
-        let cloud = Cloud::new();
-        symlink(debian.images(), cloud.root().join("images")).unwrap();
+        let cloud = debian.cloud();
         let mut create = cloud.command("vm create --net none");
         run(create.args(options).args(["box", "debian:bookworm"]), b"").check(0);
         cloud.ok("vm start box");

@@ -92,16 +92,10 @@ fn rounds() -> u64 {
     given.map_or(6, |rounds| rounds.parse().unwrap())
 }
 
-fn cloud(debian: &Debian) -> Cloud {
-    let cloud = Cloud::new();
-    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
-    cloud
-}
-
 #[test]
 fn work_goes_on_after_a_suspend() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = cloud(&debian);
+    let cloud = debian.cloud();
     cloud.ok("vm create --net none --cpus 2 a debian:bookworm");
     cloud.ok("vm start a");
     let guest = Box(&cloud, "a");
@@ -129,7 +123,7 @@ fn work_goes_on_after_a_suspend() {
 #[test]
 fn restored_machines_are_as_they_were() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = cloud(&debian);
+    let cloud = debian.cloud();
     cloud.ok("vm create --net none a debian:bookworm");
     cloud.ok("vm start a");
     let guest = Box(&cloud, "a");
@@ -166,7 +160,7 @@ fn restored_machines_are_as_they_were() {
 #[test]
 fn running_clones_are_machines_of_their_own() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = cloud(&debian);
+    let cloud = debian.cloud();
     cloud.ok("vm create a debian:bookworm");
     cloud.ok("vm start a");
     let guest = Box(&cloud, "a");

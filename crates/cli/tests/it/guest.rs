@@ -12,7 +12,7 @@ use berth_cli::client::{Address, Place};
 use berth_image::store::{Image, ImageName, Store};
 use rustix::fs::{FlockOperation, flock};
 
-use crate::kept::Started;
+use crate::kept::{Cloud, Started};
 
 /// No run of a guest may take longer; the slowest hosts of CI are far below.
 pub const LIMIT: Duration = Duration::from_secs(240);
@@ -222,6 +222,18 @@ impl Debian {
     /// The directory of the images.
     pub fn images(&self) -> PathBuf {
         std::env::var_os("BERTH_ROOT").map_or_else(state, PathBuf::from).join("images")
+    }
+
+    /// Shows the images to the daemon of another state directory.
+    pub fn lend_to(&self, root: &Path) {
+        std::os::unix::fs::symlink(self.images(), root.join("images")).unwrap();
+    }
+
+    /// A state directory of its own with these images.
+    pub fn cloud(&self) -> Cloud {
+        let cloud = Cloud::new();
+        self.lend_to(cloud.root());
+        cloud
     }
 
     /// `berth vm run OPTIONS debian:bookworm -- COMMAND`.

@@ -673,9 +673,7 @@ fn the_interface_describes_itself() {
 #[test]
 fn debian_is_kept() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = Cloud::new();
-    // The images are in the usual place.
-    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
+    let cloud = debian.cloud();
     cloud.ok("vm create --disk 8M box debian:bookworm");
     cloud.ok("vm start box");
     assert_eq!(cloud.ok("vm exec box hostname"), "box\n");
@@ -724,8 +722,7 @@ fn debian_is_kept() {
 #[test]
 fn the_root_disk_is_an_overlay() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = Cloud::new();
-    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
+    let cloud = debian.cloud();
     cloud.ok("vm create --net none box debian:bookworm");
     let folder = cloud.root().join("machines/box");
     let (base, disk) = (folder.join("base.raw"), folder.join("disk0.qcow2"));
@@ -751,7 +748,7 @@ fn the_root_disk_is_an_overlay() {
     fs::rename(cloud.root().join("names"), cloud.root().join("images")).unwrap();
     cloud.fails("image rm debian", &["debian:bookworm", "box", "berth vm rm box"]);
     fs::remove_dir_all(cloud.root().join("images")).unwrap();
-    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
+    debian.lend_to(cloud.root());
     cloud.ok("vm start box");
     for words in ["check", "resize"] {
         let size = if words == "resize" { " 8G" } else { "" };

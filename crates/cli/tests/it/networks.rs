@@ -65,8 +65,7 @@ fn say(to: impl Into<SocketAddr>) -> String {
 impl Lab {
     fn new() -> Option<Self> {
         let debian = Debian::take()?;
-        let cloud = Cloud::new();
-        std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
+        let cloud = debian.cloud();
         let outside = Running::start(Command::new("unshare").args(["--net", "sleep", "3600"]));
         let pid = outside.0.id();
         let own = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
@@ -165,8 +164,7 @@ fn ports_lead_into_a_guest_through_passt() {
     if !has("passt") {
         return println!("skipped: passt is not installed");
     }
-    let cloud = Cloud::new();
-    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
+    let cloud = debian.cloud();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
     cloud.ok(&format!("vm create -p 127.0.0.1:{port}:80 box debian:bookworm"));

@@ -293,7 +293,7 @@ fn tcp_needs_all_its_files() {
 fn debian_runs_commands_over_tcp() {
     let Some(debian) = Debian::take() else { return };
     let remote = Remote::new();
-    std::os::unix::fs::symlink(debian.images(), remote.cloud.root().join("images")).unwrap();
+    debian.lend_to(remote.cloud.root());
     remote.ok("vm create --net none box debian:bookworm");
     remote.ok("vm start box");
     assert_eq!(remote.ok("vm exec box hostname"), "box\n");

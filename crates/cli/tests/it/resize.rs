@@ -7,12 +7,6 @@ use serde_json::Value;
 use crate::guest::{Debian, LIMIT, Ran, run};
 use crate::kept::{Cloud, get};
 
-fn debian_cloud(debian: &Debian) -> Cloud {
-    let cloud = Cloud::new();
-    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
-    cloud
-}
-
 fn shell(cloud: &Cloud, name: &str, script: &str) -> String {
     let ran = run(cloud.command("vm").args(["exec", name, "sh", "-c", script]), b"");
     ran.check(0);
@@ -50,7 +44,7 @@ fn wait_until(what: &str, mut check: impl FnMut() -> bool) {
 #[test]
 fn memory_of_a_guest_that_runs_is_taken_and_given() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = debian_cloud(&debian);
+    let cloud = debian.cloud();
     cloud.ok("vm create --net none --accel translate --memory 512M box debian:bookworm");
     cloud.ok("vm start box");
     // All of it was used once, and is full of what is not zero.
@@ -88,7 +82,7 @@ fn memory_of_a_guest_that_runs_is_taken_and_given() {
 #[test]
 fn processors_of_a_guest_that_runs_come_and_go() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = debian_cloud(&debian);
+    let cloud = debian.cloud();
     cloud.ok("vm create --net none --accel translate --cpus 4 box debian:bookworm");
     cloud.ok("vm start box");
     let used = || shell(&cloud, "box", "nproc");

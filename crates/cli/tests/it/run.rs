@@ -10,12 +10,6 @@ use serde_json::Value;
 use crate::guest::{Debian, LIMIT, Running, run};
 use crate::kept::Cloud;
 
-fn with_images(debian: &Debian) -> Cloud {
-    let cloud = Cloud::new();
-    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
-    cloud
-}
-
 fn machines(cloud: &Cloud) -> Vec<Value> {
     let list: Value = serde_json::from_str(&cloud.ok("vm ls --json")).unwrap();
     list.as_array().unwrap().clone()
@@ -54,7 +48,7 @@ fn folders(cloud: &Cloud) -> usize {
 #[test]
 fn a_machine_that_is_run_is_one_of_the_daemons_until_it_ends() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = with_images(&debian);
+    let cloud = debian.cloud();
     let mut running = waiting(&cloud, "box");
     let list = machines(&cloud);
     assert_eq!(list.len(), 1, "{list:?}");
@@ -83,7 +77,7 @@ fn a_machine_that_is_run_is_one_of_the_daemons_until_it_ends() {
 #[test]
 fn who_runs_a_machine_may_be_killed() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = with_images(&debian);
+    let cloud = debian.cloud();
     let running = waiting(&cloud, "box");
     kill_process(Pid::from_child(&running.0), Signal::KILL).unwrap();
     await_machines(&cloud, 0);
@@ -93,7 +87,7 @@ fn who_runs_a_machine_may_be_killed() {
 #[test]
 fn a_machine_that_is_run_outlives_the_daemon_and_ends_with_its_guest() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = with_images(&debian);
+    let cloud = debian.cloud();
     let mut running = waiting(&cloud, "box");
     let stderr = running.0.stderr.take();
     assert!(stderr.is_none());

@@ -167,8 +167,7 @@ fn a_folder_that_is_read_only_stays_as_it_is() {
 #[test]
 fn kept_machines_share_one_folder() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = Cloud::new();
-    symlink(debian.images(), cloud.root().join("images")).unwrap();
+    let cloud = debian.cloud();
     let dir = cloud.root().join("shared folder");
     let other = cloud.root().join("other");
     fs::create_dir(&dir).unwrap();

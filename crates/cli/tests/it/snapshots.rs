@@ -23,6 +23,13 @@ impl Cloud {
         self.ok(&format!("vm create --memory 64M --debug-exit --disk 1M --kernel {kernel} {name}"));
     }
 
+    /// One that runs and has been given this to add, which is its sum.
+    fn start_sum(&self, name: &str, first: u8) {
+        self.create_sum(name);
+        self.ok(&format!("vm start {name}"));
+        self.add(name, first, first);
+    }
+
     fn folder(&self, name: &str) -> PathBuf {
         self.root().join("machines").join(name)
     }
@@ -74,9 +81,7 @@ impl Cloud {
 #[test]
 fn memory_is_read_ahead_as_it_was_read_before() {
     let cloud = Cloud::new();
-    cloud.create_sum("a");
-    cloud.ok("vm start a");
-    cloud.add("a", 3, 3);
+    cloud.start_sum("a", 3);
     cloud.ok("vm snapshot --tag one a");
     let folder = cloud.root().join("machines/a");
     let ahead = |name: &str| {
@@ -243,9 +248,7 @@ fn disks_alone_are_a_snapshot_too() {
 #[test]
 fn what_is_suspended_has_snapshots_and_clones() {
     let cloud = Cloud::new();
-    cloud.create_sum("a");
-    cloud.ok("vm start a");
-    cloud.add("a", 5, 5);
+    cloud.start_sum("a", 5);
     cloud.ok("vm suspend a");
     cloud.ok("vm snapshot --tag one a");
     assert_eq!(
@@ -270,9 +273,7 @@ fn what_is_suspended_has_snapshots_and_clones() {
 #[test]
 fn what_is_set_for_the_next_start_is_no_part_of_memory() {
     let cloud = Cloud::new();
-    cloud.create_sum("a");
-    cloud.ok("vm start a");
-    cloud.add("a", 3, 3);
+    cloud.start_sum("a", 3);
     cloud.run("vm set --memory 32M --cpus 2 a").check(0);
     cloud.ok("vm suspend a");
     cloud.ok("vm snapshot --tag one a");
@@ -335,9 +336,7 @@ fn a_machine_goes_on_by_another_processor() {
 #[test]
 fn what_was_altered_is_refused_before_anything_ends() {
     let cloud = Cloud::new();
-    cloud.create_sum("a");
-    cloud.ok("vm start a");
-    cloud.add("a", 3, 3);
+    cloud.start_sum("a", 3);
     cloud.ok("vm snapshot --tag one a");
     let before = pid(&cloud.inspect("a"));
     let path = cloud.folder("a").join("snapshots/one");
@@ -578,8 +577,7 @@ fn the_interface_describes_snapshots() {
 #[test]
 fn debian_is_frozen_and_cloned() {
     let Some(debian) = Debian::take() else { return };
-    let cloud = Cloud::new();
-    std::os::unix::fs::symlink(debian.images(), cloud.root().join("images")).unwrap();
+    let cloud = debian.cloud();
     cloud.ok("vm create --disk 64M box debian:bookworm");
     cloud.ok("vm start box");
     let shell = |name: &str, script: &str| {

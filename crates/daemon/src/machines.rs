@@ -83,6 +83,17 @@ pub struct Machines {
     all: Mutex<BTreeMap<String, Arc<Entry>>>,
 }
 
+/// What was found when the process of a machine was looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sought {
+    /// It runs, and is attended to.
+    Found,
+    /// There is none.
+    None,
+    /// Somebody has the folder, and does not answer.
+    Unclear,
+}
+
 /// One machine.
 pub struct Entry {
     id: Uuid,
@@ -274,7 +285,7 @@ impl Machines {
             return Err(conflict(format!("{name} runs already")));
         }
         // One that was lost from sight, because it did not answer.
-        if self.find_process(entry).await {
+        if self.find_process(entry).await == Sought::Found {
             return Err(conflict(format!("{name} runs already")));
         }
         // What somebody wrote into it since.
@@ -292,7 +303,8 @@ impl Machines {
             entry.live().last_exit = folder.last_exit();
         }
         started.map_err(|error| of_vmm(&format!("{name} cannot be started"), &error))?;
-        if !self.find_process(entry).await {
+        let sought = self.find_process(entry).await;
+        if sought == Sought::Unclear {
             self.unplug(entry).await;
             // It is not ended: it may have begun to go on from memory that is nowhere else. Its group
             // stays for when it is found.
@@ -301,6 +313,10 @@ impl Machines {
         }
         entry.live().counts.starts += 1;
         self.tell(EventKind::Started, entry, None);
+        if sought == Sought::None {
+            // Its guest ran, and has ended since.
+            self.over(entry).await;
+        }
         Ok(())
     }
 
@@ -327,14 +343,15 @@ impl Machines {
             // Nothing comes but the end.
             let mut nothing = [0; 64];
             while matches!(stream.read(&mut nothing).await, Ok(count) if count > 0) {}
-            machines.unplug(&entry).await;
-            machines.remove_group(&entry).await;
-            machines.ended(&entry);
+            machines.over(&entry).await;
             let _ = over.send(true);
         });
     }
 
-    fn ended(&self, entry: &Entry) {
+    /// Takes into account that the process of a machine has ended.
+    async fn over(&self, entry: &Entry) {
+        self.unplug(entry).await;
+        self.remove_group(entry).await;
         let folder = entry.folder();
         // What is there while it runs is what is to be said of a process that was lost.
         let said = folder.last_exit().filter(|exit| exit.reason != UNFINISHED);
@@ -633,4 +650,51 @@ fn check_name(name: &str) -> Result<()> {
         "`{name}` is no machine name: 1 to {} letters, digits and `-`, not first",
         berth_api::v1::machine::NAME_MAX
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use berth_api::v1::machine::{Accel, CreateMachine, MachineConfig, Net};
+    use berth_api::vmm::Greeting;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_guest_that_ends_at_once_was_started() {
+        let root = tempfile::tempdir().unwrap();
+        let greeting = Greeting::Started(Status {
+            state: MachineState::Running,
+            pid: 1,
+            started: jiff::Timestamp::now(),
+            accel: "translate".into(),
+            cpus: 1,
+            memory_bytes: 1 << 20,
+            net: Net::None,
+            ports: Vec::new(),
+        });
+        let path = root.path().join("ends");
+        let greeting = serde_json::to_string(&greeting).unwrap();
+        std::fs::write(&path, format!("#!/bin/sh\necho '{greeting}'\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let program = Program { path: path.clone(), tsc_hz: Arc::default() };
+        let events = Events::default();
+        let machines = Machines::load(root.path(), program, events).await.unwrap();
+        let config = MachineConfig {
+            kernel: Some(path),
+            net: Net::None,
+            accel: Accel::Translate,
+            ..MachineConfig::default()
+        };
+        let request = CreateMachine { name: "short".into(), config, disks: Vec::new() };
+        let entry = machines.create(request).await.unwrap();
+        for starts in 1..4 {
+            machines.start(&entry).await.unwrap();
+            assert_eq!(entry.state(), MachineState::Failed);
+            assert_eq!(entry.live().counts.starts, starts);
+            assert_eq!(entry.live().counts.failures, starts);
+            assert_eq!(entry.live().group, None);
+        }
+    }
 }

@@ -19,7 +19,7 @@ use crate::cgroup::Groups;
 use crate::events::Events;
 use crate::failure::{Result, chain, conflict, error, invalid};
 use crate::folder::{self, Folder, FolderError, unfinished, unsettled};
-use crate::machines::{Entry, Machines, check_name, clone, network, run};
+use crate::machines::{Entry, Machines, Sought, check_name, clone, network, run};
 use crate::snapshot;
 use crate::vmm::{self, Program, VmmError};
 
@@ -163,7 +163,7 @@ impl Machines {
     /// Looks for the process of a machine as long as somebody has its folder and does not answer.
     fn seek(self: Arc<Self>, entry: Arc<Entry>) -> tokio::task::JoinHandle<()> {
         tokio::spawn(async move {
-            while !self.find_process(&entry).await && !entry.state().is_up() {
+            while self.find_process(&entry).await != Sought::Found && !entry.state().is_up() {
                 match entry.folder().lock() {
                     Err(FolderError::Locked { .. }) => tokio::time::sleep(SEEK).await,
                     _ => return,
@@ -226,7 +226,7 @@ impl Machines {
     }
 
     /// Finds the process of a machine, if one runs.
-    pub(super) async fn find_process(self: &Arc<Self>, entry: &Arc<Entry>) -> bool {
+    pub(super) async fn find_process(self: &Arc<Self>, entry: &Arc<Entry>) -> Sought {
         let (name, folder) = (entry.name(), entry.folder());
         let began = Instant::now();
         loop {
@@ -234,7 +234,7 @@ impl Machines {
                 Ok((stream, status)) => {
                     tracing::info!(machine = name, pid = status.pid, "found running");
                     self.attend(entry, stream, status);
-                    return true;
+                    return Sought::Found;
                 }
                 // One that is about to start holds the lock and does not listen yet.
                 Err(VmmError::Absent(_)) => match folder.lock() {
@@ -243,13 +243,13 @@ impl Machines {
                     }
                     Err(error) => {
                         tracing::error!(machine = name, %error, "its process is not found");
-                        return false;
+                        return Sought::Unclear;
                     }
-                    Ok(_lock) => return false,
+                    Ok(_lock) => return Sought::None,
                 },
                 Err(error) => {
                     tracing::error!(machine = name, %error, "its process is not understood");
-                    return false;
+                    return Sought::Unclear;
                 }
             }
         }

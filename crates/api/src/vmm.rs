@@ -64,7 +64,8 @@ pub enum Request {
         keep: bool,
     },
     /// Hands over what is kept under that number. What follows the answer is not text
-    /// (`berth_vmm::machine::Handed`).
+    /// (`berth_vmm::machine::Handed`); after it whoever has it may say once, in a line of JSON, what he wrote
+    /// of it soon ([`Wrote`]).
     Take {
         /// [`Frozen::kept`].
         kept: u64,
@@ -139,6 +140,41 @@ pub struct Origin {
     pub folder: PathBuf,
     /// [`Frozen::kept`].
     pub kept: u64,
+}
+
+/// What the process that becomes those of running clones is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Begin {
+    /// The state directory.
+    pub root: PathBuf,
+    /// The machine's folder.
+    pub folder: PathBuf,
+    /// Control groups to be in from the beginning.
+    pub groups: Vec<PathBuf>,
+    /// The frequency of the host's time-stamp counter, if it is known.
+    pub tsc_hz: Option<u64>,
+}
+
+/// Its answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Begun {
+    /// The number of the machine's process, a descriptor of which (pidfd) comes with it.
+    Pid(u32),
+    /// There is none, and why.
+    Failed(String),
+}
+
+/// Which pages of what it shares a clone wrote soon, so that those that come later copy them at once: the
+/// first one and how many. Whoever reads it takes it for a hint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wrote {
+    /// Of its memory.
+    pub ram: Vec<(u64, u64)>,
+    /// Of what each of its vCPUs has translated.
+    pub code: Vec<Vec<(u64, u64)>>,
 }
 
 /// How a machine is.

@@ -146,6 +146,12 @@ pub enum Command {
         /// The machine's folder
         folder: PathBuf,
     },
+    /// What becomes the processes of running clones
+    #[command(hide = true)]
+    Zygote {
+        /// Room for the arguments that these show
+        room: String,
+    },
     /// Whether a machine that was stored can go on here
     #[command(hide = true)]
     CheckState(CheckStateArgs),

@@ -39,7 +39,7 @@ pub fn run(
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let root = std::path::absolute(root).map_err(CliError::Output)?;
     let path = std::env::current_exe().map_err(CliError::Output)?;
-    let program = Program { path, tsc_hz: Arc::default() };
+    let program = Program { path, tsc_hz: Arc::default(), zygote: Arc::default() };
     let tsc_hz = Arc::clone(&program.tsc_hz);
     // Machines that are started before that is known find it out themselves.
     let _ = std::thread::Builder::new()

@@ -23,6 +23,7 @@ pub mod vm;
 pub mod vmm;
 
 use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use berth_daemon::log::Stderr;
@@ -37,7 +38,10 @@ use crate::exit::{CliError, ExitCode};
 #[must_use]
 pub fn main() -> std::process::ExitCode {
     let args = Args::parse();
-    log_to_stderr(&args);
+    // Each copy of a zygote has a log of its own.
+    if !matches!(args.command, Command::Zygote { .. }) {
+        log_to_stderr(&args);
+    }
     meet_limits();
     match run(args) {
         Ok(code) => code.into(),
@@ -66,16 +70,21 @@ fn meet_limits() {
 /// Errors of the machine go to standard error, of the daemon all it does; `BERTH_LOG` chooses others
 /// (`BERTH_LOG=debug`). The logs of daemons and of machines' processes are limited.
 fn log_to_stderr(args: &Args) {
-    let (usual, format, log) = match &args.command {
+    match &args.command {
         Command::Daemon(daemon) => {
             let root = state::directory(args.root.as_deref()).ok();
-            ("info", daemon.log_format, root.map(|root| root.join(client::DAEMON_LOG)))
+            begin_log("info", daemon.log_format, root.map(|root| root.join(client::DAEMON_LOG)));
         }
-        Command::Vmm { folder, .. } => {
-            ("error", LogFormat::Text, Some(folder.join(berth_daemon::vmm::LOG)))
-        }
-        _ => ("error", LogFormat::Text, None),
-    };
+        Command::Vmm { folder, .. } => log_of_vmm(folder),
+        _ => begin_log("error", LogFormat::Text, None),
+    }
+}
+
+fn log_of_vmm(folder: &Path) {
+    begin_log("error", LogFormat::Text, Some(folder.join(berth_daemon::vmm::LOG)));
+}
+
+fn begin_log(usual: &str, format: LogFormat, log: Option<PathBuf>) {
     let filter = tracing_subscriber::EnvFilter::try_from_env("BERTH_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
     let stderr = log.map_or_else(Stderr::plain, |log| Stderr::new(&log));
@@ -160,6 +169,14 @@ fn run(args: Args) -> Result<ExitCode, CliError> {
         Command::Vmm { tsc_hz, group, folder } => {
             tsc_hz.into_iter().for_each(HostClock::expect);
             Ok(vmm::run(&root()?, &folder, &group))
+        }
+        Command::Zygote { .. } => {
+            let Some(begin) = vmm::zygote::serve().map_err(CliError::Output)? else {
+                return Ok(ExitCode::Success);
+            };
+            log_of_vmm(&begin.folder);
+            begin.tsc_hz.into_iter().for_each(HostClock::expect);
+            Ok(vmm::run(&begin.root, &begin.folder, &begin.groups))
         }
         Command::CheckState(check) => Ok(vmm::check(&check)),
         Command::Image(command) => images::run(&client()?, &command),

@@ -17,5 +17,6 @@ pub mod snapshot;
 pub mod tls;
 pub mod usage;
 pub mod vmm;
+pub mod zygote;
 
 pub use berth_net::relay;

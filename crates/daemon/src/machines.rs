@@ -667,7 +667,7 @@ mod tests {
         let greeting = Greeting::Started(Status {
             state: MachineState::Running,
             pid: 1,
-            started: jiff::Timestamp::now(),
+            started: Timestamp::now(),
             accel: "translate".into(),
             cpus: 1,
             memory_bytes: 1 << 20,
@@ -678,7 +678,8 @@ mod tests {
         let greeting = serde_json::to_string(&greeting).unwrap();
         std::fs::write(&path, format!("#!/bin/sh\necho '{greeting}'\n")).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
-        let program = Program { path: path.clone(), tsc_hz: Arc::default() };
+        let program =
+            Program { path: path.clone(), tsc_hz: Arc::default(), zygote: Arc::default() };
         let events = Events::default();
         let machines = Machines::load(root.path(), program, events).await.unwrap();
         let config = MachineConfig {

@@ -4,23 +4,27 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use berth_api::v1::machine::{Accel, MachineConfig};
-use berth_api::vmm::{Answer, Frozen, Greeting, LINE_MAX, Request, SOCKET, Status};
+use berth_api::vmm::{Answer, Begin, Frozen, Greeting, LINE_MAX, ORIGIN, Request, SOCKET, Status};
 use rustix::fs::{Mode, OFlags};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Signal, pidfd_send_signal};
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::process::Command;
+use tokio::net::unix::pipe::Receiver;
+use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use crate::cgroup::{Group, Limits};
 use crate::folder::Folder;
+use crate::zygote::Zygote;
 
 /// How long the process of a machine may take for an answer.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
@@ -41,6 +45,32 @@ pub struct Program {
     /// How fast the host's time-stamp counter counts, in Hz, as soon as that is known. Machines that
     /// are told start 20 ms sooner.
     pub tsc_hz: Arc<OnceLock<u64>>,
+    /// What becomes the processes of running clones.
+    pub zygote: Arc<Zygote>,
+}
+
+/// A process that was started.
+enum Started {
+    /// Ours to wait for.
+    Child(Child),
+    /// Another one's.
+    Copy(OwnedFd),
+}
+
+impl Started {
+    fn kill(&mut self) {
+        // It has ended, if that fails.
+        match self {
+            Self::Child(child) => drop(child.start_kill()),
+            Self::Copy(process) => drop(pidfd_send_signal(process, Signal::KILL)),
+        }
+    }
+
+    async fn wait(self) {
+        if let Self::Child(mut child) = self {
+            let _ = child.wait().await;
+        }
+    }
 }
 
 /// Why a process cannot be spoken with.
@@ -214,39 +244,38 @@ pub async fn start(
     let path = folder.file(LOG);
     let log =
         crate::log::for_process(&path).map_err(|error| not(&path.display().to_string(), &error))?;
-    let known = program.tsc_hz.get().map(|hz| format!("--tsc-hz={hz}"));
+    let stdin = match tap {
+        Some(tap) => tap,
+        None => File::open("/dev/null").map_err(|error| not("/dev/null", &error))?.into(),
+    };
     let (group, limits) = group.unzip();
     let joins = limits.is_some_and(Limits::any);
     let joined = group.iter().filter(|_| joins).flat_map(Group::directories);
-    let mut child = Command::new(&program.path)
-        .arg("--root")
-        .arg(root)
-        .arg("vmm")
-        .args(known)
-        .args(joined.flat_map(|group| [OsStr::new("--group"), group.as_os_str()]))
-        .arg(folder.path())
-        // Its threads ask for little memory; a heap for each would take more than that.
-        .env("MALLOC_ARENA_MAX", "2")
-        .stdin(tap.map_or_else(Stdio::null, Stdio::from))
-        .stdout(Stdio::piped())
-        .stderr(log)
-        .spawn()
-        .map_err(|error| not(&program.path.display().to_string(), &error))?;
+    let begin = Begin {
+        root: root.to_owned(),
+        folder: folder.path().to_owned(),
+        groups: joined.map(PathBuf::from).collect(),
+        tsc_hz: program.tsc_hz.get().copied(),
+    };
+    let pipe = pipe_with(PipeFlags::CLOEXEC).map_err(Into::into);
+    let (greetings, stdout) = pipe.map_err(|error: io::Error| not("a pipe", &error))?;
+    let greetings = Receiver::from_owned_fd(greetings);
+    let mut greetings = greetings.map_err(|error| not("a pipe", &error))?;
+    let started = begin_process(program, begin, [stdin, stdout, log.into()], folder).await;
+    let (pid, mut process) =
+        started.map_err(|error| not(&program.path.display().to_string(), &error))?;
     // It is this process until it has been waited for.
-    let join = child.id().zip(group.filter(|_| !joins)).map(|(pid, group)| {
+    let join = pid.zip(group.filter(|_| !joins)).map(|(pid, group)| {
         tokio::task::spawn_blocking(move || {
             if let Err(error) = group.join(pid) {
                 tracing::warn!(pid, %error, "a machine's process is not in its control group");
             }
         })
     });
-    let Some(mut greetings) = child.stdout.take() else {
-        return Err(VmmError::NotStarted("its standard output is missing".into()));
-    };
     let greeting = timeout(START_TIME, read_line(&mut greetings)).await;
     if !matches!(greeting, Ok(Ok(_))) {
         // Nobody would look after it.
-        let _ = child.start_kill();
+        process.kill();
     }
     // The child is not ended with its handle; whoever waits for it here keeps it from becoming a
     // zombie.
@@ -255,7 +284,7 @@ pub async fn start(
             // It does not panic.
             let _ = join.await;
         }
-        child.wait().await
+        process.wait().await;
     });
     match greeting {
         Ok(Ok(Greeting::Started(_))) => Ok(()),
@@ -272,6 +301,51 @@ pub async fn start(
             path.display()
         ))),
     }
+}
+
+/// Starts the process of a machine, with what is its standard input, output and error. One that goes on with
+/// the memory of another one is a copy of a process that is there, if that can be; others, which have
+/// nothing to do with each other, begin with addresses of their own.
+async fn begin_process(
+    program: &Program,
+    begin: Begin,
+    given: [OwnedFd; 3],
+    folder: &Folder,
+) -> io::Result<(Option<u32>, Started)> {
+    let mut given = given;
+    if folder.file(ORIGIN).exists() {
+        let (zygote, asked) = (Arc::clone(&program.zygote), begin.clone());
+        let copying = tokio::task::spawn_blocking(move || {
+            let [stdin, stdout, stderr] = &given;
+            let copied = zygote.copy(&asked, [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
+            (copied, given)
+        });
+        let (copied, back) = copying.await.map_err(io::Error::other)?;
+        match copied {
+            Ok((pid, process)) => {
+                return Ok((Some(pid.as_raw_pid().cast_unsigned()), Started::Copy(process)));
+            }
+            Err(error) => tracing::warn!(%error, "a clone gets a process of its own"),
+        }
+        given = back;
+    }
+    let [stdin, stdout, stderr] = given;
+    let known = begin.tsc_hz.map(|hz| format!("--tsc-hz={hz}"));
+    let groups = begin.groups.iter().flat_map(|group| [OsStr::new("--group"), group.as_os_str()]);
+    let child = Command::new(&program.path)
+        .arg("--root")
+        .arg(&begin.root)
+        .arg("vmm")
+        .args(known)
+        .args(groups)
+        .arg(&begin.folder)
+        // Its threads ask for little memory; a heap for each would take more than that.
+        .env("MALLOC_ARENA_MAX", "2")
+        .stdin(stdin)
+        .stdout(stdout)
+        .stderr(stderr)
+        .spawn()?;
+    Ok((child.id(), Started::Child(child)))
 }
 
 /// The end of a log, as one line.

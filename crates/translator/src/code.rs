@@ -89,7 +89,6 @@ pub struct Stub {
 /// A translated block.
 #[derive(Clone, Copy)]
 pub struct Block {
-    rip: u64,
     gpa: u64,
     mode: u32,
     /// One more than the number of the block that was made before, of those with the same hash of the
@@ -129,19 +128,14 @@ unsafe impl Plain for Block {}
 unsafe impl Plain for Stub {}
 
 impl Block {
-    /// What it is found by.
-    pub const fn key(&self) -> BlockKey {
-        BlockKey { rip: self.rip, gpa: self.gpa, mode: self.mode }
+    /// The guest physical address of the first byte.
+    pub const fn gpa(&self) -> u64 {
+        self.gpa
     }
 
-    /// From its physical to its guest address: the same for all blocks of a page that is mapped there.
-    const fn base(&self) -> u64 {
-        self.rip.wrapping_sub(self.gpa)
-    }
-
-    /// A guest address from its distance.
-    fn guest(&self, delta: i64) -> u64 {
-        let address = self.rip.wrapping_add_signed(delta);
+    /// A guest address from its distance to `rip`, where the block is.
+    fn guest(&self, rip: u64, delta: i64) -> u64 {
+        let address = rip.wrapping_add_signed(delta);
         if Mode::bits_of(self.mode) == 64 { address } else { address & 0xffff_ffff }
     }
 }
@@ -274,6 +268,22 @@ impl CodeCache {
     /// Whether the next segment is to be on its way out from now on.
     pub fn is_to_leave(&self) -> bool {
         !self.leaving && self.now().room() <= self.leave_at
+    }
+
+    /// Whether the next segment is on its way out.
+    pub const fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
+    /// Bytes of code it has room for.
+    pub const fn size(&self) -> usize {
+        self.size
+    }
+
+    /// How many bytes can be translated before anything of the cache has to go.
+    pub fn room_before_loss(&self) -> usize {
+        let room = self.now().room();
+        if self.leaving { room } else { room.saturating_sub(self.leave_at) }
     }
 
     /// Makes nothing lead to the blocks of the next segment any more. Whatever knows host addresses of
@@ -475,7 +485,6 @@ impl CodeCache {
         let id = number(self.current, self.now().blocks.len());
         let BlockKey { rip, gpa, mode } = made.key;
         let block = Block {
-            rip,
             gpa,
             mode,
             older: 0,
@@ -499,7 +508,7 @@ impl CodeCache {
         segment.cold_used = (segment.cold_used + made.cold.len()).next_multiple_of(16);
         segment.used = (segment.used + made.code.len()).next_multiple_of(16);
         segment.notes.extend(store, made.notes);
-        segment.push(store, block, space);
+        segment.push(store, block, rip, space);
         if register {
             segment.list_pages(store, self.current, made.second_page);
             self.register(id);
@@ -616,7 +625,7 @@ impl CodeCache {
 
     /// Finds a block.
     pub fn find(&self, key: &BlockKey) -> Option<BlockId> {
-        let here = |id: &u32| self.block(BlockId(*id)).is_some_and(|b| b.rip == key.rip);
+        let here = |id: &u32| self.rip_of(*id) == key.rip;
         self.made_of(key.gpa, key.mode).find(here).map(BlockId)
     }
 
@@ -647,18 +656,22 @@ impl CodeCache {
     pub fn page_of(&mut self, id: BlockId, space: u16, found: &mut Vec<(u64, u64)>) {
         found.clear();
         let Some(&first) = self.block(id) else { return };
+        let base = self.rip_of(id.0).wrapping_sub(first.gpa);
         let rx = self.rx;
-        let alike = |b: &Block| b.mode == first.mode && b.base() == first.base();
         for segment in &mut self.segments {
+            let alike =
+                |b: &Block, rip: u64| b.mode == first.mode && rip.wrapping_sub(b.gpa) == base;
             let wanted = |index: &u32| {
-                let block = segment.blocks.get(*index as usize);
-                block.filter(|b| b.valid && b.target && !b.split && alike(b))
+                let block = segment.blocks.get(*index as usize)?;
+                let rip = segment.rip(*index);
+                let wanted = block.valid && block.target && !block.split && alike(block, rip);
+                wanted.then_some((block, rip))
             };
             let indexes: Vec<u32> = segment
                 .beginning_in(first.gpa >> 12)
                 .filter(|index| {
                     let block = wanted(index);
-                    found.extend(block.map(|b| (b.rip, rx + u64::from(b.place))));
+                    found.extend(block.map(|(b, rip)| (rip, rx + u64::from(b.place))));
                     block.is_some()
                 })
                 .collect();
@@ -683,6 +696,17 @@ impl CodeCache {
     /// The block with an id.
     pub fn block(&self, id: BlockId) -> Option<&Block> {
         self.of(id.0)?.block(id.0)
+    }
+
+    /// The guest address of a block.
+    fn rip_of(&self, id: u32) -> u64 {
+        self.of(id).map_or(0, |segment| segment.rip(id))
+    }
+
+    /// What a block is found by.
+    fn key_of(&self, id: u32) -> Option<BlockKey> {
+        let &Block { gpa, mode, .. } = self.block(BlockId(id))?;
+        Some(BlockKey { rip: self.rip_of(id), gpa, mode })
     }
 
     fn block_mut(&mut self, id: u32) -> Option<&mut Block> {

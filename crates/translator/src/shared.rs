@@ -7,6 +7,7 @@
 //! set; whoever writes by another way looks for the bits only after the bytes are there. So one of
 //! the two always notices.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -14,6 +15,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::ahead::{Copies, Written};
 use crate::ram::{Frozen, Origin, PAGE, Ram};
 use crate::sys::{self, Reservation};
 use crate::world::World;
@@ -111,6 +113,8 @@ pub struct Shared {
     /// Which vCPUs run.
     pub(crate) world: World,
     boxes: Mutex<Vec<Arc<Mailbox>>>,
+    /// What vCPUs have copied of the translations that they began with, by their numbers.
+    copies: Mutex<BTreeMap<usize, Arc<Copies>>>,
 }
 
 impl Shared {
@@ -144,6 +148,7 @@ impl Shared {
             mirrors: sys::zeroes(pages),
             world: World::default(),
             boxes: Mutex::new(Vec::new()),
+            copies: Mutex::default(),
         }))
     }
 
@@ -207,6 +212,23 @@ impl Shared {
     /// It cannot be read.
     pub fn touched(&self, pagemap: &File) -> io::Result<Vec<Range<u64>>> {
         self.ram.touched(pagemap)
+    }
+
+    /// Records what a vCPU has copied of the translations that it began with.
+    pub(crate) fn note_copies(&self, index: usize, copies: Arc<Copies>) {
+        lock(&self.copies).insert(index, copies);
+    }
+
+    /// What a machine that began with what others share has written of it. vCPUs may run.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn written(&self) -> io::Result<Written> {
+        let ram = self.ram.written()?;
+        let copies = lock(&self.copies).clone();
+        let cpus = copies.last_key_value().map_or(0, |(last, _)| last + 1);
+        let of = |index| copies.get(&index).map_or(Ok(Vec::new()), |copies| copies.written());
+        Ok(Written { ram, code: (0..cpus).map(of).collect::<io::Result<_>>()? })
     }
 
     /// Where RAM is now. Nothing may write it as long as that is used.

@@ -50,6 +50,30 @@ impl Reservation {
         fd: i32,
         offset: u64,
     ) -> io::Result<u64> {
+        self.map(at, len, prot, libc::MAP_SHARED, fd, offset)
+    }
+
+    /// The same for what is written here and not in the file, of which nobody writes that piece any more.
+    pub fn map_copy(
+        &self,
+        at: usize,
+        len: usize,
+        prot: i32,
+        fd: i32,
+        offset: u64,
+    ) -> io::Result<u64> {
+        self.map(at, len, prot, libc::MAP_PRIVATE, fd, offset)
+    }
+
+    fn map(
+        &self,
+        at: usize,
+        len: usize,
+        prot: i32,
+        kind: i32,
+        fd: i32,
+        offset: u64,
+    ) -> io::Result<u64> {
         if at.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -59,7 +83,7 @@ impl Reservation {
                 (self.at as usize + at) as *mut libc::c_void,
                 len,
                 prot,
-                libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                kind | libc::MAP_FIXED | libc::MAP_NORESERVE,
                 fd,
                 offset as libc::off_t,
             )
@@ -122,6 +146,28 @@ pub fn write_at(fd: i32, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => {
                 bytes = bytes.get(n..).unwrap_or_default();
+                offset += n as u64;
+            }
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
+/// Reads as many bytes as there is room for from a place in a file.
+pub fn read_at(fd: i32, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        // SAFETY: plain system call with a valid, writable slice.
+        let n = unsafe {
+            libc::pread(fd, bytes.as_mut_ptr().cast(), bytes.len(), offset as libc::off_t)
+        };
+        match usize::try_from(n) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                bytes = bytes.get_mut(n..).unwrap_or_default();
                 offset += n as u64;
             }
             Err(_) => match io::Error::last_os_error() {

@@ -174,7 +174,7 @@ struct Slot {
 /// The tables of one vCPU.
 pub struct Tlb {
     fd: OwnedFd,
-    _space: Reservation,
+    space: Reservation,
     _guard: Reservation,
     slots: Vec<Slot>,
     current: usize,
@@ -183,6 +183,8 @@ pub struct Tlb {
     clock: u64,
     kernel_view: u64,
     jc_kernel: JumpCache,
+    /// Jump caches are small until so many more entries were made.
+    jc_room: Option<usize>,
     low: Half,
     high: Half,
     /// Entries of `high` that are not global.
@@ -269,7 +271,7 @@ impl Tlb {
         }
         Ok(Self {
             fd,
-            _space: space,
+            space,
             _guard: guard_space,
             slots: list,
             current: 0,
@@ -277,6 +279,7 @@ impl Tlb {
             clock: 0,
             kernel_view,
             jc_kernel: JumpCache::default(),
+            jc_room: None,
             low: half(low_no, kernel_view, 0),
             high: half(high_no, kernel_view + HALF, 0xffff_8000_0000_0000),
             high_local: Vec::new(),

@@ -77,6 +77,8 @@ impl DerefMut for AreaPtr {
 
 /// Instructions after which a block ends where another one begins that something jumps to.
 const JOINS_AFTER: usize = 4;
+/// The part of a code cache that a vCPU with nothing to do keeps free.
+const SHARE_OF_CLONES: usize = 32;
 /// More than the slow path of an access has.
 const STUB_BYTES: usize = 1024;
 /// Bytes of guest code that are read at first for a block.
@@ -944,7 +946,7 @@ impl Inner {
         let Some(link) = self.code.link(n) else { return };
         if link.linkable {
             // The mapping may have changed since the source was entered.
-            let page = |b: &Block| b.key().gpa >> 12;
+            let page = |b: &Block| b.gpa() >> 12;
             let source = self.code.source_of(n).map(page);
             if source.is_some() && source == self.code.block(id).map(page) {
                 self.code.connect(n, id, false);
@@ -1169,12 +1171,30 @@ impl Inner {
     /// Makes sure that a block fits into the cache.
     fn make_room(&mut self) {
         if !self.code.fits(MAX_BLOCK_BYTES) {
-            self.code.advance();
-            self.tlb.clear_all_jcs();
-            self.stats.cache_drops += 1;
+            self.lose(true);
         } else if self.code.is_to_leave() {
+            self.lose(false);
+        }
+    }
+
+    /// Drops the oldest code, or makes it ready to be dropped.
+    fn lose(&mut self, now: bool) {
+        if now {
+            self.code.advance();
+            self.stats.cache_drops += 1;
+        } else {
             self.code.leave();
-            self.tlb.clear_all_jcs();
+        }
+        self.tlb.clear_all_jcs();
+    }
+
+    /// Makes sure that there is room for what a clone translates: each would have to drop the same code,
+    /// and copy most of the pages that lead there.
+    fn make_room_for_clones(&mut self) {
+        for _ in 0..2 {
+            if self.code.room_before_loss() < self.code.size() / SHARE_OF_CLONES {
+                self.lose(self.code.is_leaving());
+            }
         }
     }
 
@@ -1314,6 +1334,7 @@ impl Inner {
     /// Gives the memory of tables back that are filled again as they are needed; for a vCPU that has
     /// nothing to do.
     pub fn rest(&mut self) {
+        self.make_room_for_clones();
         self.tlb.give_back();
     }
 
@@ -1665,7 +1686,7 @@ impl Inner {
     /// An access went beyond the end of a page. Instructions that do so often are translated in another
     /// way; not if it is between pages that have a mapping of both now.
     fn crossed(&mut self, rip: u64, pc: u64, wanted: Ends, paired: bool) {
-        let Some(key) = self.code.block_at(pc).map(Block::key) else { return };
+        let Some(key) = self.code.key_at(pc) else { return };
         // Instructions in the second page of a block are rare and stay as they are.
         if self.ends.crossed(instruction_gpa(&key, rip), wanted, paired) {
             self.code.retire_at(pc);

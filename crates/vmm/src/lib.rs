@@ -13,6 +13,7 @@ pub mod console;
 pub mod devices;
 pub mod error;
 pub mod fit;
+pub mod fork;
 pub mod generation;
 pub mod irq;
 pub mod limits;

@@ -39,6 +39,8 @@ use crate::error::MachineError;
 use crate::generation::{self, Generation};
 use crate::irq::InterruptSink;
 use crate::limits::CPUS_MAX;
+pub use berth_translator::{Written, warm_up};
+
 pub use crate::machine::handed::Handed;
 use crate::machine::stored::{Emulated, Hardware, Processor, Resumed};
 pub use crate::machine::stored::{FrozenMachine, Parked, Storer};
@@ -399,7 +401,7 @@ fn start_translated(
 ) -> Result<RunningMachine, MachineError> {
     // Meanwhile. Without a thread the first translation does it.
     let thread = std::thread::Builder::new().name("warm-up".into());
-    let _ = thread.spawn(berth_translator::warm_up);
+    let _ = thread.spawn(warm_up);
     let apics = board.mailboxes.iter().zip(0..).map(|(mailbox, id)| {
         let signals = Arc::clone(mailbox) as Arc<dyn CpuSignals>;
         Lapic::new(id, id == 0, Arc::clone(&board.clock), signals)

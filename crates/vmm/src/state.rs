@@ -381,7 +381,7 @@ pub fn stored_memory(directory: &Path) -> Result<Origin, StateError> {
             of_page.get_mut(first as usize..last as usize).unwrap_or_default().fill(1);
             end = last;
         }
-        Ok(Origin { files: vec![Arc::new(file.into())], of_page })
+        Ok(Origin { files: vec![Arc::new(file.into())], of_page, ahead: Vec::new() })
     };
     look().map_err(failed("reading", &path))
 }
@@ -403,7 +403,8 @@ pub fn own_memory(ram: &GuestRam) -> Result<Origin, StateError> {
     let pages = (ram.bytes() / PAGE as u64) as usize;
     let file = ram.file().try_clone();
     let file = file.map_err(|error| StateError::Unsaved(format!("its memory: {error}")))?;
-    Ok(Origin { files: vec![Arc::new(file.into())], of_page: vec![1; pages] })
+    let files = vec![Arc::new(file.into())];
+    Ok(Origin { files, of_page: vec![1; pages], ahead: Vec::new() })
 }
 
 /// A copy of memory, in a file of its own.
@@ -415,7 +416,8 @@ pub fn copy_memory(memory: &Origin) -> Result<Origin, StateError> {
     let copy = || {
         let file = ram_file(bytes).map_err(|(_, error)| error)?;
         save_memory(memory, &file)?;
-        Ok(Origin { files: vec![Arc::new(file.into())], of_page: vec![1; memory.of_page.len()] })
+        let files = vec![Arc::new(file.into())];
+        Ok(Origin { files, of_page: vec![1; memory.of_page.len()], ahead: Vec::new() })
     };
     copy().map_err(|error: io::Error| {
         StateError::Unsaved(format!("its memory cannot be copied: {error}"))

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,15 +13,17 @@ use berth_api::agent::message::Identify;
 use berth_api::v1::machine::{MachineConfig, MachineState, Net};
 use berth_api::vmm::{Answer, Frozen, IDENTITY, LINE_MAX, Request, SUSPENDED, Status};
 use berth_daemon::folder::Folder;
+
 use berth_vmm::chips::events::PowerButton;
 use berth_vmm::devices::HostEnds;
-use berth_vmm::machine::{FrozenMachine, Pauser, RunningMachine, Storer};
+use berth_vmm::machine::{FrozenMachine, Pauser, RunningMachine, Storer, Written};
 use berth_vmm::outcome::{Ending, Outcome};
 
 use crate::command::{self, AGENT_WAIT, Dial};
 use crate::machine::connect_agent;
 use crate::vmm::disks::{Disks, FrozenDisks};
 use crate::vmm::hub::Hub;
+use crate::vmm::wrote::{HEAR_TIME, heard};
 use crate::vmm::{Kept, socket};
 
 /// How long somebody who connects may take for his request, or for taking the answer.
@@ -32,6 +34,9 @@ const REHEARSE_AFTER: Duration = Duration::from_secs(3);
 const IDENTITY_TIME: Duration = Duration::from_secs(5);
 /// How long an agent may take for an answer.
 const AGENT_TIME: Duration = Duration::from_secs(5);
+/// How long who wants to speak with an agent waits for whoever sets the guest's clock, before he has to ask
+/// again.
+const CLOCK_TIME: Duration = Duration::from_secs(1);
 /// How long a guest may take to notice that its power button was pressed. One with a driver takes
 /// milliseconds.
 const BUTTON_TIME: Duration = Duration::from_secs(1);
@@ -39,6 +44,15 @@ const BUTTON_TIME: Duration = Duration::from_secs(1);
 const UNFINISHED: &str = "state/.suspending";
 /// Connections at once to the console and to the agent. Others are never refused.
 const CONNECTIONS_MAX: usize = 128;
+
+/// Whether the guest's clock was set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clock {
+    Unset,
+    /// Somebody is about to.
+    Setting,
+    Set,
+}
 
 /// What the connections share.
 pub(super) struct Control {
@@ -56,8 +70,11 @@ pub(super) struct Control {
     is_copy: bool,
     status: Mutex<Status>,
     kept: Mutex<KeptMachine>,
-    /// The guest's clock was set.
-    clock_set: Mutex<bool>,
+    /// What a clone wrote soon.
+    wrote: Mutex<Written>,
+    clock: Mutex<Clock>,
+    /// It was set, or could not be.
+    clock_changed: Condvar,
     connections: AtomicUsize,
 }
 
@@ -103,12 +120,14 @@ impl Control {
             is_copy: kept.is_copy,
             status: Mutex::new(status),
             kept: Mutex::default(),
-            clock_set: Mutex::new(false),
+            wrote: Mutex::default(),
+            clock: Mutex::new(Clock::Unset),
+            clock_changed: Condvar::new(),
             connections: AtomicUsize::new(0),
         });
         let first = Arc::clone(&control);
         let thread = thread::Builder::new().name("clock".into());
-        thread.spawn(move || first.set_clock(AGENT_WAIT))?;
+        thread.spawn(move || first.set_clock(AGENT_WAIT, Duration::ZERO))?;
         let thread = thread::Builder::new().name("control".into());
         thread.spawn(move || control.listen(&listener))?;
         Ok(())
@@ -212,13 +231,11 @@ impl Control {
                 self.ending.end(Outcome::Stopped);
                 done
             }
-            // Nobody is before the clock.
-            Request::Agent if self.clock_set.try_lock().is_err() => {
-                refuse("the guest's agent does not answer yet".into())
-            }
             Request::Agent => {
-                // What could not be told when it began is told now.
-                self.set_clock(AGENT_TIME);
+                // Nobody is before the clock. What could not be told when it began is told now.
+                if !self.set_clock(AGENT_TIME, CLOCK_TIME) {
+                    return refuse("the guest's agent does not answer yet".into());
+                }
                 match self.agent() {
                     Ok(agent) => {
                         answer(stream, &Answer::Done)?;
@@ -358,7 +375,15 @@ impl Control {
         answer(stream, &Answer::Done)?;
         // From here on it may be shared.
         *taken = true;
-        machine.hand(stream)
+        let ahead = self.wrote.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        machine.hand(stream, &ahead)?;
+        drop(kept);
+        stream.set_read_timeout(Some(HEAR_TIME))?;
+        // Whoever says nothing is no clone of ours, or was ended.
+        if let Ok(wrote) = read_line(stream).and_then(|line| heard(&line)) {
+            *self.wrote.lock().unwrap_or_else(PoisonError::into_inner) = wrote;
+        }
+        Ok(())
     }
 
     fn release(&self, number: u64) {
@@ -373,17 +398,32 @@ impl Control {
     }
 
     /// Sets the guest's clock, once, and tells a clone who it is, before anybody else speaks with its
-    /// agent. One that has no agent keeps the time that it began with.
-    fn set_clock(self: &Arc<Self>, patience: Duration) {
-        let mut set = self.clock_set.lock().unwrap_or_else(PoisonError::into_inner);
-        if *set {
-            return;
+    /// agent. One that has no agent keeps the time that it began with. False if somebody else is still about
+    /// to after so long a wait.
+    fn set_clock(self: &Arc<Self>, patience: Duration, wait: Duration) -> bool {
+        let clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        let setting = |clock: &mut Clock| *clock == Clock::Setting;
+        let waited = self.clock_changed.wait_timeout_while(clock, wait, setting);
+        let mut clock = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if *clock != Clock::Unset {
+            return *clock == Clock::Set;
         }
+        *clock = Clock::Setting;
+        drop(clock);
+        let set = self.begin(patience);
+        *self.clock.lock().unwrap_or_else(PoisonError::into_inner) =
+            if set { Clock::Set } else { Clock::Unset };
+        self.clock_changed.notify_all();
+        true
+    }
+
+    /// Sets the guest's clock, and tells it who it is.
+    fn begin(self: &Arc<Self>, patience: Duration) -> bool {
         let marker = self.folder.file(IDENTITY);
         let is_clone = marker.exists();
         let identity = is_clone.then_some(&self.identity);
         let agent = &mut Agent(Arc::clone(self));
-        *set = match command::begin(agent, patience, identity, self.is_copy) {
+        let set = match command::begin(agent, patience, identity, self.is_copy) {
             Ok(()) => {
                 self.ends.net_held.store(false, Ordering::Release);
                 true
@@ -396,7 +436,7 @@ impl Control {
                 false
             }
         };
-        if *set && !is_clone && !self.is_copy {
+        if set && !is_clone && !self.is_copy {
             let control = Arc::clone(self);
             let thread = thread::Builder::new().name("rehearsal".into());
             // Without it clones take longer.
@@ -405,7 +445,7 @@ impl Control {
                 let _ = command::rehearse(&mut Agent(control), AGENT_TIME);
             });
         }
-        if *set && is_clone {
+        if set && is_clone {
             let thread = thread::Builder::new().name("identity".into());
             // Without it the guest is told again at the next start, which does no harm.
             let _ = thread.spawn(move || {
@@ -415,6 +455,7 @@ impl Control {
                 }
             });
         }
+        set
     }
 
     fn power_off(self: &Arc<Self>, seconds: f64) -> Result<(), String> {

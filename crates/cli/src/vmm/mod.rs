@@ -16,6 +16,8 @@ mod control;
 mod disks;
 mod hub;
 mod resize;
+mod wrote;
+pub mod zygote;
 
 pub use check::check;
 
@@ -48,6 +50,7 @@ use crate::plan::{Console, NetPlan, RunPlan};
 use crate::vmm::ahead::Ahead;
 use crate::vmm::control::Control;
 use crate::vmm::hub::Hub;
+use crate::vmm::wrote::Teller;
 
 /// How long the process of an earlier run may take to be gone.
 const LOCK_TIME: Duration = Duration::from_secs(3);
@@ -67,7 +70,7 @@ pub fn run(root: &Path, path: &Path, groups: &[PathBuf]) -> ExitCode {
     match joined.and_then(|()| start(root, path)) {
         Ok(run) => {
             if run.goes_on {
-                let us = run.machine.started().saturating_duration_since(began).as_micros();
+                let us = run.begun.machine.started().saturating_duration_since(began).as_micros();
                 eprintln!("berth: the guest goes on, {us} us after its process began");
             }
             run.finish()
@@ -93,6 +96,9 @@ fn greet(greeting: &Greeting) {
 const RESUMED: &str = "state/.resumed";
 /// Bytes that say how a machine that is removed at its end is shown.
 const TEMPORARY_MAX: u64 = 16 << 10;
+/// Pages of memory that are copied together when one of them is written that clones share: so what they
+/// share is in few pieces.
+const COPIED_PAGES: u64 = 8;
 /// Bytes that say where a clone begins.
 const ORIGIN_MAX: u64 = 16 << 10;
 /// How long the process of another machine may take to hand it over.
@@ -100,14 +106,21 @@ const TAKE_TIME: Duration = Duration::from_secs(10);
 
 /// A machine that runs, with what has to live as long.
 struct Run {
-    machine: RunningMachine,
-    plan: RunPlan,
-    told: Told,
+    begun: Begun,
     folder: Folder,
-    hub: Arc<Hub>,
     /// It did not boot.
     goes_on: bool,
     _lock: FolderLock,
+}
+
+/// What was begun of it.
+struct Begun {
+    machine: RunningMachine,
+    plan: RunPlan,
+    told: Told,
+    hub: Arc<Hub>,
+    /// Of a running clone.
+    teller: Option<Arc<Teller>>,
 }
 
 /// What a machine is that is kept.
@@ -139,15 +152,7 @@ fn start(root: &Path, path: &Path) -> Result<Run, Failure> {
     folder.note_start()?;
     let goes_on = folder.file(ORIGIN).exists() || folder.file(SUSPENDED).is_dir();
     let begun = begin(root, &folder, &toml, &name, goes_on);
-    let begun = begun.map(|(machine, plan, told, hub)| Run {
-        machine,
-        plan,
-        told,
-        folder: folder.clone(),
-        hub,
-        goes_on,
-        _lock: lock,
-    });
+    let begun = begun.map(|begun| Run { begun, folder: folder.clone(), goes_on, _lock: lock });
     if let Err(error) = &begun {
         folder.set_last_exit(Some(&Exit {
             time: Timestamp::now(),
@@ -175,7 +180,7 @@ fn begin(
     toml: &VmToml,
     name: &str,
     goes_on: bool,
-) -> Result<(RunningMachine, RunPlan, Told, Arc<Hub>), Failure> {
+) -> Result<Begun, Failure> {
     let (near, far) = UnixStream::pair()?;
     let console = Console::Stream(Arc::new(far));
     let mut machine = toml.machine.clone();
@@ -216,12 +221,18 @@ fn begin(
     let told = Told::new(&plan)?;
     let hub = Hub::start(near, folder)?;
     let mut config = config(&plan, &told);
-    if let Some(handed) = handed {
+    let mut origin_process = None;
+    if let Some((handed, stream)) = handed {
+        origin_process = Some(stream);
         config.resume = Some(Resume::Handed(Arc::new(handed)));
         config.renew_generation = true;
     } else if suspended.is_dir() {
         config.renew_generation = suspended.join(RENEW).exists();
         config.resume = Some(Resume::Stored(suspended.clone()));
+    }
+    if origin_process.is_none() {
+        // A clone has little of its own.
+        config.translator.copied_pages = COPIED_PAGES;
     }
     let machine = Machine::start_with(&config, Some(parts.into_attach(&ends)))?;
     // From here on it is not what would go on.
@@ -238,6 +249,7 @@ fn begin(
     if let Some(ahead) = ahead {
         ahead.begin(machine.storer());
     }
+    let teller = origin_process.map(|stream| Teller::start(machine.storer(), stream));
     // Set once.
     let _ = over.set(machine.ending());
     if asked.load(Ordering::SeqCst) {
@@ -262,21 +274,21 @@ fn begin(
     };
     Control::start(kept, &machine, ends, Arc::clone(&hub), status.clone())?;
     greet(&Greeting::Started(status));
-    Ok((machine, plan, told, hub))
+    Ok(Begun { machine, plan, told, hub, teller })
 }
 
 /// Takes what the process of another machine keeps for this one, which is a clone of it.
-fn take(folder: &Folder) -> Result<Handed, Failure> {
+fn take(folder: &Folder) -> Result<(Handed, UnixStream), Failure> {
     let text = berth_daemon::folder::read_bounded(&folder.file(ORIGIN), ORIGIN_MAX)?;
     let origin: Origin = serde_json::from_str(&text)?;
-    let taken = (|| -> Result<Handed, Failure> {
+    let taken = (|| -> Result<_, Failure> {
         let stream = connect(&Folder::at(origin.folder))?;
         stream.set_read_timeout(Some(TAKE_TIME))?;
         let mut line = serde_json::to_vec(&Request::Take { kept: origin.kept })?;
         line.push(b'\n');
         (&stream).write_all(&line)?;
         match serde_json::from_slice(&control::read_line(&stream)?)? {
-            Answer::Done => Ok(Handed::receive(&stream)?),
+            Answer::Done => Ok((Handed::receive(&stream)?, stream)),
             Answer::Refused(why) => Err(why.into()),
             other => Err(format!("a strange answer: {other:?}").into()),
         }
@@ -298,10 +310,14 @@ fn connect(folder: &Folder) -> io::Result<UnixStream> {
 impl Run {
     /// Waits for the end of the guest and notes it.
     fn finish(self) -> ExitCode {
-        let outcome = self.machine.wait();
+        let Begun { machine, plan, told, hub, teller } = self.begun;
+        let outcome = machine.wait();
+        if let Some(teller) = teller {
+            teller.tell();
+        }
         // With it goes the machine's end of the console.
-        drop(self.plan);
-        self.hub.finish();
+        drop(plan);
+        hub.finish();
         let in_order = matches!(
             outcome,
             Outcome::PoweredOff | Outcome::Stopped | Outcome::Suspended | Outcome::DebugExit(_)
@@ -316,7 +332,7 @@ impl Run {
         if let Err(error) = noted {
             eprintln!("berth: the end of the machine cannot be noted: {error}");
         }
-        if let Err(error) = self.told.finish() {
+        if let Err(error) = told.finish() {
             eprintln!("berth: {error}");
         }
         eprintln!("berth: {outcome}");

@@ -3,6 +3,7 @@
 
 mod appliances;
 mod attached;
+mod clones;
 mod conformance;
 mod consoles;
 mod copy;

@@ -7,6 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use berth_api::v1::event::EventKind;
 use berth_api::v1::machine::{Disk, MachineConfig, Net};
@@ -32,6 +33,8 @@ use crate::vmm;
 const JOURNAL: &str = ".clones-";
 /// Clones that are started at once.
 const STARTS_MAX: usize = 8;
+/// How long clones may do what they were made for before the host's disk is kept busy with them.
+const SETTLE_AFTER: Duration = Duration::from_millis(300);
 /// The version of a journal.
 const JOURNAL_VERSION: u32 = 1;
 
@@ -84,6 +87,11 @@ impl Machines {
             if self.all().contains_key(name) {
                 return Err(conflict(format!("there is a machine {name} already")));
             }
+        }
+        if request.running {
+            // It is ready when it is needed.
+            let (program, root) = (self.program.clone(), self.root.clone());
+            tokio::task::spawn_blocking(move || program.zygote.prepare(&program.path, &root));
         }
         let changing = entry.changing.lock().await;
         let (name, folder) = (entry.name(), entry.folder());
@@ -200,23 +208,31 @@ impl Machines {
     /// Waits until clones would survive a loss of power, when whoever asked for them has his answer.
     fn settle_later(self: &Arc<Self>, source: &Arc<Entry>, clones: &[Arc<Entry>]) {
         let (machines, source, clones) = (Arc::clone(self), Arc::clone(source), clones.to_vec());
-        tokio::task::spawn_blocking(move || {
-            for clone in clones {
-                let (folder, source) = (clone.folder(), source.folder());
-                // The layers that it shares have their names there, and a journal was here.
-                let settled = unsettled::settle(&folder, &[source.path(), &machines.directory]);
-                // What is gone needs it no more; what was renamed just now is found by its new name.
-                let settled = settled.or_else(|error| match clone.folder().path().exists() {
-                    true => unsettled::settle_with_all(&clone.folder()),
-                    false if !folder.path().exists() => Ok(()),
-                    false => Err(error),
-                });
-                if let Err(error) = settled {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::error!(machine = clone.name(), error, "a loss of power removes it");
-                }
-            }
+        tokio::spawn(async move {
+            // What they were made for comes first.
+            tokio::time::sleep(SETTLE_AFTER).await;
+            let settle = move || machines.settle(&source, &clones);
+            // It does not panic.
+            let _ = tokio::task::spawn_blocking(settle).await;
         });
+    }
+
+    fn settle(&self, source: &Entry, clones: &[Arc<Entry>]) {
+        for clone in clones {
+            let (folder, source) = (clone.folder(), source.folder());
+            // The layers that it shares have their names there, and a journal was here.
+            let settled = unsettled::settle(&folder, &[source.path(), &self.directory]);
+            // What is gone needs it no more; what was renamed just now is found by its new name.
+            let settled = settled.or_else(|error| match clone.folder().path().exists() {
+                true => unsettled::settle_with_all(&clone.folder()),
+                false if !folder.path().exists() => Ok(()),
+                false => Err(error),
+            });
+            if let Err(error) = settled {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(machine = clone.name(), error, "a loss of power removes it");
+            }
+        }
     }
 
     /// Makes all of the folders, then names them.

@@ -1,5 +1,6 @@
 //! How blocks jump to each other.
 
+use super::segment::number;
 use super::{
     Block, BlockId, CodeCache, DETOUR, FAR_GIBS, Link, NONE, NOT_LISTED, index_of, segment_of,
 };
@@ -39,7 +40,10 @@ impl CodeCache {
 
     /// Guest address that a link leads to.
     pub fn target_of(&self, n: u32) -> Option<u64> {
-        Some(self.source_of(n)?.guest(i64::from(self.link(n)?.delta)))
+        let segment = self.of(n)?;
+        let index = segment.owner(|notes| notes.links, index_of(n))?;
+        let rip = segment.rip(number(segment_of(n), index));
+        Some(segment.blocks.get(index)?.guest(rip, i64::from(self.link(n)?.delta)))
     }
 
     /// Points a link at a host address, or at its exit.

@@ -9,7 +9,7 @@ use berth_x86::paging::canonical;
 use crate::layout::jump_cache_moved;
 
 use super::segment::{number, segment_of};
-use super::{Block, BlockId, BlockKey, CodeCache, Fix, Fixup, Made, NONE, Notes};
+use super::{BlockId, BlockKey, CodeCache, Fix, Fixup, Made, NONE, Notes};
 
 /// A copy of a block for another guest address.
 pub struct Moved {
@@ -123,7 +123,8 @@ impl CodeCache {
         };
         let id = self.same_code(key).find(gone)?;
         let (first, first_space) = (*self.block(BlockId(id))?, self.space_of(id));
-        let delta = key.rip.wrapping_sub(first.rip);
+        let first_rip = self.rip_of(id);
+        let delta = key.rip.wrapping_sub(first_rip);
         let mut work = Vec::new();
         went.push(self.move_one(id, delta, space, &mut work)?);
         let page = first.gpa >> 12;
@@ -131,22 +132,27 @@ impl CodeCache {
         for (n, segment) in self.segments.iter().enumerate() {
             all.extend(segment.in_page(n, page));
         }
-        let to = key.rip.wrapping_sub(key.gpa);
+        let (to, from) = (key.rip.wrapping_sub(key.gpa), first_rip.wrapping_sub(first.gpa));
         // Usually none was made at the new address so far.
         let others = all.iter().any(|&other| {
-            other != id && self.block(BlockId(other)).is_some_and(|b| b.valid && b.base() == to)
+            other != id
+                && self.block(BlockId(other)).is_some_and(|b| b.valid)
+                && self.base_of(other) == Some(to)
         });
         let mut stayed = false;
         for &other in &all {
             // Only blocks at addresses like the first one's are linked with it.
-            let near = |b: &&Block| other != id && b.base() == first.base();
-            let Some(&b) = self.block(BlockId(other)).filter(near) else { continue };
+            if other == id || self.base_of(other) != Some(from) {
+                continue;
+            }
+            let Some(&b) = self.block(BlockId(other)) else { continue };
             if !b.valid {
                 // It may still be run.
                 stayed = true;
                 continue;
             }
-            let there = BlockKey { rip: b.rip.wrapping_add(delta), ..b.key() };
+            let rip = self.rip_of(other).wrapping_add(delta);
+            let there = BlockKey { rip, gpa: b.gpa, mode: b.mode };
             let alike = b.movable
                 && (b.mode, self.space_of(other)) == (first.mode, first_space)
                 && !self.leaves(other)
@@ -163,9 +169,15 @@ impl CodeCache {
         Some(BlockId(id))
     }
 
+    /// From its physical to its guest address: the same for all blocks of a page that is mapped there.
+    fn base_of(&self, id: u32) -> Option<u64> {
+        Some(self.rip_of(id).wrapping_sub(self.block(BlockId(id))?.gpa))
+    }
+
     /// Undoes the links of a block that do not lead to the block at their target's address.
     fn undo_wrong_links(&mut self, id: u32) {
         let Some(&b) = self.block(BlockId(id)) else { return };
+        let rip = self.rip_of(id);
         let (_, start, end) = self.notes_of(id);
         let base = number(segment_of(id), 0);
         for n in start.links..end.links {
@@ -174,8 +186,9 @@ impl CodeCache {
             if owner == NONE {
                 continue;
             }
-            let target = b.guest(i64::from(link.delta));
-            let right = self.block(BlockId(owner)).is_some_and(|t| t.valid && t.rip == target);
+            let target = b.guest(rip, i64::from(link.delta));
+            let right =
+                self.block(BlockId(owner)).is_some_and(|t| t.valid) && self.rip_of(owner) == target;
             if !right {
                 self.patch(n, None);
             }
@@ -220,10 +233,11 @@ impl CodeCache {
         for n in later {
             notes.slow.remove(&n);
         }
-        let to = b.rip.wrapping_add(delta);
-        self.block_mut(id)?.rip = to;
+        let from = self.rip_of(id);
+        let to = from.wrapping_add(delta);
+        self.segments.get_mut(segment_of(id))?.set_rip(&mut self.store, id, to);
         self.set_space(id, space);
-        Some(Went { from: b.rip, to, host, target: b.target })
+        Some(Went { from, to, host, target: b.target })
     }
 
     /// A block that is in the segment to be dropped next, to be put at the end of the cache instead;
@@ -232,7 +246,7 @@ impl CodeCache {
         if !self.leaves(id.0) || self.second_page(id).is_some() {
             return None;
         }
-        let moved = self.copy(id, &self.block(id)?.key())?;
+        let moved = self.copy(id, &self.key_of(id.0)?)?;
         self.retire(id.0);
         Some(moved)
     }
@@ -247,12 +261,12 @@ impl CodeCache {
 
     /// A block as it would be at the end of the cache.
     pub fn as_new(&self, id: BlockId) -> Option<Moved> {
-        self.copy(id, &self.block(id)?.key())
+        self.copy(id, &self.key_of(id.0)?)
     }
 
     fn copy(&self, BlockId(id): BlockId, key: &BlockKey) -> Option<Moved> {
         let b = self.block(BlockId(id))?;
-        let delta = key.rip.wrapping_sub(b.rip);
+        let delta = key.rip.wrapping_sub(self.rip_of(id));
         let host = self.host(b);
         let (notes, start, end) = self.notes_of(id);
         let (from, to) = (host + u64::from(b.cold), self.next_cold());

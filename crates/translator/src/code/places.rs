@@ -2,7 +2,7 @@
 
 use super::notes::StringSite;
 use super::segment::{Segment, index_of, number, segment_of};
-use super::{Block, BlockId, CodeCache, Site, Slow, Stub};
+use super::{Block, BlockId, BlockKey, CodeCache, Site, Slow, Stub};
 
 /// Where generated code goes on after a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,12 +112,12 @@ impl CodeCache {
 
     /// Address of the guest instruction that host address `pc` belongs to.
     pub fn rip_at(&self, pc: u64) -> Option<u64> {
-        let (id, block, off) = self.offset_at(pc)?;
+        let (id, _, off) = self.offset_at(pc)?;
         // Slow paths lie behind the body and name their instruction in their site.
         let slow = self.slow_of(id).find(|(_, s)| off >= s.cold && off < s.cold_end);
         let site = slow.and_then(|(n, _)| self.site(n.into()));
         let (_, rip) = self.begun_at(id, site.map_or(off, |s| s.op.into())).unwrap_or_default();
-        Some(block.rip.wrapping_add(rip.into()))
+        Some(self.rip_of(id).wrapping_add(rip.into()))
     }
 
     /// The last guest instruction of a block that begins up to a host offset.
@@ -128,8 +128,8 @@ impl CodeCache {
     /// The guest instruction that `pc` belongs to, if it has had no effect so far. `bounced`: if this
     /// is an access, the slow path has been there and read the operand.
     pub fn restart_at(&self, pc: u64, bounced: bool) -> Option<u64> {
-        let (id, block, off) = self.offset_at(pc)?;
-        let at = |rip: u16| Some(block.rip.wrapping_add(rip.into()));
+        let (id, _, off) = self.offset_at(pc)?;
+        let at = |rip: u16| Some(self.rip_of(id).wrapping_add(rip.into()));
         let sites = self.sites_of(id);
         if let Some(s) = self.strings_of(id).iter().find(|s| off >= s.look && off <= s.begun) {
             return at(s.rip);
@@ -150,11 +150,11 @@ impl CodeCache {
     /// The address of the guest instruction behind the one whose store is committed by the call that
     /// returns to `ret`, when nothing of that one is left to do.
     pub fn end_of_store(&self, ret: u64) -> Option<u64> {
-        let (id, block, off) = self.offset_at(ret)?;
+        let (id, _, off) = self.offset_at(ret)?;
         let (n, _) = self.slow_of(id).find(|(_, s)| s.commit_ret == off)?;
         let end = u32::from(self.site(n.into())?.op_end);
         let (_, rip) = self.instructions_of(id).find(|i| i.0 == end)?;
-        Some(block.rip.wrapping_add(rip.into()))
+        Some(self.rip_of(id).wrapping_add(rip.into()))
     }
 
     /// Number of the access that faulted at host address `pc`.
@@ -189,21 +189,27 @@ impl CodeCache {
     pub fn accessing(&self, n: u64, pc: u64) -> Option<(u64, bool)> {
         let id = self.index_at(pc)?;
         let (first, rip) = self.instruction_of(n, id)?;
-        Some((self.block(BlockId(id))?.rip.wrapping_add(rip.into()), first))
+        Some((self.rip_of(id).wrapping_add(rip.into()), first))
     }
 
     /// An indirect branch by number: address and what it took from RSP.
     pub fn branch(&self, n: u64) -> Option<(u64, i32)> {
         let n = u32::try_from(n).ok()?;
         let branch = self.of(n)?.notes.branches.get(index_of(n) as usize)?;
-        let block = self.of(n)?.block_with(|notes| notes.branches, index_of(n))?;
-        Some((block.rip.wrapping_add(branch.rip.into()), branch.taken))
+        let index = self.of(n)?.owner(|notes| notes.branches, index_of(n))?;
+        let rip = self.of(n)?.rip(number(segment_of(n), index));
+        Some((rip.wrapping_add(branch.rip.into()), branch.taken))
     }
 
     /// An instruction for a helper by number.
     pub fn helper(&self, n: u64) -> Option<&super::Helped> {
         let n = u32::try_from(n).ok()?;
         self.of(n)?.notes.helpers.get(index_of(n) as usize)
+    }
+
+    /// What the block at `pc` is found by.
+    pub fn key_at(&self, pc: u64) -> Option<BlockKey> {
+        self.key_of(self.index_at(pc)?)
     }
 
     /// The block at `pc` and the code of its body.

@@ -39,6 +39,9 @@ pub struct Segment {
     end: usize,
     /// In the order of their places.
     pub blocks: Stream<Block>,
+    /// Where each begins for the guest. That changes with each address space, of blocks far apart: beside
+    /// each other these are in few pages.
+    rips: Stream<u64>,
     /// The address space that each was last looked for in.
     pub spaces: Stream<u16>,
     /// The last link that was made to jump to each; the others follow it in `listed`.
@@ -78,6 +81,7 @@ impl Segment {
                 cold_used: cold_start,
                 end: start + size,
                 blocks: Stream::new(next, blocks),
+                rips: Stream::new(next, blocks),
                 spaces: Stream::new(next, blocks),
                 incoming: Stream::new(next, blocks),
                 notes: KeptNotes::new(next, size),
@@ -102,6 +106,7 @@ impl Segment {
     /// Says where the store is.
     pub fn connect(&mut self, store: &Store) {
         self.blocks.connect(store);
+        self.rips.connect(store);
         self.spaces.connect(store);
         self.incoming.connect(store);
         self.notes.connect(store);
@@ -120,6 +125,7 @@ impl Segment {
             heads.fill(0);
         }
         self.blocks.clear();
+        self.rips.clear();
         self.spaces.clear();
         self.incoming.clear();
         self.notes.clear();
@@ -133,7 +139,8 @@ impl Segment {
     /// Where in the store all of it is.
     pub fn live(&self) -> Vec<Range<usize>> {
         let mut live = vec![self.start..self.used, self.cold_start..self.cold_used];
-        live.extend([self.blocks.live(), self.spaces.live(), self.incoming.live()]);
+        live.extend([self.blocks.live(), self.rips.live()]);
+        live.extend([self.spaces.live(), self.incoming.live()]);
         live.extend(self.notes.live());
         live.extend([self.listed.live(), self.stubs.live(), self.heads.live()]);
         live
@@ -170,9 +177,28 @@ impl Segment {
         self.blocks.get(index_of(id) as usize)
     }
 
-    /// Appends a block, last looked for in `space`, and its notes' room in lists.
-    pub fn push(&mut self, store: &mut Store, block: Block, space: u16) {
+    /// The guest address of a block by its number.
+    pub fn rip(&self, id: u32) -> u64 {
+        self.rips.get(index_of(id) as usize).copied().unwrap_or(0)
+    }
+
+    /// Sets it.
+    pub fn set_rip(&mut self, store: &mut Store, id: u32, rip: u64) {
+        self.rips.set(store, index_of(id) as usize, rip);
+    }
+
+    /// Sets how many blocks there are; false if that is too many.
+    pub fn set_blocks(&mut self, count: usize) -> bool {
+        self.blocks.set_len(count)
+            && self.rips.set_len(count)
+            && self.spaces.set_len(count)
+            && self.incoming.set_len(count)
+    }
+
+    /// Appends a block at `rip`, last looked for in `space`, and its notes' room in lists.
+    pub fn push(&mut self, store: &mut Store, block: Block, rip: u64, space: u16) {
         self.blocks.push(store, block);
+        self.rips.push(store, rip);
         self.spaces.push(store, space);
         self.incoming.push(store, super::NONE);
         while self.listed.len() < self.notes.links.len() {

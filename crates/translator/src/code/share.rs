@@ -2,12 +2,14 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::notes::{Counts, Slow};
 use super::segment::SEGMENTS;
 use super::store::{Store, Stream};
 use super::{CodeCache, PERMANENT};
 use crate::SetupError;
+use crate::ahead::Copies;
 use crate::ram::Origin;
 
 /// What else a cache holds, in its store as long as it is shared.
@@ -109,6 +111,11 @@ impl CodeCache {
         Ok((self.store.share(&live)?, numbers))
     }
 
+    /// What was copied of what it began with, if it did.
+    pub fn copies(&self) -> Option<Arc<Copies>> {
+        self.store.copies()
+    }
+
     /// A cache that begins with what another one of the same program has shared, but for code that
     /// stays, which has to be put there before anything else.
     ///
@@ -138,9 +145,7 @@ impl CodeCache {
             let stubs = next()?;
             let counts = Counts::from_numbers(|| u32::try_from(next()?).ok())?;
             let fits = segment.adopt_used(used, cold_used)
-                && segment.blocks.set_len(blocks)
-                && segment.spaces.set_len(blocks)
-                && segment.incoming.set_len(blocks)
+                && segment.set_blocks(blocks)
                 && segment.stubs.set_len(stubs)
                 && segment.notes.set_counts(counts)
                 && segment.listed.set_len(counts.links as usize);

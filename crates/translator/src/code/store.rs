@@ -1,12 +1,14 @@
 //! The memory of a code cache: code, and the tables that belong to it.
 //!
 //! It is one file, in whose first part code is executed through a second mapping (never both writable
-//! and executable). It can be shared with the caches of clones: what it holds then stays as it is, and
-//! whoever wants to write a page of it copies that into a file of its own first.
+//! and executable). It can be shared with the caches of clones: what it holds then stays as it is. Whoever
+//! wants to write a page of code copies that into a file of its own first, which both mappings show. Tables
+//! have one mapping, so that the kernel copies their pages; they come into a file when they are shared.
 //!
 //! ```text
 //!   share                 write
-//!   ─────► pages shared ─────────► a copy, in the own file
+//!   ─────► pages shared ─────────► code: a copy, in the own file
+//!                       ─────────► tables: a copy, in no file
 //! ```
 
 use std::io;
@@ -15,6 +17,7 @@ use std::ops::{Deref, Range};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use crate::ahead::Copies;
 use crate::ram::Origin;
 use crate::sys::{self, Reservation};
 
@@ -43,6 +46,10 @@ pub struct Store {
     /// The number of the file of each page.
     file_of: Vec<u8>,
     singles: usize,
+    /// For each page behind the code: it was written since its file is shared, and is not there.
+    written: Vec<bool>,
+    /// What was copied of what it began with, if it did.
+    copies: Option<Arc<Copies>>,
 }
 
 fn lost(error: &io::Error) -> ! {
@@ -67,6 +74,8 @@ impl Store {
             files: vec![own],
             file_of: vec![0; size / PAGE],
             singles: 0,
+            written: vec![false; size / PAGE],
+            copies: None,
         };
         if let Some((pages, fresh)) = begin {
             if pages.of_page.len() != store.file_of.len() {
@@ -83,9 +92,22 @@ impl Store {
                 n => (n - 1).min(last),
             });
             store.file_of = of.collect();
+            if let Some(own) = store.files.last() {
+                let (files, of_page) = (&store.files, &mut store.file_of);
+                // What is behind the code is copied by the kernel.
+                let of_page = of_page.get_mut(..code / PAGE).unwrap_or_default();
+                let file = |number: u8| Some(Arc::clone(files.get(usize::from(number))?));
+                let copies = Copies::begin(own, last, of_page, file, &pages.ahead);
+                store.copies = Some(Arc::new(copies));
+            }
         }
         store.map(0..size)?;
         Ok(store)
+    }
+
+    /// What was copied of what it began with, if it did.
+    pub fn copies(&self) -> Option<Arc<Copies>> {
+        self.copies.clone()
     }
 
     /// Host address of the executable mapping.
@@ -108,14 +130,20 @@ impl Store {
         let mut at = range.start;
         while at < range.end {
             let Some(&number) = self.file_of.get(at / PAGE) else { break };
-            let rest = self.file_of.get(at / PAGE..range.end / PAGE).unwrap_or_default();
+            let is_code = at < self.code;
+            let end = if is_code { range.end.min(self.code) } else { range.end };
+            let rest = self.file_of.get(at / PAGE..end / PAGE).unwrap_or_default();
             let pages = rest.iter().take_while(|&&n| n == number).count();
             let file = self.files.get(usize::from(number)).ok_or(io::ErrorKind::NotFound)?;
             let (raw, len) = (file.as_raw_fd(), pages * PAGE);
-            let rights = if number == own { WRITE } else { READ };
-            self.rw.map_file(at, len, rights, raw, at as u64)?;
-            if at < self.code {
-                self.rx.map_file(at, len.min(self.code - at), EXECUTE, raw, at as u64)?;
+            if !is_code && number != own {
+                self.rw.map_copy(at, len, WRITE, raw, at as u64)?;
+            } else {
+                let rights = if number == own { WRITE } else { READ };
+                self.rw.map_file(at, len, rights, raw, at as u64)?;
+            }
+            if is_code {
+                self.rx.map_file(at, len, EXECUTE, raw, at as u64)?;
             }
             at += len;
         }
@@ -142,6 +170,10 @@ impl Store {
     }
 
     fn copy(&mut self, page: usize) -> io::Result<()> {
+        if page >= self.code / PAGE {
+            self.written[page] = true;
+            return Ok(());
+        }
         if self.singles >= SINGLES_MAX {
             return self.bring_together();
         }
@@ -149,6 +181,9 @@ impl Store {
         let own = self.own_number();
         self.copy_out(page)?;
         self.file_of[page] = own;
+        if let Some(copies) = &self.copies {
+            copies.note(page as u64);
+        }
         self.map(page * PAGE..(page + 1) * PAGE)
     }
 
@@ -175,9 +210,23 @@ impl Store {
             }
         }
         self.file_of.fill(0);
+        self.written.fill(false);
         self.files.drain(..usize::from(own));
         self.singles = 0;
         self.map(0..self.size)
+    }
+
+    /// Writes pages that are in no file into our own. They stay mapped as they are.
+    fn write_out(&mut self) -> io::Result<()> {
+        let own = self.own_number();
+        for page in 0..self.written.len() {
+            if self.written[page] {
+                self.copy_out(page)?;
+                self.file_of[page] = own;
+                self.written[page] = false;
+            }
+        }
+        Ok(())
     }
 
     /// Copies what is in the file that has the fewest pages, which is not needed any more then.
@@ -213,6 +262,7 @@ impl Store {
     }
 
     fn try_to_share(&mut self, live: &[Range<usize>]) -> io::Result<Origin> {
+        self.write_out()?;
         if self.file_of.chunk_by(|a, b| a == b).count() > PIECES_MAX {
             self.bring_together()?;
         }
@@ -239,13 +289,31 @@ impl Store {
                 self.file_of[first..first + run.len()].fill(own);
                 self.map(at..at + len)?;
             } else {
-                // It stays mapped as it is.
-                sys::mprotect(self.rw() + at as u64, len, READ)?;
+                let code = self.code.clamp(at, at + len);
+                if code > at {
+                    // It stays mapped as it is.
+                    sys::mprotect(self.rw() + at as u64, code - at, READ)?;
+                }
+                self.map_last(code..at + len, own - 1)?;
             }
             at += len;
         }
         self.singles = 0;
-        Ok(Origin { files, of_page })
+        Ok(Origin { files, of_page, ahead: Vec::new() })
+    }
+
+    /// Maps those pages of a range of tables that are in one of the files; the others stay as they are.
+    fn map_last(&self, range: Range<usize>, number: u8) -> io::Result<()> {
+        let pages = self.file_of.get(range.start / PAGE..range.end / PAGE).unwrap_or_default();
+        let mut at = range.start;
+        for run in pages.chunk_by(|a, b| (*a == number) == (*b == number)) {
+            let end = at + run.len() * PAGE;
+            if run.first() == Some(&number) {
+                self.map(at..end)?;
+            }
+            at = end;
+        }
+        Ok(())
     }
 
     /// Writes bytes; the range must be inside.

@@ -16,13 +16,15 @@
 //! limited; after [`Config::single_copies`](crate::Config) whole regions are copied, which then are one mapping again.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{PAGE, Ram};
+use crate::ahead::Copies;
 use crate::shared::lock;
-use crate::sys;
+use crate::{Config, sys};
 
 /// Bytes that are copied at once afterwards.
 const REGION: u64 = 2 << 20;
@@ -44,6 +46,8 @@ pub struct Origin {
     /// For each page of RAM, in the order of the files: 0 if it is zero, else one more than the index
     /// of the file that has it.
     pub of_page: Vec<u8>,
+    /// Pages that whoever goes on from here copies at once, since he will write them soon.
+    pub ahead: Vec<Range<u64>>,
 }
 
 /// What RAM held when it was frozen. Unless it is given to [`Ram::unfreeze`], its files stay as they are.
@@ -143,6 +147,10 @@ pub struct Layers {
     own: AtomicU8,
     singles: AtomicUsize,
     singles_max: usize,
+    /// Bytes that are copied at once before that; a power of two, and no less than a page.
+    piece: u64,
+    /// What was copied of what this machine began with, if it did.
+    copies: Option<Copies>,
 }
 
 impl Layers {
@@ -151,19 +159,23 @@ impl Layers {
         bytes: u64,
         own: Option<&Arc<OwnedFd>>,
         origin: Option<&Origin>,
-        singles_max: usize,
+        config: &Config,
     ) -> Self {
         let files = origin.map(|o| o.files.as_slice()).unwrap_or_default();
-        let layer = |file: &Arc<_>, holders| Some(Layer { file: Arc::clone(file), holders });
-        let own = own.map(|file| layer(file, 0));
-        let files: Vec<_> =
-            own.into_iter().chain(files.iter().map(|file| layer(file, 1))).collect();
+        let files: Vec<_> = own.into_iter().chain(files).map(Arc::clone).collect();
         let known = |number: u8| if usize::from(number) < files.len() { number } else { 0 };
         let mut of_page = vec![0; (bytes / PAGE) as usize];
         let given = origin.map(|o| o.of_page.as_slice()).unwrap_or_default();
         for (to, &from) in of_page.iter_mut().zip(given) {
             *to = known(from);
         }
+        let copies = origin.zip(own).map(|(origin, own)| {
+            let file = |number: u8| Some(Arc::clone(files.get(usize::from(number))?));
+            Copies::begin(own, 0, &mut of_page, file, &origin.ahead)
+        });
+        let files = files.into_iter().zip(0..);
+        let layer = |(file, number)| Some(Layer { file, holders: usize::from(number != 0) });
+        let files = files.map(layer).collect();
         Self {
             any: AtomicBool::new(origin.is_some()),
             frozen: Bits::new(0),
@@ -171,7 +183,9 @@ impl Layers {
             files: Mutex::new(files),
             own: AtomicU8::new(0),
             singles: AtomicUsize::new(0),
-            singles_max,
+            singles_max: config.single_copies,
+            piece: (config.copied_pages.next_power_of_two() * PAGE).min(REGION),
+            copies,
         }
     }
 
@@ -225,6 +239,14 @@ impl Ram {
                 }
             }
         }
+    }
+
+    /// Pages that were written since it began with what others share, if it did.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn written(&self) -> io::Result<Vec<Range<u64>>> {
+        self.layers.copies.as_ref().map_or(Ok(Vec::new()), Copies::written)
     }
 
     /// Where all of it is now. Nothing may be written as long as that is used.
@@ -317,13 +339,9 @@ impl Ram {
         let single = self.layers.singles.load(Ordering::Relaxed) < self.layers.singles_max;
         let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.size);
         let Some(slot) = slot else { return Ok(()) };
-        let (start, end) = match single {
-            true => (gpa, gpa + PAGE),
-            false => {
-                let start = gpa & !(REGION - 1);
-                (start.max(slot.gpa), (start + REGION).min(slot.gpa + slot.size))
-            }
-        };
+        let len = if single { self.layers.piece } else { REGION };
+        let start = gpa & !(len - 1);
+        let (start, end) = (start.max(slot.gpa), (start + len).min(slot.gpa + slot.size));
         self.layers.singles.fetch_add(1, Ordering::Relaxed);
         let number = self.layers.own.load(Ordering::SeqCst);
         let own = self.layers.file(number).ok_or(io::ErrorKind::NotFound)?;
@@ -336,6 +354,9 @@ impl Ram {
                 sys::write_at(own.as_raw_fd(), &bytes, offset)?;
             }
             self.layers.set_number(offset, number);
+            if let Some(copies) = &self.layers.copies {
+                copies.note(offset / PAGE);
+            }
         }
         // Everybody reads the copy before anybody can write to it.
         let mut runs: Vec<(u64, u64, bool)> = Vec::new();

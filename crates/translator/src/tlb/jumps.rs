@@ -7,6 +7,12 @@ use super::{HEAD, Tlb, View};
 use crate::layout::{AREA_SIZE, JC_ENTRIES, JC_SIZE};
 use crate::sys;
 
+/// Bytes of a jump cache of a vCPU that has had nothing to do: what little it does then would take a page
+/// for each entry otherwise. It is mapped again and again, so that indexes count modulo its entries.
+const SMALL: usize = JC_SIZE / 8;
+/// Entries after which a small one is made large again.
+const GROWS_AT: usize = 2048;
+
 /// What is in the jump cache of a view.
 #[derive(Default)]
 pub(super) struct JumpCache {
@@ -37,7 +43,26 @@ impl Tlb {
         for view in self.views() {
             *self.jc(view) = JumpCache::default();
         }
+        self.jc_room = Some(GROWS_AT);
+        self.map_jcs(SMALL);
         self.init_jcs();
+    }
+
+    /// Maps so much of each jump cache, until it fills its place. What cannot be mapped stays as it is: any
+    /// page of a jump cache does in any place of it, since tags are whole addresses.
+    fn map_jcs(&self, bytes: usize) {
+        let start = self.space.addr();
+        let kernels =
+            self.slots.iter().map(|slot| (slot.kernel_view, 0)).chain([(self.kernel_view, 0)]);
+        let users = (1..).zip(&self.slots).map(|(jc, slot)| (slot.user_view, jc));
+        for (base, jc) in kernels.chain(users) {
+            let at = (base - start) as usize - HEAD;
+            let file = (AREA_SIZE + jc * JC_SIZE) as u64;
+            for piece in (0..JC_SIZE).step_by(bytes) {
+                let rw = libc::PROT_READ | libc::PROT_WRITE;
+                let _ = self.space.map_file(at + piece, bytes, rw, self.fd.as_raw_fd(), file);
+            }
+        }
     }
 
     /// Clears the jump caches of all views.
@@ -91,9 +116,9 @@ impl Tlb {
     }
 
     /// A tag that matches no address whose index is `i`, canonical or not: address 0 has index 0, and
-    /// address 1 has index 1.
+    /// address 1 has index 1. In a small jump cache all indexes do that are a multiple of its entries.
     const fn empty_tag(i: u16) -> u64 {
-        if i == 0 { 1u64.wrapping_neg() } else { 0 }
+        if (i as usize).is_multiple_of(SMALL / 16) { 1u64.wrapping_neg() } else { 0 }
     }
 
     /// Writes the empty tags that are not zero; once, at creation.
@@ -162,6 +187,14 @@ impl Tlb {
             self.clear_jc(view);
         }
         let index = rip as u16;
+        if let Some(room) = &mut self.jc_room {
+            *room -= 1;
+            if *room == 0 {
+                self.jc_room = None;
+                // What is there stays where it is found, or is not found any more.
+                self.map_jcs(JC_SIZE);
+            }
+        }
         let cache = self.jc(view);
         cache.journal.push(index);
         cache.sources.add(rip, source.large);
@@ -172,7 +205,7 @@ impl Tlb {
 
 #[cfg(test)]
 mod tests {
-    use super::Tlb;
+    use super::*;
 
     /// A jump to 0xc000_0000_0000_0000 once matched the tag of empty entries and went to host
     /// address 0.
@@ -181,6 +214,39 @@ mod tests {
         for i in 0..=u16::MAX {
             let rip = Tlb::empty_tag(i).wrapping_neg();
             assert_ne!(rip as u16, i);
+            assert_ne!(rip as usize % (SMALL / 16), usize::from(i) % (SMALL / 16));
         }
+    }
+
+    #[test]
+    fn a_small_jump_cache_finds_what_a_large_one_does() {
+        let source = Source { global: true, large: false };
+        let mut tlb = Tlb::new(2).unwrap();
+        tlb.init_jcs();
+        let views = [View::Kernel, View::User(1)];
+        let check = |tlb: &mut Tlb, from: u64, count: u64| {
+            for n in from..from + count {
+                // Whole numbers of small ones apart, too.
+                let rip = 0xffff_ffff_8000_0000 + n * 0x2003;
+                for view in views {
+                    assert_eq!(tlb.jc_find(view, rip), None, "{n}");
+                    tlb.jc_insert(view, rip, n, source);
+                    assert_eq!(tlb.jc_find(view, rip), Some(n));
+                    assert_eq!(tlb.jc_find(View::User(0), rip), None);
+                }
+            }
+        };
+        check(&mut tlb, 0, 10);
+        tlb.give_back();
+        check(&mut tlb, 0, 100);
+        assert!(tlb.jc_room.is_some());
+        // It grows meanwhile.
+        check(&mut tlb, 100, GROWS_AT as u64);
+        assert!(tlb.jc_room.is_none());
+        tlb.clear_all_jcs();
+        check(&mut tlb, 0, 200);
+        tlb.give_back();
+        tlb.give_back();
+        check(&mut tlb, 0, 20);
     }
 }

@@ -114,6 +114,9 @@ impl Inner {
             self.checked = around.checked;
             self.tlb.adopt_spaces(around.spaces, &around.slots);
             self.inherited = true;
+            if let Some(copies) = self.code.copies() {
+                self.lin.shared.note_copies(self.lin.index, copies);
+            }
             self.direct.not_before = Some(Instant::now() + SETTLING);
         } else {
             self.code.flush();

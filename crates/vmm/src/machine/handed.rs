@@ -7,11 +7,12 @@
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use berth_translator::{Origin, SharedCode};
+use berth_translator::{Origin, SharedCode, Written};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -53,6 +54,8 @@ struct Pages {
     files: usize,
     /// The file of each page (0: none, it is zero), and how many pages it is the same for.
     runs: Vec<(u8, u64)>,
+    /// The first page and how many of those that are to be copied at once.
+    ahead: Vec<(u64, u64)>,
 }
 
 /// What a vCPU has translated.
@@ -65,10 +68,11 @@ struct Code {
 }
 
 impl Pages {
-    fn of(origin: &Origin) -> Self {
+    fn of(origin: &Origin, ahead: &[Range<u64>]) -> Self {
         let runs = origin.of_page.chunk_by(|a, b| a == b);
         let runs = runs.filter_map(|run| Some((*run.first()?, run.len() as u64)));
-        Self { files: origin.files.len(), runs: runs.collect() }
+        let ahead = ahead.iter().map(|range| (range.start, range.end.saturating_sub(range.start)));
+        Self { files: origin.files.len(), runs: runs.collect(), ahead: ahead.collect() }
     }
 
     /// How many there are.
@@ -83,7 +87,8 @@ impl Pages {
             return Err(strange(format!("{} of {} files", taken.len(), self.files)));
         }
         let of_page = of_page(&self.runs, self.count(), &taken)?;
-        Ok(Origin { files: taken, of_page })
+        let range = |&(first, count): &(u64, u64)| first..first.saturating_add(count);
+        Ok(Origin { files: taken, of_page, ahead: self.ahead.iter().map(range).collect() })
     }
 }
 
@@ -112,7 +117,7 @@ fn strange(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// Hands it to whoever is at the other end.
+/// Hands it to whoever is at the other end, and says what he will write soon.
 ///
 /// # Errors
 /// It is gone, or the system's.
@@ -121,24 +126,27 @@ pub fn hand(
     state: &MachineState,
     memory: &Origin,
     code: &[Option<SharedCode>],
+    ahead: &Written,
 ) -> io::Result<()> {
     let mut files: Vec<_> = memory.files.iter().map(|file| file.as_fd()).collect();
     if files.len() > FILES_MAX {
         return Err(io::Error::other("memory is in too many files"));
     }
     let mut told = Vec::new();
-    for code in code {
+    let ahead_of = ahead.code.iter().map(Vec::as_slice).chain(std::iter::repeat(&[][..]));
+    for (code, ahead) in code.iter().zip(ahead_of) {
         // What does not fit is translated anew.
         let fits = |code: &&SharedCode| files.len() + code.pages.files.len() <= FILES_MAX;
         let code = code.as_ref().filter(fits);
         files.extend(code.iter().flat_map(|code| code.pages.files.iter().map(|file| file.as_fd())));
         told.push(code.map(|code| Code {
-            pages: Pages::of(&code.pages),
+            pages: Pages::of(&code.pages, ahead),
             numbers: code.numbers.clone(),
             guest_pages: code.guest_pages.clone(),
         }));
     }
-    let message = Message { state: state.clone(), memory: Pages::of(memory), code: told };
+    let memory = Pages::of(memory, &ahead.ram);
+    let message = Message { state: state.clone(), memory, code: told };
     let json = serde_json::to_vec(&message)?;
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
     let mut rights = SendAncillaryBuffer::new(&mut space);
@@ -231,7 +239,8 @@ mod tests {
     #[test]
     fn pages_are_in_files_that_are_there() {
         let taken = |runs: &[(u8, u64)], files| {
-            Pages { files, runs: runs.to_vec() }.take(&mut std::iter::empty())
+            Pages { files, runs: runs.to_vec(), ahead: vec![(1, u64::MAX)] }
+                .take(&mut std::iter::empty())
         };
         assert!(taken(&[(0, 3), (0, 1)], 0).unwrap().of_page == [0; 4]);
         for (runs, files) in [(&[(0, 3)][..], 1), (&[(1, 4)], 0), (&[(255, 4)], 0)] {

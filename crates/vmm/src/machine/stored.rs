@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use berth_translator::{Frozen, Origin, Shared, SharedCode};
+use berth_translator::{Frozen, Origin, Shared, SharedCode, Written};
 use berth_x86::CpuState;
 use berth_x86::cpuid::{CpuidEntry, CpuidTable};
 
@@ -105,12 +105,13 @@ impl FrozenMachine {
         self.state.write(self.memory(), directory)
     }
 
-    /// Hands it to the process of a clone, to be received as [`Handed`](crate::machine::Handed).
+    /// Hands it to the process of a clone, to be received as [`Handed`](crate::machine::Handed). `ahead`:
+    /// what clones before it have written soon ([`Storer::written`]), which this one copies at once.
     ///
     /// # Errors
     /// It is gone, or the system's.
-    pub fn hand(&self, to: &UnixStream) -> io::Result<()> {
-        hand(to, &self.state, self.memory(), &self.code)
+    pub fn hand(&self, to: &UnixStream, ahead: &Written) -> io::Result<()> {
+        hand(to, &self.state, self.memory(), &self.code, ahead)
     }
 
     /// Nobody needs it any more: the machine may write to its memory where it is.
@@ -228,6 +229,18 @@ impl Storer {
     pub fn touched(&self, pagemap: &File) -> io::Result<Option<Vec<Range<u64>>>> {
         match &self.processor {
             Processor::Translated(emulated) => emulated.shared.touched(pagemap).map(Some),
+            Processor::Kvm(_) => Ok(None),
+        }
+    }
+
+    /// What a clone has written so far of what it shares; `None` where that is not known, as it is once it was
+    /// asked for.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn written(&self) -> io::Result<Option<Written>> {
+        match &self.processor {
+            Processor::Translated(emulated) => emulated.shared.written().map(Some),
             Processor::Kvm(_) => Ok(None),
         }
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use berth_translator::Written;
 use berth_vmm::console::SerialConfig;
 use berth_vmm::machine::{Baseline, Handed, Machine, MachineConfig, Resume, RunningMachine};
 use berth_vmm::outcome::Outcome;
@@ -321,7 +322,7 @@ fn a_frozen_machine_is_another_one() {
         read_until(&mut stream, &mut text, Some('e'));
         let (ours, theirs) = UnixStream::pair().unwrap();
         let received = std::thread::spawn(move || Handed::receive(&theirs).unwrap());
-        frozen.hand(&ours).unwrap();
+        frozen.hand(&ours, &Written::default()).unwrap();
         config.accel = to;
         config.resume = Some(Resume::Handed(Arc::new(received.join().unwrap())));
         let (copy, mut copied) = start(&mut config);

@@ -137,39 +137,36 @@ pub fn memfd(name: &std::ffi::CStr, len: u64) -> io::Result<OwnedFd> {
 }
 
 /// Writes all bytes at a place in a file.
-pub fn write_at(fd: i32, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
-    while !bytes.is_empty() {
+pub fn write_at(fd: i32, bytes: &[u8], offset: u64) -> io::Result<()> {
+    transfer(bytes.len(), io::ErrorKind::WriteZero, |done| {
+        let rest = bytes.get(done..).unwrap_or_default();
+        let offset = (offset + done as u64) as libc::off_t;
         // SAFETY: plain system call with a valid slice.
-        let n =
-            unsafe { libc::pwrite(fd, bytes.as_ptr().cast(), bytes.len(), offset as libc::off_t) };
-        match usize::try_from(n) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(n) => {
-                bytes = bytes.get(n..).unwrap_or_default();
-                offset += n as u64;
-            }
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-        }
-    }
-    Ok(())
+        unsafe { libc::pwrite(fd, rest.as_ptr().cast(), rest.len(), offset) }
+    })
 }
 
 /// Reads as many bytes as there is room for from a place in a file.
-pub fn read_at(fd: i32, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !bytes.is_empty() {
+pub fn read_at(fd: i32, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    transfer(bytes.len(), io::ErrorKind::UnexpectedEof, |done| {
+        let rest = bytes.get_mut(done..).unwrap_or_default();
+        let offset = (offset + done as u64) as libc::off_t;
         // SAFETY: plain system call with a valid, writable slice.
-        let n = unsafe {
-            libc::pread(fd, bytes.as_mut_ptr().cast(), bytes.len(), offset as libc::off_t)
-        };
-        match usize::try_from(n) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => {
-                bytes = bytes.get_mut(n..).unwrap_or_default();
-                offset += n as u64;
-            }
+        unsafe { libc::pread(fd, rest.as_mut_ptr().cast(), rest.len(), offset) }
+    })
+}
+
+/// Calls `part` with how much is done until `len` bytes are; one that does none of them is an `end`.
+fn transfer(
+    len: usize,
+    end: io::ErrorKind,
+    mut part: impl FnMut(usize) -> isize,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        match usize::try_from(part(done)) {
+            Ok(0) => return Err(end.into()),
+            Ok(count) => done += count,
             Err(_) => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => {}
                 error => return Err(error),

@@ -1,5 +1,6 @@
 //! What a vCPU has translated is of use to that of a clone.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -125,6 +126,81 @@ fn clones_translate_nothing_anew() {
         assert_eq!(clone.round(), sum + 2 * number);
     }
     assert_eq!(first.cloned(&code, &frozen).round(), 5);
+}
+
+#[test]
+fn what_clones_write_is_copied_ahead() {
+    let (mut first, _fd) = Machine::begin();
+    for sum in 1..5 {
+        assert_eq!(first.round(), sum);
+    }
+    let (mut code, mut frozen) = first.keep();
+    let has = |ranges: &[Range<u64>], gpa: u64| ranges.iter().any(|r| r.contains(&(gpa / 4096)));
+    let all = 0..u64::MAX;
+    for round in 0..4 {
+        let mut clone = first.cloned(&code, &frozen);
+        assert_eq!(clone.round(), 5);
+        assert_eq!(clone.translated(), 0);
+        clone.add(9);
+        assert_eq!(clone.round(), 14);
+        // What was copied in vain is not told.
+        let written = clone.shared.written().unwrap();
+        assert!(has(&written.ram, SUM) && has(&written.ram, NUMBER), "{written:?}");
+        assert!(!has(&written.ram, CODE) && !has(&written.ram, SUM + 0x5000), "{written:?}");
+        assert!(!written.code[0].is_empty());
+        assert_eq!(clone.shared.written().unwrap().ram, [], "it is told once");
+        assert_eq!(clone.round(), 23);
+        if round < 2 {
+            (frozen.origin.ahead, code.pages.ahead) = (written.ram, written.code[0].clone());
+        } else {
+            frozen.origin.ahead = vec![all.clone()];
+            code.pages.ahead = vec![all.clone()];
+        }
+        // A clone of it has both.
+        let (code, frozen) = clone.keep();
+        assert_eq!(clone.cloned(&code, &frozen).round(), 32);
+    }
+    assert_eq!(first.round(), 5);
+}
+
+/// A machine that copies frozen pages together with those beside them.
+#[test]
+fn frozen_pages_are_copied_in_pieces() {
+    for copied_pages in [1, 2, 8, 512, 1 << 40] {
+        let (state, fd) = guest(&[0xf4]);
+        let config = Config { copied_pages, ..Config::default() };
+        let machine = Machine::with(&fd, state, None, config);
+        let at = |gpa: u64| (machine.mapping.addr() + gpa) as *mut u64;
+        let write = |gpa: u64, value: u64| {
+            machine.shared.before_write(gpa, 8);
+            // SAFETY: inside the mapping, which is writable there since that was said.
+            unsafe { at(gpa).write_volatile(value) };
+        };
+        // SAFETY: inside the mapping, which nobody writes now.
+        let read = |gpa: u64| unsafe { at(gpa).read_volatile() };
+        let pages = [0, 1, 7, 8, 9, 100, RAM / 4096 - 1];
+        for page in pages {
+            write(page * 4096 + 8, page + 1);
+        }
+        let frozen = machine.shared.freeze(memfd()).unwrap();
+        write(8 * 4096 + 16, 5);
+        let now = machine.shared.origin();
+        let own = now.of_page[8];
+        let alike = now.of_page.iter().filter(|n| **n == own).count() as u64;
+        let most = copied_pages.min(512);
+        assert!(alike >= most && now.of_page[(8 / most * most) as usize] == own, "{alike}");
+        assert_eq!(now.of_page[7] == own, most > 8);
+        for page in pages {
+            assert_eq!(read(page * 4096 + 8), page + 1);
+        }
+        machine.shared.unfreeze(frozen).unwrap();
+        for page in pages {
+            assert_eq!(read(page * 4096 + 8), page + 1);
+            write(page * 4096 + 8, page);
+            assert_eq!(read(page * 4096 + 8), page);
+        }
+        assert_eq!(read(8 * 4096 + 16), 5);
+    }
 }
 
 #[test]

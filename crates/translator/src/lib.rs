@@ -80,9 +80,6 @@ pub struct Config {
     /// Pages of frozen memory that are copied one by one when they are written, each of which may cost
     /// six of the host's mappings; after that, whole regions are.
     pub single_copies: usize,
-    /// Pages of frozen RAM that are copied together before that: more of them cost memory, and make
-    /// fewer pieces of which all who go on from there have to make mappings. A power of two, at most 512.
-    pub copied_pages: u64,
     /// What is done for speed.
     pub optimizations: Optimizations,
     /// For tests: user code is left to the processor wherever that is possible, whether it pays or
@@ -101,7 +98,6 @@ impl Default for Config {
             address_spaces: 6,
             guarded_pages: 20_000,
             single_copies: 2_500,
-            copied_pages: 1,
             optimizations: Optimizations::all(),
             always_direct: false,
             reports: None,

@@ -121,7 +121,7 @@ impl Ram {
         let own = slots.first().map(|slot| slot.fd.try_clone_to_owned()).transpose();
         let own = own.map_err(map_err("a guest RAM slot"))?.map(Arc::new);
         let end = slots.iter().map(|slot| slot.offset + slot.size).max().unwrap_or(0);
-        let layers = Layers::new(end, own.as_ref(), origin, config);
+        let layers = Layers::new(end, own.as_ref(), origin, config.single_copies);
         let slots: Vec<_> =
             slots.iter().map(|s| Slot { gpa: s.gpa, size: s.size, offset: s.offset }).collect();
         let limit = guarded_limit().min(config.guarded_pages);

@@ -96,9 +96,6 @@ fn greet(greeting: &Greeting) {
 const RESUMED: &str = "state/.resumed";
 /// Bytes that say how a machine that is removed at its end is shown.
 const TEMPORARY_MAX: u64 = 16 << 10;
-/// Pages of memory that are copied together when one of them is written that clones share: so what they
-/// share is in few pieces.
-const COPIED_PAGES: u64 = 8;
 /// Bytes that say where a clone begins.
 const ORIGIN_MAX: u64 = 16 << 10;
 /// How long the process of another machine may take to hand it over.
@@ -229,10 +226,6 @@ fn begin(
     } else if suspended.is_dir() {
         config.renew_generation = suspended.join(RENEW).exists();
         config.resume = Some(Resume::Stored(suspended.clone()));
-    }
-    if origin_process.is_none() {
-        // A clone has little of its own.
-        config.translator.copied_pages = COPIED_PAGES;
     }
     let machine = Machine::start_with(&config, Some(parts.into_attach(&ends)))?;
     // From here on it is not what would go on.

@@ -144,11 +144,13 @@ impl Machines {
             self.settle_later(entry, clones);
         }
         if let Some(kept) = kept {
-            // Those that share it have it.
-            let released = vmm::ask(&folder, &Request::Release { kept }).await;
-            if let Err(error) = released {
-                tracing::warn!(machine = name, error = chain(&error), "its memory is kept");
-            }
+            // Those that share it have it; nobody waits for this.
+            tokio::spawn(async move {
+                let released = vmm::ask(&folder, &Request::Release { kept }).await;
+                if let Err(error) = released {
+                    tracing::warn!(machine = name, error = chain(&error), "its memory is kept");
+                }
+            });
         }
         drop(changing);
         made

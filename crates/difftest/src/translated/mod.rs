@@ -155,7 +155,6 @@ impl TranslatedBackend {
         config.always_direct = way.direct;
         if way.frozen {
             config.single_copies = 5;
-            config.copied_pages = 2;
         }
         if way.looking {
             config.guarded_pages = 0;

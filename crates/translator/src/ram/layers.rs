@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex};
 use super::{PAGE, Ram};
 use crate::ahead::Copies;
 use crate::shared::lock;
-use crate::{Config, sys};
+use crate::sys;
 
 /// Bytes that are copied at once afterwards.
 const REGION: u64 = 2 << 20;
@@ -147,8 +147,6 @@ pub struct Layers {
     own: AtomicU8,
     singles: AtomicUsize,
     singles_max: usize,
-    /// Bytes that are copied at once before that; a power of two, and no less than a page.
-    piece: u64,
     /// What was copied of what this machine began with, if it did.
     copies: Option<Copies>,
 }
@@ -159,7 +157,7 @@ impl Layers {
         bytes: u64,
         own: Option<&Arc<OwnedFd>>,
         origin: Option<&Origin>,
-        config: &Config,
+        singles_max: usize,
     ) -> Self {
         let files = origin.map(|o| o.files.as_slice()).unwrap_or_default();
         let files: Vec<_> = own.into_iter().chain(files).map(Arc::clone).collect();
@@ -183,8 +181,7 @@ impl Layers {
             files: Mutex::new(files),
             own: AtomicU8::new(0),
             singles: AtomicUsize::new(0),
-            singles_max: config.single_copies,
-            piece: (config.copied_pages.next_power_of_two() * PAGE).min(REGION),
+            singles_max,
             copies,
         }
     }
@@ -339,7 +336,7 @@ impl Ram {
         let single = self.layers.singles.load(Ordering::Relaxed) < self.layers.singles_max;
         let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.size);
         let Some(slot) = slot else { return Ok(()) };
-        let len = if single { self.layers.piece } else { REGION };
+        let len = if single { PAGE } else { REGION };
         let start = gpa & !(len - 1);
         let (start, end) = (start.max(slot.gpa), (start + len).min(slot.gpa + slot.size));
         self.layers.singles.fetch_add(1, Ordering::Relaxed);

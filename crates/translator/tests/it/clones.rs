@@ -163,46 +163,6 @@ fn what_clones_write_is_copied_ahead() {
     assert_eq!(first.round(), 5);
 }
 
-/// A machine that copies frozen pages together with those beside them.
-#[test]
-fn frozen_pages_are_copied_in_pieces() {
-    for copied_pages in [1, 2, 8, 512, 1 << 40] {
-        let (state, fd) = guest(&[0xf4]);
-        let config = Config { copied_pages, ..Config::default() };
-        let machine = Machine::with(&fd, state, None, config);
-        let at = |gpa: u64| (machine.mapping.addr() + gpa) as *mut u64;
-        let write = |gpa: u64, value: u64| {
-            machine.shared.before_write(gpa, 8);
-            // SAFETY: inside the mapping, which is writable there since that was said.
-            unsafe { at(gpa).write_volatile(value) };
-        };
-        // SAFETY: inside the mapping, which nobody writes now.
-        let read = |gpa: u64| unsafe { at(gpa).read_volatile() };
-        let pages = [0, 1, 7, 8, 9, 100, RAM / 4096 - 1];
-        for page in pages {
-            write(page * 4096 + 8, page + 1);
-        }
-        let frozen = machine.shared.freeze(memfd()).unwrap();
-        write(8 * 4096 + 16, 5);
-        let now = machine.shared.origin();
-        let own = now.of_page[8];
-        let alike = now.of_page.iter().filter(|n| **n == own).count() as u64;
-        let most = copied_pages.min(512);
-        assert!(alike >= most && now.of_page[(8 / most * most) as usize] == own, "{alike}");
-        assert_eq!(now.of_page[7] == own, most > 8);
-        for page in pages {
-            assert_eq!(read(page * 4096 + 8), page + 1);
-        }
-        machine.shared.unfreeze(frozen).unwrap();
-        for page in pages {
-            assert_eq!(read(page * 4096 + 8), page + 1);
-            write(page * 4096 + 8, page);
-            assert_eq!(read(page * 4096 + 8), page);
-        }
-        assert_eq!(read(8 * 4096 + 16), 5);
-    }
-}
-
 #[test]
 fn clones_of_clones() {
     let (mut last, _fd) = Machine::begin();

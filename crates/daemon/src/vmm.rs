@@ -11,7 +11,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use berth_api::v1::machine::{Accel, MachineConfig};
-use berth_api::vmm::{Answer, Begin, Frozen, Greeting, LINE_MAX, ORIGIN, Request, SOCKET, Status};
+use berth_api::vmm::{
+    Answer, Begin, Frozen, Greeting, LINE_MAX, ORIGIN, Origin, Request, SOCKET, Status,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Signal, pidfd_send_signal};
@@ -23,7 +26,7 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use crate::cgroup::{Group, Limits};
-use crate::folder::Folder;
+use crate::folder::{Folder, read_bounded};
 use crate::zygote::Zygote;
 
 /// How long the process of a machine may take for an answer.
@@ -63,6 +66,14 @@ impl Started {
         match self {
             Self::Child(child) => drop(child.start_kill()),
             Self::Copy(process) => drop(pidfd_send_signal(process, Signal::KILL)),
+        }
+    }
+
+    /// Another descriptor of one that is another one's to wait for.
+    fn watch(&self) -> Option<OwnedFd> {
+        match self {
+            Self::Child(_) => None,
+            Self::Copy(process) => process.try_clone().ok(),
         }
     }
 
@@ -266,7 +277,12 @@ pub async fn start(
         started.map_err(|error| not(&program.path.display().to_string(), &error))?;
     // It is this process until it has been waited for.
     let join = pid.zip(group.filter(|_| !joins)).map(|(pid, group)| {
+        let ended = process.watch();
         tokio::task::spawn_blocking(move || {
+            // Others may have waited for it.
+            if ended.is_some_and(|process| has_ended(&process)) {
+                return;
+            }
             if let Err(error) = group.join(pid) {
                 tracing::warn!(pid, %error, "a machine's process is not in its control group");
             }
@@ -303,6 +319,12 @@ pub async fn start(
     }
 }
 
+/// The folder of the machine whose memory this one goes on with.
+fn origin_of(folder: &Folder) -> Option<PathBuf> {
+    let text = read_bounded(&folder.file(ORIGIN), LINE_MAX).ok()?;
+    serde_json::from_str::<Origin>(&text).ok().map(|origin| origin.folder)
+}
+
 /// Starts the process of a machine, with what is its standard input, output and error. One that goes on with
 /// the memory of another one is a copy of a process that is there, if that can be; others, which have
 /// nothing to do with each other, begin with addresses of their own.
@@ -313,11 +335,11 @@ async fn begin_process(
     folder: &Folder,
 ) -> io::Result<(Option<u32>, Started)> {
     let mut given = given;
-    if folder.file(ORIGIN).exists() {
+    if let Some(of) = origin_of(folder) {
         let (zygote, asked) = (Arc::clone(&program.zygote), begin.clone());
         let copying = tokio::task::spawn_blocking(move || {
             let [stdin, stdout, stderr] = &given;
-            let copied = zygote.copy(&asked, [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
+            let copied = zygote.copy(&asked, &of, [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
             (copied, given)
         });
         let (copied, back) = copying.await.map_err(io::Error::other)?;
@@ -346,6 +368,13 @@ async fn begin_process(
         .stderr(stderr)
         .spawn()?;
     Ok((child.id(), Started::Child(child)))
+}
+
+/// Whether a process has ended (pidfd_open(2): then its descriptor can be read).
+fn has_ended(process: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(process, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut polled, Some(&now)).is_ok_and(|count| count > 0)
 }
 
 /// The end of a log, as one line.

@@ -23,7 +23,7 @@ use crate::command::{self, AGENT_WAIT, Dial};
 use crate::machine::connect_agent;
 use crate::vmm::disks::{Disks, FrozenDisks};
 use crate::vmm::hub::Hub;
-use crate::vmm::wrote::{HEAR_TIME, heard};
+use crate::vmm::wrote::{HEAR_TIME, LIVED, heard};
 use crate::vmm::{Kept, socket};
 
 /// How long somebody who connects may take for his request, or for taking the answer.
@@ -52,6 +52,19 @@ enum Clock {
     /// Somebody is about to.
     Setting,
     Set,
+}
+
+/// Says how setting the clock went, however it ends.
+struct Done<'a> {
+    control: &'a Control,
+    clock: Clock,
+}
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        *self.control.clock.lock().unwrap_or_else(PoisonError::into_inner) = self.clock;
+        self.control.clock_changed.notify_all();
+    }
 }
 
 /// What the connections share.
@@ -127,7 +140,7 @@ impl Control {
         });
         let first = Arc::clone(&control);
         let thread = thread::Builder::new().name("clock".into());
-        thread.spawn(move || first.set_clock(AGENT_WAIT, Duration::ZERO))?;
+        thread.spawn(move || first.set_clock(AGENT_WAIT, AGENT_WAIT))?;
         let thread = thread::Builder::new().name("control".into());
         thread.spawn(move || control.listen(&listener))?;
         Ok(())
@@ -378,10 +391,15 @@ impl Control {
         let ahead = self.wrote.lock().unwrap_or_else(PoisonError::into_inner).clone();
         machine.hand(stream, &ahead)?;
         drop(kept);
+        let began = Instant::now();
         stream.set_read_timeout(Some(HEAR_TIME))?;
         // Whoever says nothing is no clone of ours, or was ended.
-        if let Ok(wrote) = read_line(stream).and_then(|line| heard(&line)) {
-            *self.wrote.lock().unwrap_or_else(PoisonError::into_inner) = wrote;
+        if let Ok(told) = read_line(stream).and_then(|line| heard(&line)) {
+            let mut wrote = self.wrote.lock().unwrap_or_else(PoisonError::into_inner);
+            // One that ended at once has not written all that others will.
+            if began.elapsed() >= LIVED || wrote.ram.is_empty() {
+                *wrote = told;
+            }
         }
         Ok(())
     }
@@ -410,10 +428,10 @@ impl Control {
         }
         *clock = Clock::Setting;
         drop(clock);
-        let set = self.begin(patience);
-        *self.clock.lock().unwrap_or_else(PoisonError::into_inner) =
-            if set { Clock::Set } else { Clock::Unset };
-        self.clock_changed.notify_all();
+        let mut done = Done { control: self, clock: Clock::Unset };
+        if self.begin(patience) {
+            done.clock = Clock::Set;
+        }
         true
     }
 

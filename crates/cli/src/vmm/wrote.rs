@@ -14,6 +14,8 @@ use berth_vmm::machine::{Storer, Written};
 
 /// When a clone tells: it has been told who it is by then, and done what it was made for first.
 const TELL_AFTER: Duration = Duration::from_millis(500);
+/// A clone that tells before has not done much yet.
+pub(super) const LIVED: Duration = Duration::from_millis(80);
 /// How long after it was handed over it is waited for.
 pub(super) const HEAR_TIME: Duration = Duration::from_secs(5);
 /// Ranges that are told at most, so that they fit into a line.

@@ -2,7 +2,7 @@
 //! what each would have to read, relocate and make anew.
 //!
 //! The daemon sends a [`Begin`] for each on the socket that is its standard input, with what is to be the
-//! standard input, output and error of the copy.
+//! standard input, output and error of the copy, and a pipe on which it says when it knows of it.
 
 use std::ffi::OsStr;
 use std::io;
@@ -66,7 +66,7 @@ fn has_ended(copy: BorrowedFd<'_>) -> bool {
 
 /// A copy, with its standard input, output and error; `None` in it.
 fn copy(begin: &Begin, given: &[OwnedFd]) -> io::Result<Option<(u32, OwnedFd)>> {
-    let [stdin, stdout, stderr] = given else {
+    let [stdin, stdout, stderr, go] = given else {
         return Err(io::Error::other(format!("{} descriptors for a process", given.len())));
     };
     match fork()? {
@@ -82,7 +82,11 @@ fn copy(begin: &Begin, given: &[OwnedFd]) -> io::Result<Option<(u32, OwnedFd)>> 
                 eprintln!("berth: the process of {} is not begun: {error}", begin.folder.display());
                 std::process::exit(1);
             }
-            Ok(None)
+            // The daemon knows of it. If it never does, or is gone, there is nobody to begin it for.
+            match rustix::io::retry_on_intr(|| rustix::io::read(go, &mut [0])) {
+                Ok(1) => Ok(None),
+                _ => std::process::exit(1),
+            }
         }
     }
 }

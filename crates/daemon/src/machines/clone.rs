@@ -91,7 +91,8 @@ impl Machines {
         if request.running {
             // It is ready when it is needed.
             let (program, root) = (self.program.clone(), self.root.clone());
-            tokio::task::spawn_blocking(move || program.zygote.prepare(&program.path, &root));
+            let of = entry.folder().path().to_owned();
+            tokio::task::spawn_blocking(move || program.zygote.prepare(&program.path, &root, &of));
         }
         let changing = entry.changing.lock().await;
         let (name, folder) = (entry.name(), entry.folder());
@@ -145,10 +146,11 @@ impl Machines {
         }
         if let Some(kept) = kept {
             // Those that share it have it; nobody waits for this.
+            let source = Arc::clone(entry);
             tokio::spawn(async move {
-                let released = vmm::ask(&folder, &Request::Release { kept }).await;
+                let released = vmm::ask(&source.folder(), &Request::Release { kept }).await;
                 if let Err(error) = released {
-                    tracing::warn!(machine = name, error = chain(&error), "its memory is kept");
+                    tracing::info!(machine = name, error = chain(&error), "its memory is kept");
                 }
             });
         }
@@ -210,17 +212,19 @@ impl Machines {
     /// Waits until clones would survive a loss of power, when whoever asked for them has his answer.
     fn settle_later(self: &Arc<Self>, source: &Arc<Entry>, clones: &[Arc<Entry>]) {
         let (machines, source, clones) = (Arc::clone(self), Arc::clone(source), clones.to_vec());
-        tokio::spawn(async move {
+        // A daemon that ends in order waits for it.
+        tokio::task::spawn_blocking(move || {
             // What they were made for comes first.
-            tokio::time::sleep(SETTLE_AFTER).await;
-            let settle = move || machines.settle(&source, &clones);
-            // It does not panic.
-            let _ = tokio::task::spawn_blocking(settle).await;
+            std::thread::sleep(SETTLE_AFTER);
+            machines.settle(&source, &clones);
         });
     }
 
     fn settle(&self, source: &Entry, clones: &[Arc<Entry>]) {
         for clone in clones {
+            if !self.has(clone) {
+                continue;
+            }
             let (folder, source) = (clone.folder(), source.folder());
             // The layers that it shares have their names there, and a journal was here.
             let settled = unsettled::settle(&folder, &[source.path(), &self.directory]);

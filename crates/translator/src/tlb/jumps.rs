@@ -43,8 +43,9 @@ impl Tlb {
         for view in self.views() {
             *self.jc(view) = JumpCache::default();
         }
-        self.jc_room = Some(GROWS_AT);
-        self.map_jcs(SMALL);
+        if self.jc_room.replace(GROWS_AT).is_none() {
+            self.map_jcs(SMALL);
+        }
         self.init_jcs();
     }
 
@@ -191,7 +192,8 @@ impl Tlb {
             *room -= 1;
             if *room == 0 {
                 self.jc_room = None;
-                // What is there stays where it is found, or is not found any more.
+                // Nothing stays that could not be found to be forgotten.
+                self.clear_all_jcs();
                 self.map_jcs(JC_SIZE);
             }
         }

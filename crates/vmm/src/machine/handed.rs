@@ -54,7 +54,9 @@ struct Pages {
     files: usize,
     /// The file of each page (0: none, it is zero), and how many pages it is the same for.
     runs: Vec<(u8, u64)>,
-    /// The first page and how many of those that are to be copied at once.
+    /// The first page and how many of those that are to be copied at once; none from a process that is older
+    /// than this.
+    #[serde(default)]
     ahead: Vec<(u64, u64)>,
 }
 

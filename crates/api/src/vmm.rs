@@ -5,6 +5,7 @@
 //! answers to [`Request::Agent`] and [`Request::Console`] it carries bytes in both directions; after
 //! that to [`Request::Watch`] nothing, until it is closed by the end of the process.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -166,15 +167,15 @@ pub enum Begun {
     Failed(String),
 }
 
-/// Which pages of what it shares a clone wrote soon, so that those that come later copy them at once: the
-/// first one and how many. Whoever reads it takes it for a hint.
+/// Which pages of what it shares a clone wrote soon, so that those that come later copy them at once. Whoever
+/// reads it takes it for a hint.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Wrote {
     /// Of its memory.
-    pub ram: Vec<(u64, u64)>,
+    pub ram: Vec<Range<u64>>,
     /// Of what each of its vCPUs has translated.
-    pub code: Vec<Vec<(u64, u64)>>,
+    pub code: Vec<Vec<Range<u64>>>,
 }
 
 /// How a machine is.

@@ -379,17 +379,11 @@ fn has_ended(process: &OwnedFd) -> bool {
 
 /// The end of a log, as one line.
 fn tail(path: &Path) -> String {
-    use std::io::{Read, Seek, SeekFrom};
-    let mut text = Vec::new();
-    let read = File::open(path).and_then(|mut file| {
-        let end = file.seek(SeekFrom::End(0))?;
-        file.seek(SeekFrom::Start(end.saturating_sub(LOG_TAIL)))?;
-        file.take(LOG_TAIL).read_to_end(&mut text)
-    });
-    let text = String::from_utf8_lossy(&text);
-    match (read, text.lines().next_back()) {
-        (Ok(_), Some(line)) => line.chars().filter(|c| !c.is_control()).collect(),
-        (Ok(_), None) => "nothing".into(),
-        (Err(error), _) => error.to_string(),
+    match crate::log::tail(path, LOG_TAIL) {
+        Ok(text) => match String::from_utf8_lossy(&text).lines().next_back() {
+            Some(line) => line.chars().filter(|c| !c.is_control()).collect(),
+            None => "nothing".into(),
+        },
+        Err(error) => error.to_string(),
     }
 }

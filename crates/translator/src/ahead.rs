@@ -103,14 +103,19 @@ impl Copies {
         }
         pages.sort_unstable();
         pages.dedup();
-        let mut ranges: Vec<Range<u64>> = Vec::new();
-        for page in pages.into_iter().map(u64::from) {
-            match ranges.last_mut() {
-                Some(last) if last.end == page => last.end += 1,
-                _ => ranges.push(page..page + 1),
-            }
+        let mut ranges = Vec::new();
+        for page in pages {
+            append(&mut ranges, page.into());
         }
         Ok(ranges)
+    }
+}
+
+/// Appends a page behind all those in ranges.
+pub fn append(ranges: &mut Vec<Range<u64>>, page: u64) {
+    match ranges.last_mut() {
+        Some(last) if last.end == page => last.end += 1,
+        _ => ranges.push(page..page + 1),
     }
 }
 

@@ -659,13 +659,12 @@ impl CodeCache {
         let base = self.rip_of(id.0).wrapping_sub(first.gpa);
         let rx = self.rx;
         for segment in &mut self.segments {
-            let alike =
-                |b: &Block, rip: u64| b.mode == first.mode && rip.wrapping_sub(b.gpa) == base;
             let wanted = |index: &u32| {
                 let block = segment.blocks.get(*index as usize)?;
-                let rip = segment.rip(*index);
-                let wanted = block.valid && block.target && !block.split && alike(block, rip);
-                wanted.then_some((block, rip))
+                let rip = segment.rip(*index as usize);
+                let is_there = block.valid && block.target && !block.split;
+                let alike = block.mode == first.mode && rip.wrapping_sub(block.gpa) == base;
+                (is_there && alike).then_some((block, rip))
             };
             let indexes: Vec<u32> = segment
                 .beginning_in(first.gpa >> 12)
@@ -700,7 +699,7 @@ impl CodeCache {
 
     /// The guest address of a block.
     fn rip_of(&self, id: u32) -> u64 {
-        self.of(id).map_or(0, |segment| segment.rip(id))
+        self.of(id).map_or(0, |segment| segment.rip(index_of(id) as usize))
     }
 
     /// What a block is found by.

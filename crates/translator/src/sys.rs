@@ -1,6 +1,7 @@
 //! The system calls behind the translator's mappings.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
@@ -50,38 +51,27 @@ impl Reservation {
         fd: i32,
         offset: u64,
     ) -> io::Result<u64> {
-        self.map(at, len, prot, libc::MAP_SHARED, fd, offset)
+        self.map(at..at.saturating_add(len), prot, libc::MAP_SHARED, fd, offset)
     }
 
-    /// The same for what is written here and not in the file, of which nobody writes that piece any more.
-    pub fn map_copy(
+    /// The same, also by `MAP_PRIVATE`: what is written is not in the file, of which nobody writes that piece
+    /// any more.
+    pub(crate) fn map(
         &self,
-        at: usize,
-        len: usize,
-        prot: i32,
-        fd: i32,
-        offset: u64,
-    ) -> io::Result<u64> {
-        self.map(at, len, prot, libc::MAP_PRIVATE, fd, offset)
-    }
-
-    fn map(
-        &self,
-        at: usize,
-        len: usize,
+        range: Range<usize>,
         prot: i32,
         kind: i32,
         fd: i32,
         offset: u64,
     ) -> io::Result<u64> {
-        if at.checked_add(len).is_none_or(|end| end > self.len) {
+        if range.start > range.end || range.end > self.len {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         // SAFETY: the target lies inside our own reservation, which nothing else uses.
         let p = unsafe {
             libc::mmap(
-                (self.at as usize + at) as *mut libc::c_void,
-                len,
+                (self.at as usize + range.start) as *mut libc::c_void,
+                range.len(),
                 prot,
                 kind | libc::MAP_FIXED | libc::MAP_NORESERVE,
                 fd,
@@ -191,7 +181,7 @@ pub fn punch_hole(fd: i32, offset: u64, len: u64) -> io::Result<()> {
 }
 
 /// Where a file of `len` bytes has no data.
-pub fn holes(fd: i32, len: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
+pub fn holes(fd: i32, len: u64) -> io::Result<Vec<Range<u64>>> {
     let mut holes = Vec::new();
     let mut at = 0;
     while at < len {

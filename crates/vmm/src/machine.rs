@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use berth_translator::{Origin, SharedCode};
+pub use berth_translator::{Written, warm_up};
 use berth_x86::CpuState;
 pub use berth_x86::cpuid::baseline::Baseline;
 use berth_x86::cpuid::baseline::PHYSICAL_BITS;
@@ -39,8 +40,6 @@ use crate::error::MachineError;
 use crate::generation::{self, Generation};
 use crate::irq::InterruptSink;
 use crate::limits::CPUS_MAX;
-pub use berth_translator::{Written, warm_up};
-
 pub use crate::machine::handed::Handed;
 use crate::machine::stored::{Emulated, Hardware, Processor, Resumed};
 pub use crate::machine::stored::{FrozenMachine, Parked, Storer};

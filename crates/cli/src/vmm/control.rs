@@ -13,7 +13,6 @@ use berth_api::agent::message::Identify;
 use berth_api::v1::machine::{MachineConfig, MachineState, Net};
 use berth_api::vmm::{Answer, Frozen, IDENTITY, LINE_MAX, Request, SUSPENDED, Status};
 use berth_daemon::folder::Folder;
-
 use berth_vmm::chips::events::PowerButton;
 use berth_vmm::devices::HostEnds;
 use berth_vmm::machine::{FrozenMachine, Pauser, RunningMachine, Storer, Written};

@@ -2,14 +2,12 @@
 //! those that come later.
 
 use std::io::{self, Write};
-use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use berth_api::vmm::Wrote;
-
 use berth_vmm::machine::{Storer, Written};
 
 /// When a clone tells: it has been told who it is by then, and done what it was made for first.
@@ -19,16 +17,16 @@ pub(super) const LIVED: Duration = Duration::from_millis(80);
 /// How long after it was handed over it is waited for.
 pub(super) const HEAR_TIME: Duration = Duration::from_secs(5);
 /// Ranges that are told at most, so that they fit into a line.
-const RANGES_MAX: usize = 2000;
+const RANGES_MAX: usize = 1000;
 
-fn to_told(ranges: &[Range<u64>], room: &mut usize) -> Vec<(u64, u64)> {
-    let ranges = ranges.get(..ranges.len().min(*room)).unwrap_or_default();
-    *room -= ranges.len();
-    ranges.iter().map(|range| (range.start, range.end - range.start)).collect()
-}
-
-fn from_told(ranges: &[(u64, u64)]) -> Vec<Range<u64>> {
-    ranges.iter().map(|&(first, count)| first..first.saturating_add(count)).collect()
+/// As many of them as there is room for.
+fn cut(Written { mut ram, mut code }: Written) -> Wrote {
+    let mut room = RANGES_MAX;
+    for ranges in std::iter::once(&mut ram).chain(&mut code) {
+        ranges.truncate(room);
+        room -= ranges.len();
+    }
+    Wrote { ram, code }
 }
 
 /// Tells it, a while from now, or when the machine ends before.
@@ -63,10 +61,7 @@ impl Teller {
 
 fn tell(storer: &Storer, mut origin: &UnixStream) -> io::Result<()> {
     let Some(written) = storer.written()? else { return Ok(()) };
-    let mut room = RANGES_MAX;
-    let ram = to_told(&written.ram, &mut room);
-    let code = written.code.iter().map(|ranges| to_told(ranges, &mut room)).collect();
-    let mut line = serde_json::to_vec(&Wrote { ram, code })?;
+    let mut line = serde_json::to_vec(&cut(written))?;
     line.push(b'\n');
     match origin.write_all(&line) {
         // It has ended, or does not wait any more.
@@ -80,9 +75,8 @@ fn tell(storer: &Storer, mut origin: &UnixStream) -> io::Result<()> {
 /// # Errors
 /// It is not that.
 pub(super) fn heard(line: &[u8]) -> io::Result<Written> {
-    let told: Wrote = serde_json::from_slice(line)?;
-    let code = told.code.iter().map(|ranges| from_told(ranges)).collect();
-    Ok(Written { ram: from_told(&told.ram), code })
+    let Wrote { ram, code } = serde_json::from_slice(line)?;
+    Ok(Written { ram, code })
 }
 
 #[cfg(test)]
@@ -93,18 +87,17 @@ mod tests {
 
     #[test]
     fn what_is_told_is_heard() {
-        let mut room = RANGES_MAX;
-        let ranges: Vec<_> = (0..RANGES_MAX as u64 + 9).map(|n| 1 << 40 | n..1 << 41).collect();
-        let told = Wrote { ram: to_told(&ranges, &mut room), code: vec![Vec::new()] };
-        assert_eq!(room, 0);
-        assert_eq!(to_told(&ranges, &mut room), []);
-        let line = serde_json::to_vec(&told).unwrap();
+        let ranges = |count: usize| (0..count as u64).map(|n| 1 << 40 | n..1 << 41).collect();
+        let all = |ram, code| Written { ram: ranges(ram), code: vec![ranges(code), ranges(1)] };
+        let line = serde_json::to_vec(&cut(all(RANGES_MAX - 9, 19))).unwrap();
         assert!((line.len() as u64) < LINE_MAX, "{}", line.len());
-        assert_eq!(heard(&line).unwrap().ram, ranges[..RANGES_MAX]);
+        let told = Written { ram: ranges(RANGES_MAX - 9), code: vec![ranges(9), Vec::new()] };
+        assert_eq!(heard(&line).unwrap(), told);
+        let line = serde_json::to_vec(&cut(all(RANGES_MAX + 9, 1))).unwrap();
+        let told = Written { ram: ranges(RANGES_MAX), code: vec![Vec::new(); 2] };
+        assert_eq!(heard(&line).unwrap(), told);
         for cut in 0..line.len() {
             assert!(heard(&line[..cut]).is_err());
         }
-        let all = heard(br#"{"ram":[[5,18446744073709551615]],"code":[]}"#).unwrap().ram;
-        assert_eq!(all.first(), Some(&(5..u64::MAX)));
     }
 }

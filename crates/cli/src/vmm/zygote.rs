@@ -50,8 +50,10 @@ pub fn serve() -> io::Result<Option<Begin>> {
             }
             Ok(None) => {
                 drop((copies, given));
-                let begin_words = words_of(&begin);
-                let _ = show_words(&stat, begin_words.iter().map(AsRef::as_ref));
+                let (root, folder) = (begin.root.as_os_str(), begin.folder.as_os_str());
+                let [berth, option, vmm] = ["berth", "--root", "vmm"].map(OsStr::new);
+                // What such a process would have been started with.
+                let _ = show_words(&stat, [berth, option, root, vmm, folder].into_iter());
                 return Ok(Some(begin));
             }
             Err(error) => send(socket, &Begun::Failed(error.to_string()), &[])?,
@@ -89,12 +91,4 @@ fn copy(begin: &Begin, given: &[OwnedFd]) -> io::Result<Option<(u32, OwnedFd)>> 
             }
         }
     }
-}
-
-/// What such a process would have been started with.
-fn words_of(begin: &Begin) -> Vec<std::ffi::OsString> {
-    ["berth".into(), "--root".into(), begin.root.clone().into(), "vmm".into()]
-        .into_iter()
-        .chain([begin.folder.clone().into()])
-        .collect()
 }

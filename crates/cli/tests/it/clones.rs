@@ -93,11 +93,13 @@ fn whatever_is_told_of_what_was_written_is_a_hint() {
     cloud.ok("vm start a");
     cloud.console("a").exchange(b"1", b"2");
     cloud.ok("vm clone --running a b");
-    let long = format!("{{\"ram\":[{}[1,1]],\"code\":[]}}\n", "[1,1],".repeat(LINE_MAX as usize));
-    let far = format!(
-        "{{\"ram\":[[0,{max}],[{max},{max}]],\"code\":[[[0,{max}]],[]]}}\n",
-        max = u64::MAX
-    );
+    let range = |start: u64, end: u64| format!("{{\"start\":{start},\"end\":{end}}}");
+    let (all, turned, last) =
+        (range(0, u64::MAX), range(u64::MAX, 0), range(u64::MAX - 1, u64::MAX));
+    let one = range(1, 2);
+    let more = format!("{one},").repeat(LINE_MAX as usize / 8);
+    let long = format!("{{\"ram\":[{more}{one}],\"code\":[]}}\n");
+    let far = format!("{{\"ram\":[{all},{turned},{last}],\"code\":[[{all},{turned}],[]]}}\n");
     for told in ["", "\n", "{\n", "{\"ram\":1}\n", "[]\n", &long, &far] {
         let socket = cloud.root().join("machines/a/state/vmm.sock");
         let freeze = Request::Snapshot { into: None, keep: true };

@@ -1,6 +1,5 @@
 //! How blocks jump to each other.
 
-use super::segment::number;
 use super::{
     Block, BlockId, CodeCache, DETOUR, FAR_GIBS, Link, NONE, NOT_LISTED, index_of, segment_of,
 };
@@ -42,8 +41,8 @@ impl CodeCache {
     pub fn target_of(&self, n: u32) -> Option<u64> {
         let segment = self.of(n)?;
         let index = segment.owner(|notes| notes.links, index_of(n))?;
-        let rip = segment.rip(number(segment_of(n), index));
-        Some(segment.blocks.get(index)?.guest(rip, i64::from(self.link(n)?.delta)))
+        let delta = i64::from(self.link(n)?.delta);
+        Some(segment.blocks.get(index)?.guest(segment.rip(index), delta))
     }
 
     /// Points a link at a host address, or at its exit.

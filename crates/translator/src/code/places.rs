@@ -197,8 +197,7 @@ impl CodeCache {
         let n = u32::try_from(n).ok()?;
         let branch = self.of(n)?.notes.branches.get(index_of(n) as usize)?;
         let index = self.of(n)?.owner(|notes| notes.branches, index_of(n))?;
-        let rip = self.of(n)?.rip(number(segment_of(n), index));
-        Some((rip.wrapping_add(branch.rip.into()), branch.taken))
+        Some((self.of(n)?.rip(index).wrapping_add(branch.rip.into()), branch.taken))
     }
 
     /// An instruction for a helper by number.

@@ -177,12 +177,12 @@ impl Segment {
         self.blocks.get(index_of(id) as usize)
     }
 
-    /// The guest address of a block by its number.
-    pub fn rip(&self, id: u32) -> u64 {
-        self.rips.get(index_of(id) as usize).copied().unwrap_or(0)
+    /// The guest address of the block with this index.
+    pub fn rip(&self, index: usize) -> u64 {
+        self.rips.get(index).copied().unwrap_or(0)
     }
 
-    /// Sets it.
+    /// Sets that of a block by its number.
     pub fn set_rip(&mut self, store: &mut Store, id: u32, rip: u64) {
         self.rips.set(store, index_of(id) as usize, rip);
     }

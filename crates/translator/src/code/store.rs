@@ -136,12 +136,12 @@ impl Store {
             let pages = rest.iter().take_while(|&&n| n == number).count();
             let file = self.files.get(usize::from(number)).ok_or(io::ErrorKind::NotFound)?;
             let (raw, len) = (file.as_raw_fd(), pages * PAGE);
-            if !is_code && number != own {
-                self.rw.map_copy(at, len, WRITE, raw, at as u64)?;
-            } else {
-                let rights = if number == own { WRITE } else { READ };
-                self.rw.map_file(at, len, rights, raw, at as u64)?;
-            }
+            let (rights, kind) = match number == own {
+                true => (WRITE, libc::MAP_SHARED),
+                false if is_code => (READ, libc::MAP_SHARED),
+                false => (WRITE, libc::MAP_PRIVATE),
+            };
+            self.rw.map(at..at + len, rights, kind, raw, at as u64)?;
             if is_code {
                 self.rx.map_file(at, len, EXECUTE, raw, at as u64)?;
             }

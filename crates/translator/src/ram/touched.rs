@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use super::{PAGE, Ram};
+use crate::ahead::append;
 use crate::sys;
 
 /// Bytes of an entry of `/proc/self/pagemap`, and in it: the page is mapped (Linux,
@@ -44,7 +45,7 @@ impl Ram {
     /// # Errors
     /// It cannot be read.
     pub fn touched(&self, pagemap: &File) -> io::Result<Vec<Range<u64>>> {
-        let mut found: Vec<Range<u64>> = Vec::new();
+        let mut found = Vec::new();
         let mut entries = vec![0; ENTRIES * ENTRY];
         for slot in &self.slots {
             let all = slot.gpa / PAGE..(slot.gpa + slot.size) / PAGE;
@@ -55,12 +56,8 @@ impl Ram {
                 pagemap.read_exact_at(part, at)?;
                 let (entries, _) = part.as_chunks::<ENTRY>();
                 for (page, entry) in (first..).zip(entries) {
-                    if u64::from_le_bytes(*entry) & PRESENT == 0 || !self.is_frozen(page * PAGE) {
-                        continue;
-                    }
-                    match found.last_mut() {
-                        Some(last) if last.end == page => last.end += 1,
-                        _ => found.push(page..page + 1),
+                    if u64::from_le_bytes(*entry) & PRESENT != 0 && self.is_frozen(page * PAGE) {
+                        append(&mut found, page);
                     }
                 }
             }

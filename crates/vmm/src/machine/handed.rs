@@ -54,10 +54,9 @@ struct Pages {
     files: usize,
     /// The file of each page (0: none, it is zero), and how many pages it is the same for.
     runs: Vec<(u8, u64)>,
-    /// The first page and how many of those that are to be copied at once; none from a process that is older
-    /// than this.
+    /// Those that are to be copied at once; none from a process that is older than this.
     #[serde(default)]
-    ahead: Vec<(u64, u64)>,
+    ahead: Vec<Range<u64>>,
 }
 
 /// What a vCPU has translated.
@@ -73,8 +72,7 @@ impl Pages {
     fn of(origin: &Origin, ahead: &[Range<u64>]) -> Self {
         let runs = origin.of_page.chunk_by(|a, b| a == b);
         let runs = runs.filter_map(|run| Some((*run.first()?, run.len() as u64)));
-        let ahead = ahead.iter().map(|range| (range.start, range.end.saturating_sub(range.start)));
-        Self { files: origin.files.len(), runs: runs.collect(), ahead: ahead.collect() }
+        Self { files: origin.files.len(), runs: runs.collect(), ahead: ahead.to_vec() }
     }
 
     /// How many there are.
@@ -83,14 +81,13 @@ impl Pages {
     }
 
     /// The next of the files that came are those of these pages.
-    fn take(&self, files: &mut impl Iterator<Item = Arc<OwnedFd>>) -> io::Result<Origin> {
+    fn take(self, files: &mut impl Iterator<Item = Arc<OwnedFd>>) -> io::Result<Origin> {
         let taken: Vec<_> = files.take(self.files).collect();
         if taken.len() != self.files {
             return Err(strange(format!("{} of {} files", taken.len(), self.files)));
         }
         let of_page = of_page(&self.runs, self.count(), &taken)?;
-        let range = |&(first, count): &(u64, u64)| first..first.saturating_add(count);
-        Ok(Origin { files: taken, of_page, ahead: self.ahead.iter().map(range).collect() })
+        Ok(Origin { files: taken, of_page, ahead: self.ahead })
     }
 }
 
@@ -241,8 +238,7 @@ mod tests {
     #[test]
     fn pages_are_in_files_that_are_there() {
         let taken = |runs: &[(u8, u64)], files| {
-            Pages { files, runs: runs.to_vec(), ahead: vec![(1, u64::MAX)] }
-                .take(&mut std::iter::empty())
+            Pages { files, runs: runs.to_vec(), ahead: Vec::new() }.take(&mut std::iter::empty())
         };
         assert!(taken(&[(0, 3), (0, 1)], 0).unwrap().of_page == [0; 4]);
         for (runs, files) in [(&[(0, 3)][..], 1), (&[(1, 4)], 0), (&[(255, 4)], 0)] {

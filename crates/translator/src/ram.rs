@@ -2,11 +2,13 @@
 //!
 //! Three views of the same file, each at `base + gpa`:
 //!
-//! * `raw`: always writable, for our own accesses (page walks, helpers). Whoever writes through it
-//!   reports the write to [`crate::shared::Shared::ram_written`].
-//! * `rw`: what generated code writes to. Pages with translations are write-protected here, so that
-//!   a store to translated code traps.
+//! * `raw`: always writable, for what we write ourselves (page walks, helpers) and for devices. Whoever
+//!   writes through it reports the write to [`crate::shared::Shared::ram_written`].
+//! * `rw`: what generated code writes to, and we read. Pages with translations are write-protected here, so
+//!   that a store to translated code traps.
 //! * `ro`: read-only, for guest pages that are not writable or not dirty yet.
+//!
+//! `rw` shows every page; the others show one that was copied when somebody asks for it ([`late`]).
 //!
 //! Generated code does not look whether an access crosses into another page. That is right when the
 //! next guest page lies behind the first one in RAM too. Other pages are reached through *guarded*
@@ -15,10 +17,11 @@
 //! get a mapping of both, a *pair*.
 //!
 //! RAM can be frozen: what it held then stays in a file that nobody writes any more, and a page is
-//! copied to another one before it is next written (see [`layers`]).
+//! copied to another one before it is next written ([`layers`]).
 //!
 //! All accesses race with other vCPUs and devices by design; they are volatile or atomic.
 
+mod late;
 mod layers;
 mod touched;
 
@@ -30,6 +33,7 @@ use std::sync::{Arc, Mutex};
 use berth_x86::PhysMem;
 
 use crate::code::FastMap;
+use crate::ram::late::Late;
 use crate::ram::layers::{Bits, Layers};
 pub use crate::ram::layers::{Frozen, Origin};
 use crate::shared::lock;
@@ -53,9 +57,9 @@ struct Slot {
 pub struct Ram {
     slots: Vec<Slot>,
     span: u64,
-    raw: Arc<Reservation>,
+    raw: Late,
     rw: Reservation,
-    ro: Reservation,
+    ro: Late,
     guarded: Guarded,
     pairs: Mutex<Pairs>,
     layers: Layers,
@@ -118,6 +122,8 @@ impl Ram {
         let raw = raw.map_or_else(|| reserve("guest RAM").map(Arc::new), Ok)?;
         let rw = reserve("guest RAM (writable view)")?;
         let ro = reserve("guest RAM (read-only view)")?;
+        let pages = span / PAGE;
+        let (raw, ro) = (Late::new(raw, pages), Late::new(Arc::new(ro), pages));
         let own = slots.first().map(|slot| slot.fd.try_clone_to_owned()).transpose();
         let own = own.map_err(map_err("a guest RAM slot"))?.map(Arc::new);
         let end = slots.iter().map(|slot| slot.offset + slot.size).max().unwrap_or(0);
@@ -127,8 +133,7 @@ impl Ram {
         let limit = guarded_limit().min(config.guarded_pages);
         let space = Reservation::new((limit as u64 * GUARDED_STRIDE + PAGE) as usize)
             .map_err(map_err("guarded pages"))?;
-        let pages = (span / PAGE) as usize;
-        let of_page = [sys::zeroes(pages), sys::zeroes(pages)];
+        let of_page = [sys::zeroes(pages as usize), sys::zeroes(pages as usize)];
         let guarded = Guarded { space, limit, used: AtomicUsize::new(0), of_page };
         let mut ram = Self {
             slots,
@@ -139,8 +144,8 @@ impl Ram {
             guarded,
             pairs: Mutex::default(),
             layers,
-            protected: Bits::new(span / PAGE),
-            covered: Bits::new(span / PAGE),
+            protected: Bits::new(pages),
+            covered: Bits::new(pages),
             mapping: Mutex::new(()),
         };
         ram.map_views(!mapped).map_err(map_err("a guest RAM slot"))?;
@@ -164,10 +169,14 @@ impl Ram {
         Some(slot.offset + (gpa - slot.gpa))
     }
 
-    /// Host address of a RAM byte in the writable or the read-only view.
+    /// Host address of so many bytes of RAM in the writable or the read-only view, for the software TLB.
     #[inline]
-    pub fn view_addr(&self, gpa: u64, rw: bool) -> u64 {
-        if rw { self.rw_addr(gpa) } else { self.ro_addr(gpa) }
+    pub fn view_addr(&self, gpa: u64, len: u64, rw: bool) -> u64 {
+        if rw {
+            return self.rw_addr(gpa);
+        }
+        self.show_and_keep(&self.ro, gpa, len);
+        self.ro_addr(gpa)
     }
 
     /// Host address of a RAM byte in the view generated code may write to.
@@ -178,14 +187,27 @@ impl Ram {
 
     /// Host address of a RAM byte in the read-only view.
     #[inline]
-    pub fn ro_addr(&self, gpa: u64) -> u64 {
-        self.ro.addr() + gpa
+    fn ro_addr(&self, gpa: u64) -> u64 {
+        self.ro.space.addr() + gpa
     }
 
     /// Host address of a RAM byte in the view that is never protected.
     #[inline]
-    pub fn raw_addr(&self, gpa: u64) -> u64 {
-        self.raw.addr() + gpa
+    fn raw_addr(&self, gpa: u64) -> u64 {
+        self.raw.space.addr() + gpa
+    }
+
+    /// Before anything but a vCPU's generated code reads in the view that is never protected.
+    #[inline]
+    pub fn will_read(&self, gpa: u64, len: u64) {
+        self.show(&self.raw, gpa, len);
+    }
+
+    /// Before anything but a vCPU's generated code writes there: the pages are this machine's own.
+    #[inline]
+    pub fn will_write(&self, gpa: u64, len: u64) {
+        self.own(gpa, len);
+        self.show(&self.raw, gpa, len);
     }
 
     /// Protects or unprotects a page of the writable view and its other mappings. The caller holds
@@ -222,6 +244,27 @@ impl Ram {
     fn protect_others(&self, gpa: u64, prot: i32) -> std::io::Result<()> {
         let mut others = self.others(gpa).filter(|(_, rw)| *rw);
         others.try_for_each(|(at, _)| sys::mprotect(at, PAGE as usize, prot))
+    }
+
+    /// Forgets all mappings besides the views. Nothing leads to them any more; the caller holds the lock of
+    /// mappings.
+    fn forget_others(&self) -> std::io::Result<()> {
+        for page in self.covered.iter() {
+            for table in &self.guarded.of_page {
+                if let Some(entry) = table.get(page as usize) {
+                    entry.store(0, Ordering::Release);
+                }
+            }
+        }
+        self.covered.clear_all();
+        *lock(&self.pairs) = Pairs::default();
+        let used = self.guarded.used.swap(0, Ordering::Relaxed);
+        // Others take their place when they are made.
+        if cfg!(debug_assertions) {
+            let bytes = used * GUARDED_STRIDE as usize + PAGE as usize;
+            sys::mprotect(self.guarded.space.addr(), bytes, libc::PROT_NONE)?;
+        }
+        Ok(())
     }
 
     fn guarded_at(&self, n: u32) -> u64 {
@@ -319,7 +362,7 @@ impl Ram {
     #[inline]
     pub fn read(&self, gpa: u64, buf: &mut [u8]) {
         assert!(self.contains(gpa, buf.len() as u64), "caller checks that this is RAM");
-        let src = self.raw_addr(gpa) as *const u8;
+        let src = self.rw_addr(gpa) as *const u8;
         // SAFETY: the range is inside a mapped slot (asserted); guest memory may change under us,
         // which is fine for bytes.
         unsafe { ptr::copy_nonoverlapping(src, buf.as_mut_ptr(), buf.len()) }
@@ -329,7 +372,7 @@ impl Ram {
     #[inline]
     pub fn write(&self, gpa: u64, data: &[u8]) {
         assert!(self.contains(gpa, data.len() as u64), "caller checks that this is RAM");
-        self.own(gpa, data.len() as u64);
+        self.will_write(gpa, data.len() as u64);
         let dst = self.raw_addr(gpa) as *mut u8;
         // SAFETY: the range is inside a mapped, writable slot (asserted). Aligned powers of two are
         // written by one store so that other vCPUs never see half of them.
@@ -353,7 +396,8 @@ impl Ram {
     /// Copies within RAM, `len` bytes, ranges checked by the caller; they may overlap.
     pub fn copy(&self, src: u64, dst: u64, len: u64) {
         assert!(self.contains(src, len) && self.contains(dst, len));
-        self.own(dst, len);
+        self.will_read(src, len);
+        self.will_write(dst, len);
         // SAFETY: both ranges are inside mapped slots (asserted).
         unsafe {
             ptr::copy(self.raw_addr(src) as *const u8, self.raw_addr(dst) as *mut u8, len as usize);
@@ -363,7 +407,7 @@ impl Ram {
     /// Fills `len` bytes by a repeated pattern of 1, 2, 4 or 8 bytes.
     pub fn fill(&self, gpa: u64, len: u64, pattern: &[u8]) {
         assert!(self.contains(gpa, len));
-        self.own(gpa, len);
+        self.will_write(gpa, len);
         let p = self.raw_addr(gpa) as *mut u8;
         // SAFETY: the range is inside a mapped slot (asserted).
         let bytes = unsafe { std::slice::from_raw_parts_mut(p, len as usize) };
@@ -378,44 +422,47 @@ impl Ram {
         }
     }
 
+    /// In the view for writing by us if it is to be written, else only loads are allowed.
     #[inline]
-    fn atomic64(&self, gpa: u64) -> Option<&AtomicU64> {
+    fn atomic64(&self, gpa: u64, write: bool) -> Option<&AtomicU64> {
         if gpa & 7 != 0 || !self.contains(gpa, 8) {
             return None;
         }
+        let at = if write { self.raw_addr(gpa) } else { self.rw_addr(gpa) };
         // SAFETY: aligned, inside a mapped slot, lives as long as the mapping; all concurrent
         // accesses are by hardware atomics or plain guest stores (TSO).
-        Some(unsafe { AtomicU64::from_ptr(self.raw_addr(gpa) as *mut u64) })
+        Some(unsafe { AtomicU64::from_ptr(at as *mut u64) })
     }
 
     #[inline]
-    fn atomic32(&self, gpa: u64) -> Option<&AtomicU32> {
+    fn atomic32(&self, gpa: u64, write: bool) -> Option<&AtomicU32> {
         if gpa & 3 != 0 || !self.contains(gpa, 4) {
             return None;
         }
+        let at = if write { self.raw_addr(gpa) } else { self.rw_addr(gpa) };
         // SAFETY: as in `atomic64`.
-        Some(unsafe { AtomicU32::from_ptr(self.raw_addr(gpa) as *mut u32) })
+        Some(unsafe { AtomicU32::from_ptr(at as *mut u32) })
     }
 }
 
 impl PhysMem for Ram {
     #[inline]
     fn read_u64(&self, gpa: u64) -> u64 {
-        self.atomic64(gpa).map_or(!0, |a| a.load(Ordering::Relaxed))
+        self.atomic64(gpa, false).map_or(!0, |a| a.load(Ordering::Relaxed))
     }
     #[inline]
     fn read_u32(&self, gpa: u64) -> u32 {
-        self.atomic32(gpa).map_or(!0, |a| a.load(Ordering::Relaxed))
+        self.atomic32(gpa, false).map_or(!0, |a| a.load(Ordering::Relaxed))
     }
     fn cas_u64(&self, gpa: u64, old: u64, new: u64) -> bool {
-        self.own(gpa, 8);
-        self.atomic64(gpa).is_none_or(|a| {
+        self.will_write(gpa, 8);
+        self.atomic64(gpa, true).is_none_or(|a| {
             a.compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed).is_ok()
         })
     }
     fn cas_u32(&self, gpa: u64, old: u32, new: u32) -> bool {
-        self.own(gpa, 4);
-        self.atomic32(gpa).is_none_or(|a| {
+        self.will_write(gpa, 4);
+        self.atomic32(gpa, true).is_none_or(|a| {
             a.compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed).is_ok()
         })
     }

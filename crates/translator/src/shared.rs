@@ -32,6 +32,9 @@ pub const ALL_MAPPINGS: u64 = u64::MAX - 1;
 /// In an inbox: all processes for direct execution are to end.
 pub const ALL_SPACES: u64 = u64::MAX - 2;
 
+/// In an inbox: host addresses of data in the software TLB, no code.
+pub const ALL_DATA: u64 = u64::MAX - 3;
+
 /// In an inbox, with the number of a page: processes for direct execution are to drop it.
 pub const UNMIRROR: u64 = 1 << 62;
 
@@ -182,11 +185,11 @@ impl Shared {
         }
     }
 
-    /// Must be called before anything but a vCPU writes guest RAM: pages that are shared become the
-    /// machine's own.
+    /// Must be called before anything but a vCPU reads or writes guest RAM where it was given it mapped:
+    /// then it shows what there is, and pages that are shared and will be written become the machine's own.
     #[inline]
-    pub fn before_write(&self, gpa: u64, len: u64) {
-        self.ram.own(gpa, len);
+    pub fn before_access(&self, gpa: u64, len: u64, write: bool) {
+        if write { self.ram.will_write(gpa, len) } else { self.ram.will_read(gpa, len) }
     }
 
     /// Freezes what RAM holds; from here on `new`, a file of zeroes as long as that of the slots, takes
@@ -196,6 +199,8 @@ impl Shared {
     /// The system refuses, or RAM is in too many files; the machine can go on.
     pub fn freeze(&self, new: OwnedFd) -> io::Result<Frozen> {
         self.leave_mail(!0, ALL_SPACES);
+        // Mappings besides the views are forgotten.
+        self.leave_mail(!0, ALL_DATA);
         self.ram.freeze(new)
     }
 

@@ -185,6 +185,8 @@ pub struct Tlb {
     jc_kernel: JumpCache,
     /// Jump caches are small until so many more entries were made.
     jc_room: Option<usize>,
+    /// Views whose jump caches were mapped as a whole while they were small, by number.
+    jcs_shown: u64,
     low: Half,
     high: Half,
     /// Entries of `high` that are not global.
@@ -280,6 +282,7 @@ impl Tlb {
             kernel_view,
             jc_kernel: JumpCache::default(),
             jc_room: None,
+            jcs_shown: 0,
             low: half(low_no, kernel_view, 0),
             high: half(high_no, kernel_view + HALF, 0xffff_8000_0000_0000),
             high_local: Vec::new(),
@@ -631,9 +634,23 @@ impl Tlb {
 
     /// Drops everything, global entries included.
     pub fn flush_all(&mut self) {
-        self.flush_non_global();
+        self.flush_data();
+        self.jc_local = false;
+        self.clear_all_jcs();
+    }
+
+    /// Drops all host addresses of data; jump caches stay.
+    pub fn flush_data(&mut self) {
+        for slot in &mut self.slots {
+            slot.user.clear();
+            if let Some(dropped) = &mut slot.dropped {
+                dropped.all = true;
+            }
+        }
+        self.low.clear();
         self.high.clear();
-        self.clear_jc(View::Kernel);
+        self.high_local.clear();
+        self.high_local_pages.clear();
         self.large.clear();
         self.huge.clear();
     }

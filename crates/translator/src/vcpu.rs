@@ -39,7 +39,9 @@ use crate::layout::{Area, ExitCode, FLAG_MASKS, Gate, MAX_ACCESS_SHIFT, S0, mapp
 use crate::mem::{self, Lin, Pieces, Walked};
 use crate::ram::PAGE;
 use crate::returns::Returns;
-use crate::shared::{ALL_MAPPINGS, ALL_PAGES, ALL_SPACES, Mailbox, Shared, UNMIRROR, lock};
+use crate::shared::{
+    ALL_DATA, ALL_MAPPINGS, ALL_PAGES, ALL_SPACES, Mailbox, Shared, UNMIRROR, lock,
+};
 use crate::signal::Stop;
 use crate::stats::{Report, Stats};
 use crate::thunks::{Then, Thunks};
@@ -662,6 +664,7 @@ impl Inner {
                     ALL_PAGES => self.drop_all_code(),
                     ALL_MAPPINGS => self.flush_everything(),
                     ALL_SPACES => self.end_spaces(),
+                    ALL_DATA => self.tlb.flush_data(),
                     _ if p & UNMIRROR != 0 => self.drop_mirrors(p & !UNMIRROR),
                     _ => self.drop_page(p),
                 }
@@ -1619,7 +1622,7 @@ impl Inner {
                     || checked
                     || !self.lin.shared.ram.contains(w.gpa & !(PAGE - 1), PAGE)
                 {
-                    return Ok(Outcome::Direct(self.slow_addr(w.gpa, site.writes())));
+                    return Ok(Outcome::Direct(self.slow_addr(w.gpa)));
                 }
                 self.stats.entered += 1;
                 return Ok(Outcome::Direct(self.fill(va, &w, site.writes())));
@@ -1629,7 +1632,7 @@ impl Inner {
         if watching && let Some(o) = self.watched(va, size, site.writes()) {
             return Ok(o);
         }
-        if let Some(host) = self.in_one_piece(&p, site.writes()) {
+        if let Some(host) = self.in_one_piece(&p) {
             let mut alone = false;
             if site.writes() {
                 for page in [p.first.gpa >> 12, p.second.gpa >> 12] {
@@ -1658,7 +1661,7 @@ impl Inner {
     }
 
     /// The host address where two pieces of RAM follow each other.
-    fn in_one_piece(&self, p: &Pieces, write: bool) -> Option<u64> {
+    fn in_one_piece(&self, p: &Pieces) -> Option<u64> {
         let ram = &self.lin.shared.ram;
         let (first, second) = (p.first.gpa, p.second.gpa);
         if p.second.len == 0 {
@@ -1666,7 +1669,7 @@ impl Inner {
         }
         if second == first + p.first.len as u64 {
             let whole = ram.contains(first, (p.first.len + p.second.len) as u64);
-            return whole.then(|| self.slow_addr(first, write));
+            return whole.then(|| self.slow_addr(first));
         }
         let at = ram.pair_addr((first & !(PAGE - 1), second), true)?;
         Some(at + (first & (PAGE - 1)))
@@ -1757,9 +1760,8 @@ impl Inner {
 
     /// Host address for an access past the TLB. Stores go where a page with translations is protected,
     /// since another vCPU may have made one of the page a moment ago.
-    fn slow_addr(&self, gpa: u64, write: bool) -> u64 {
-        let ram = &self.lin.shared.ram;
-        if write { ram.view_addr(gpa, true) } else { ram.raw_addr(gpa) }
+    fn slow_addr(&self, gpa: u64) -> u64 {
+        self.lin.shared.ram.rw_addr(gpa)
     }
 
     /// Enters a walked page into the TLB; the host address of `va`.
@@ -1768,12 +1770,12 @@ impl Inner {
         let rw = w.writable && w.dirty;
         if write && !rw {
             // A supervisor's write to a read-only page (CR0.WP = 0).
-            return self.slow_addr(w.gpa, true);
+            return self.slow_addr(w.gpa);
         }
         let (start, from) = (va & !(REGION - 1), w.gpa & !(REGION - 1));
         if w.page_bytes >= REGION && self.lin.shared.ram.contains(from, REGION) {
             // The last page goes on in another mapping, which may lie elsewhere.
-            let host = self.lin.shared.ram.view_addr(from, rw);
+            let host = self.lin.shared.ram.view_addr(from, REGION + PAGE, rw);
             let whole = start & (w.page_bytes - 1) != w.page_bytes - REGION
                 && self.lin.shared.ram.contains(from, REGION + PAGE);
             let count = if whole { REGION / PAGE } else { REGION / PAGE - 1 };
@@ -1785,7 +1787,7 @@ impl Inner {
         }
         let page = va & !(PAGE - 1);
         let Some(host) = self.host_page(page, w) else {
-            return self.slow_addr(w.gpa, write);
+            return self.slow_addr(w.gpa);
         };
         let entry = self.entry(page, host, w);
         self.tlb.fill(self.view, va, entry);
@@ -1838,7 +1840,7 @@ impl Inner {
         }
         if let Some(addend) = known {
             let host = addend.wrapping_add(va & !(PAGE - 1));
-            let plain = self.lin.shared.ram.view_addr(page, true);
+            let plain = self.lin.shared.ram.rw_addr(page);
             if host == plain || self.lin.shared.ram.guarded_addr(page, true) == Some(host) {
                 return;
             }
@@ -1884,7 +1886,7 @@ impl Inner {
             Some(next) if next != gpa + PAGE || !ram.contains(gpa, 2 * PAGE) => {
                 ram.pair_addr((gpa, next), rw)
             }
-            _ => Some(ram.view_addr(gpa, rw)),
+            _ => Some(ram.view_addr(gpa, 2 * PAGE, rw)),
         }
     }
 

@@ -9,10 +9,10 @@
 //! ```
 //!
 //! RAM is a memfd, the pieces one after the other, so that the translator, KVM and device processes
-//! can map the same pages. Whatever writes RAM through [`Memory`] tells the translator by itself,
-//! before, since pages may be shared and have to be copied first, and afterwards, since there may be
-//! translations of them: [`CodeBitmap`] takes the place of a dirty bitmap and calls a hook with the
-//! guest address.
+//! can map the same pages. Whatever reads or writes RAM through [`Memory`] tells the translator by itself,
+//! before, since pages may be mapped late or be shared and have to be copied first, and after it wrote,
+//! since there may be translations of them: [`CodeBitmap`] takes the place of a dirty bitmap and calls a
+//! hook with the guest address.
 
 use std::fs::File;
 use std::io;
@@ -48,7 +48,7 @@ pub const PCI_WINDOW_64_SIZE: u64 = 64 << 30;
 #[derive(Clone)]
 pub struct Memory {
     map: GuestMemoryMmap<CodeBitmap>,
-    before: WriteHook,
+    before: AccessHook,
     backing: Arc<Backing>,
     /// The regions lie in it.
     _mapping: Arc<Reservation>,
@@ -68,8 +68,9 @@ impl GuestMemory for Memory {
         count: usize,
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, CodeBitmap>>, GuestMemoryError> {
-        if matches!(access, Permissions::Write | Permissions::ReadWrite) {
-            wrote(&self.before, address.0, count);
+        if let Some(hook) = self.before.get() {
+            let write = matches!(access, Permissions::Write | Permissions::ReadWrite);
+            hook(address.0, count as u64, write);
         }
         GuestMemory::get_slices(&self.map, address, count, access)
     }
@@ -113,7 +114,10 @@ impl Memory {
     }
 }
 
-/// Called with guest address and length before or after a write to RAM by anything but a vCPU.
+/// Called with guest address and length before anything but a vCPU reads RAM, or writes it if that is true.
+pub type AccessHook = Arc<OnceLock<Box<dyn Fn(u64, u64, bool) + Send + Sync>>>;
+
+/// Called with guest address and length after a write to RAM by anything but a vCPU.
 pub type WriteHook = Arc<OnceLock<Box<dyn Fn(u64, u64) + Send + Sync>>>;
 
 /// Passes writes on to a [`WriteHook`] (a "dirty bitmap" that stores nothing).
@@ -236,7 +240,7 @@ pub struct GuestRam {
     memory: Memory,
     file: Arc<File>,
     pieces: Vec<RamPiece>,
-    before: WriteHook,
+    before: AccessHook,
     hook: WriteHook,
     mapping: Arc<Reservation>,
 }
@@ -271,7 +275,7 @@ impl GuestRam {
             return Err(MemoryError::TooBig { bytes, host, from });
         }
         let hook = WriteHook::default();
-        let before = WriteHook::default();
+        let before = AccessHook::default();
         let low = bytes.min(HOLE_START);
         let mut ranges = vec![(0, low, 0)];
         if bytes > low {
@@ -348,9 +352,9 @@ impl GuestRam {
         &self.pieces
     }
 
-    /// Where to put the function to be told of writes before they are made; it can be set once.
+    /// Where to put the function to be told of accesses before they are made; it can be set once.
     #[must_use]
-    pub fn before_write_hook(&self) -> &WriteHook {
+    pub fn before_access_hook(&self) -> &AccessHook {
         &self.before
     }
 

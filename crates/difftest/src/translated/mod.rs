@@ -110,7 +110,7 @@ impl Ram {
         unsafe { std::slice::from_raw_parts(self.mapping.addr() as *const u8, RAM) }
     }
 
-    /// The same, to be written where [`Shared::before_write`] was told of that.
+    /// The same, to be written where [`Shared::before_access`] was told of that.
     fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.mapping.addr() as *mut u8, RAM) }
@@ -238,11 +238,12 @@ impl TranslatedBackend {
     /// Puts the base image back, page by page where it differs.
     fn restore(&mut self, world: World) {
         let at = image_at(world) as usize;
+        self.shared.before_access(at as u64, u64::from(IMAGE), false);
         for page in (0..IMAGE as usize).step_by(PAGE as usize) {
             let good = &self.base[page..page + PAGE as usize];
             let place = at + page..at + page + PAGE as usize;
             if self.ram.bytes()[place.clone()] != *good {
-                self.shared.before_write((at + page) as u64, u64::from(PAGE));
+                self.shared.before_access((at + page) as u64, u64::from(PAGE), true);
                 self.ram.bytes_mut()[place].copy_from_slice(good);
                 self.shared.ram_written((at + page) as u64, u64::from(PAGE));
             }
@@ -255,6 +256,7 @@ impl TranslatedBackend {
             Exit::Shutdown => return Outcome::Broken("triple fault".to_owned()),
             Exit::Halted => {}
         }
+        self.shared.before_access(0, RAM as u64, false);
         let memory = self.collect(case, expected);
         let state = self.vcpu.state();
         let ram = self.ram.bytes();
@@ -292,7 +294,7 @@ impl Backend for TranslatedBackend {
             let offset = offset as usize;
             expected[offset..offset + data.len()].copy_from_slice(data);
             let to = at + offset;
-            self.shared.before_write(to as u64, data.len() as u64);
+            self.shared.before_access(to as u64, data.len() as u64, true);
             self.ram.bytes_mut()[to..to + data.len()].copy_from_slice(data);
             self.shared.ram_written(to as u64, data.len() as u64);
         }

@@ -1,9 +1,11 @@
 //! The memory of a code cache: code, and the tables that belong to it.
 //!
-//! It is one file, in whose first part code is executed through a second mapping (never both writable
-//! and executable). It can be shared with the caches of clones: what it holds then stays as it is. Whoever
-//! wants to write a page of code copies that into a file of its own first, which both mappings show. Tables
-//! have one mapping, so that the kernel copies their pages; they come into a file when they are shared.
+//! It is one file, in whose first part code is executed, and read, through a second mapping (never both
+//! writable and executable). It can be shared with the caches of clones: what it holds then stays as it is.
+//! Whoever wants to write a page of code copies that into a file of its own first. Code is written through
+//! a mapping that shows nothing but this file, all of it: what is shared of it is to be seen in the other
+//! one only. Tables have one mapping, so that the kernel copies their pages; they come into a file when
+//! they are shared.
 //!
 //! ```text
 //!   share                 write
@@ -23,14 +25,13 @@ use crate::sys::{self, Reservation};
 
 /// Bytes of a page.
 const PAGE: usize = 4096;
-/// Pages that are copied one by one; each may cost four of the host's mappings.
+/// Pages that are copied one by one; each may cost two of the host's mappings.
 const SINGLES_MAX: usize = 2000;
 /// Files at most when it is shared.
 const FILES_MAX: usize = 32;
-/// Pieces at most then, each of which costs up to two mappings.
+/// Pieces at most then, each of which costs a mapping.
 const PIECES_MAX: usize = 4000;
 
-const READ: i32 = libc::PROT_READ;
 const WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const EXECUTE: i32 = libc::PROT_READ | libc::PROT_EXEC;
 
@@ -101,8 +102,15 @@ impl Store {
                 store.copies = Some(Arc::new(copies));
             }
         }
+        store.map_own()?;
         store.map(0..size)?;
         Ok(store)
+    }
+
+    /// Maps our own file for writing code.
+    fn map_own(&self) -> io::Result<()> {
+        let own = self.files.last().ok_or(io::ErrorKind::NotFound)?;
+        self.rw.map_file(0, self.code, WRITE, own.as_raw_fd(), 0).map(drop)
     }
 
     /// What was copied of what it began with, if it did.
@@ -115,7 +123,7 @@ impl Store {
         self.rx.addr()
     }
 
-    /// Host address of the mapping for writing.
+    /// Host address of the mapping for writing, and for reading what is behind the code.
     fn rw(&self) -> u64 {
         self.rw.addr()
     }
@@ -136,14 +144,11 @@ impl Store {
             let pages = rest.iter().take_while(|&&n| n == number).count();
             let file = self.files.get(usize::from(number)).ok_or(io::ErrorKind::NotFound)?;
             let (raw, len) = (file.as_raw_fd(), pages * PAGE);
-            let (rights, kind) = match number == own {
-                true => (WRITE, libc::MAP_SHARED),
-                false if is_code => (READ, libc::MAP_SHARED),
-                false => (WRITE, libc::MAP_PRIVATE),
-            };
-            self.rw.map(at..at + len, rights, kind, raw, at as u64)?;
             if is_code {
                 self.rx.map_file(at, len, EXECUTE, raw, at as u64)?;
+            } else {
+                let kind = if number == own { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+                self.rw.map(at..at + len, WRITE, kind, raw, at as u64)?;
             }
             at += len;
         }
@@ -280,6 +285,7 @@ impl Store {
         }
         let files = self.files.clone();
         self.files.push(new);
+        self.map_own()?;
         let own = self.own_number();
         let mut at = 0;
         for run in of_page.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
@@ -289,12 +295,8 @@ impl Store {
                 self.file_of[first..first + run.len()].fill(own);
                 self.map(at..at + len)?;
             } else {
-                let code = self.code.clamp(at, at + len);
-                if code > at {
-                    // It stays mapped as it is.
-                    sys::mprotect(self.rw() + at as u64, code - at, READ)?;
-                }
-                self.map_last(code..at + len, own - 1)?;
+                // Code stays mapped as it is.
+                self.map_last(self.code.clamp(at, at + len)..at + len, own - 1)?;
             }
             at += len;
         }
@@ -331,7 +333,11 @@ impl Store {
         if place > self.size || len > self.size - place {
             return None;
         }
-        let from = (self.rw() as usize + place) as *const u8;
+        let is_code = place < self.code;
+        if is_code && len > self.code - place {
+            return None;
+        }
+        let from = (if is_code { self.rx() } else { self.rw() } as usize + place) as *const u8;
         // SAFETY: inside the mapping, which is readable, lives as long as we do, and is written by
         // this thread only, in methods that borrow us mutably.
         Some(unsafe { std::slice::from_raw_parts(from, len) })

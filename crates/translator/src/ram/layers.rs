@@ -12,8 +12,7 @@
 //! copied into the new file, which is then mapped in its place: [`Ram::own`]. Generated code traps
 //! there as it does for pages with translations, and comes to the slow path.
 //!
-//! Each page copied alone may cost two mappings of the host's in each of three views, whose number is
-//! limited; after [`Config::single_copies`](crate::Config) whole regions are copied, which then are one mapping again.
+//! Each page copied alone may cost two mappings of the host's in each view, whose number is limited; after [`Config::single_copies`](crate::Config) whole regions are copied, which then are one mapping again.
 
 use std::io;
 use std::ops::Range;
@@ -35,8 +34,8 @@ const FILES_MANY: usize = 64;
 /// And at most.
 const FILES_MAX: usize = 250;
 
-const READ: i32 = libc::PROT_READ;
-const WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
+pub(super) const READ: i32 = libc::PROT_READ;
+pub(super) const WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Where pages of RAM are that somebody else shares.
 #[derive(Clone, Debug, Default)]
@@ -82,20 +81,25 @@ impl Bits {
         word.is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 != 0)
     }
 
+    /// Removes all of them.
+    pub fn clear_all(&self) {
+        self.0.iter().for_each(|word| word.store(0, Ordering::SeqCst));
+    }
+
     /// Adds all of them.
     fn fill(&self) {
         self.0.iter().for_each(|word| word.store(!0, Ordering::SeqCst));
     }
 
     /// Removes `count` pages from the first on.
-    fn clear(&self, first: u64, count: u64) {
+    pub fn clear(&self, first: u64, count: u64) {
         for (word, bits) in self.words(first, count) {
             word.fetch_and(!bits, Ordering::SeqCst);
         }
     }
 
     /// Adds `count` pages from the first on.
-    fn add(&self, first: u64, count: u64) {
+    pub fn add(&self, first: u64, count: u64) {
         for (word, bits) in self.words(first, count) {
             word.fetch_or(bits, Ordering::SeqCst);
         }
@@ -113,8 +117,18 @@ impl Bits {
         })
     }
 
+    /// The first page of a range that is in it.
+    fn first_of(&self, pages: Range<u64>) -> Option<u64> {
+        let count = pages.end.saturating_sub(pages.start);
+        let mut words = self.words(pages.start, count).zip(pages.start / 64..);
+        words.find_map(|((word, bits), number)| {
+            let set = word.load(Ordering::Acquire) & bits;
+            (set != 0).then(|| number * 64 + u64::from(set.trailing_zeros()))
+        })
+    }
+
     /// The pages in it.
-    fn iter(&self) -> impl Iterator<Item = u64> + use<'_> {
+    pub fn iter(&self) -> impl Iterator<Item = u64> + use<'_> {
         (0..).step_by(64).zip(&self.0).flat_map(|(first, word)| {
             let word = word.load(Ordering::Acquire);
             (0..64).filter(move |n| word != 0 && word >> n & 1 != 0).map(move |n| first + n)
@@ -202,22 +216,42 @@ impl Layers {
 }
 
 /// A mapping of guest memory could not be changed: it cannot go on.
-fn lost(what: &str, error: &io::Error) -> ! {
+pub(super) fn lost(what: &str, error: &io::Error) -> ! {
     eprintln!("berth: {what} failed: {error}");
     std::process::abort()
 }
 
+/// Calls `map` with address, bytes and file of neighbouring pages, from an address on.
+fn for_runs(
+    mut gpa: u64,
+    files: &[u8],
+    mut map: impl FnMut(u64, u64, u8) -> io::Result<()>,
+) -> io::Result<()> {
+    for run in files.chunk_by(|a, b| a == b) {
+        let len = run.len() as u64 * PAGE;
+        map(gpa, len, run.first().copied().unwrap_or(0))?;
+        gpa += len;
+    }
+    Ok(())
+}
+
 impl Ram {
+    /// Whether anything was ever frozen here, or began so.
+    #[inline]
+    pub(super) fn has_layers(&self) -> bool {
+        self.layers.any.load(Ordering::Acquire)
+    }
+
     /// Whether a page may not be written before it is copied.
     #[inline]
     pub fn is_frozen(&self, gpa: u64) -> bool {
-        self.layers.any.load(Ordering::Acquire) && self.layers.frozen.get(gpa / PAGE)
+        self.has_layers() && self.layers.frozen.get(gpa / PAGE)
     }
 
-    /// Before anything writes there: the pages are this machine's own.
+    /// Before a vCPU's code writes there: the pages are this machine's own.
     #[inline]
     pub fn own(&self, gpa: u64, len: u64) {
-        if self.layers.any.load(Ordering::Acquire) {
+        if self.has_layers() {
             self.own_slowly(gpa, len);
         }
     }
@@ -276,28 +310,31 @@ impl Ram {
     /// Maps all views, as pages are in files.
     pub(super) fn map_views(&mut self, raw: bool) -> io::Result<()> {
         self.layers.frozen = Bits::new(self.span() / PAGE);
-        let origin = self.layers.any.load(Ordering::Acquire);
-        let number = |of_page: &AtomicU8| of_page.load(Ordering::Relaxed);
+        let raw = raw || self.has_layers();
         for slot in &self.slots {
             let first = (slot.offset / PAGE) as usize;
             let pages = self.layers.file_of.get(first..first + (slot.size / PAGE) as usize);
             let pages = pages.ok_or(io::ErrorKind::InvalidInput)?;
-            let mut gpa = slot.gpa;
+            let pages: Vec<u8> = pages.iter().map(|n| n.load(Ordering::Relaxed)).collect();
             // A guest that goes on waits for this: by runs, not by pages.
-            for run in pages.chunk_by(|a, b| number(a) == number(b)) {
-                let len = run.len() as u64 * PAGE;
-                let is_frozen = run.first().is_some_and(|page| number(page) != 0);
-                if is_frozen {
+            for_runs(slot.gpa, &pages, |gpa, len, file| {
+                if file != 0 {
                     self.layers.frozen.add(gpa / PAGE, len / PAGE);
                 }
-                let writable = if is_frozen { READ } else { WRITE };
-                if raw || origin {
-                    self.map_in(&self.raw, gpa, len, writable)?;
+                self.map_in(&self.rw, gpa, len, if file == 0 { WRITE } else { READ })
+            })?;
+            let shown = Self::shown_at_first(&pages, |late| {
+                for view in [&self.raw, &self.ro] {
+                    view.pages.add(slot.gpa / PAGE + late.start as u64, late.len() as u64);
                 }
-                self.map_in(&self.rw, gpa, len, writable)?;
-                self.map_in(&self.ro, gpa, len, READ)?;
-                gpa += len;
-            }
+            });
+            for_runs(slot.gpa, &shown, |gpa, len, file| {
+                if raw {
+                    let rights = if file == 0 { WRITE } else { READ };
+                    self.map_in(&self.raw.space, gpa, len, rights)?;
+                }
+                self.map_in(&self.ro.space, gpa, len, READ)
+            })?;
         }
         Ok(())
     }
@@ -319,13 +356,19 @@ impl Ram {
         runs
     }
 
-    fn file_key(&self, gpa: u64) -> (Option<u8>, bool) {
+    pub(super) fn file_key(&self, gpa: u64) -> (Option<u8>, bool) {
         let number = self.offset_of(gpa).and_then(|offset| self.layers.number(offset));
         (number, self.is_frozen(gpa))
     }
 
     /// Maps pages that are in one file into a view.
-    fn map_in(&self, view: &sys::Reservation, gpa: u64, len: u64, prot: i32) -> io::Result<()> {
+    pub(super) fn map_in(
+        &self,
+        view: &sys::Reservation,
+        gpa: u64,
+        len: u64,
+        prot: i32,
+    ) -> io::Result<()> {
         let (file, offset) = self.file_of(gpa).ok_or(io::ErrorKind::InvalidInput)?;
         view.map_file(gpa as usize, len as usize, prot, file.as_raw_fd(), offset).map(drop)
     }
@@ -367,8 +410,9 @@ impl Ram {
             }
         }
         for &(gpa, len, _) in &runs {
-            self.map_in(&self.ro, gpa, len, READ)?;
-            self.map_in(&self.raw, gpa, len, WRITE)?;
+            self.moved(&self.ro, gpa, len)?;
+            // Nobody keeps addresses there.
+            self.moved(&self.raw, gpa, len)?;
         }
         let space = &self.guarded.space;
         let mut writable = Vec::new();
@@ -393,8 +437,8 @@ impl Ram {
     }
 
     /// Freezes all of it; what is written from here on goes to `new`, a file of zeroes that is as
-    /// long as the one before. Nothing writes meanwhile, and no process has RAM mapped afterwards
-    /// without looking.
+    /// long as the one before. Nothing writes meanwhile, no process has RAM mapped afterwards without
+    /// looking, and no vCPU uses what its software TLB knows of data.
     ///
     /// # Errors
     /// There are too many files, or the system refuses; then the machine can go on, but what was
@@ -429,16 +473,17 @@ impl Ram {
                 sys::mprotect(self.raw_addr(slot.gpa), slot.size as usize, READ)?;
             }
         }
-        for page in self.covered.iter() {
-            self.protect_others(page * PAGE, READ)?;
-        }
+        self.forget_others()?;
+        self.ro.kept.clear_all();
         for &(gpa, len) in &stays {
             let first = self.offset_of(gpa).map_or(usize::MAX, |offset| (offset / PAGE) as usize);
             for entry in self.layers.file_of.iter().skip(first).take((len / PAGE) as usize) {
                 entry.store(number, Ordering::Release);
             }
-            self.map_in(&self.ro, gpa, len, READ)?;
-            self.map_in(&self.raw, gpa, len, WRITE)?;
+            for (view, rights) in [(&self.ro, READ), (&self.raw, WRITE)] {
+                self.map_in(&view.space, gpa, len, rights)?;
+                view.pages.clear(gpa / PAGE, len / PAGE);
+            }
             self.map_in(&self.rw, gpa, len, WRITE)?;
             self.layers.frozen.clear(gpa / PAGE, len / PAGE);
         }
@@ -467,26 +512,24 @@ impl Ram {
         let holes = sys::holes(file.as_raw_fd(), self.layers.file_of.len() as u64 * PAGE)?;
         for (slot, hole) in self.slots.iter().flat_map(|s| holes.iter().map(move |h| (s, h))) {
             let start = hole.start.max(slot.offset).next_multiple_of(PAGE);
-            let end = hole.end.min(slot.offset + slot.size);
-            let mut run = (0, 0);
-            for offset in (start..end).step_by(PAGE as usize) {
-                let gpa = offset - slot.offset + slot.gpa;
-                let page = gpa / PAGE;
-                if self.layers.number(offset) != Some(own)
-                    || self.covered.get(page)
-                    || self.protected.get(page)
-                {
-                    continue;
+            let pages =
+                (start / PAGE) as usize..(hole.end.min(slot.offset + slot.size) / PAGE) as usize;
+            let mut gpa = start.wrapping_sub(slot.offset).wrapping_add(slot.gpa);
+            let numbers = self.layers.file_of.get(pages).unwrap_or_default();
+            // The guest waits for this, and most of its memory is holes.
+            let is_own = |number: &AtomicU8| number.load(Ordering::Relaxed) == own;
+            for run in numbers.chunk_by(|a, b| is_own(a) == is_own(b)) {
+                let (mut page, end) = (gpa / PAGE, gpa / PAGE + run.len() as u64);
+                gpa += run.len() as u64 * PAGE;
+                while page < end && run.first().is_some_and(is_own) {
+                    let next = self.protected.first_of(page..end).unwrap_or(end);
+                    if next - page >= HOLE_PAGES {
+                        runs.push((page * PAGE, (next - page) * PAGE));
+                    }
+                    page = next + 1;
                 }
-                if run.0 + run.1 != gpa {
-                    runs.extend((run.1 > 0).then_some(run));
-                    run = (gpa, 0);
-                }
-                run.1 += PAGE;
             }
-            runs.extend((run.1 > 0).then_some(run));
         }
-        runs.retain(|(_, len)| *len >= HOLE_PAGES * PAGE);
         Ok(runs)
     }
 
@@ -644,6 +687,10 @@ mod tests {
                 );
             }
             assert!(bits.iter().take_while(|page| *page < 300).count() as u64 == 300 - count);
+            assert_eq!(bits.first_of(first..first + count), None);
+            let end = first + count;
+            let behind = bits.first_of(first..300);
+            assert_eq!(behind, (end < 300).then_some(end));
         }
     }
 }

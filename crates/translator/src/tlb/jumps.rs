@@ -11,7 +11,7 @@ use crate::sys;
 /// for each entry otherwise. It is mapped again and again, so that indexes count modulo its entries.
 const SMALL: usize = JC_SIZE / 8;
 /// Entries after which a small one is made large again.
-const GROWS_AT: usize = 2048;
+const GROWS_AT: usize = 16_384;
 
 /// What is in the jump cache of a view.
 #[derive(Default)]
@@ -46,7 +46,19 @@ impl Tlb {
         if self.jc_room.replace(GROWS_AT).is_none() {
             self.map_jcs(SMALL);
         }
+        self.jcs_shown = 0;
         self.init_jcs();
+    }
+
+    /// Maps all of a small jump cache for a view: its few pages are in so many places that a fault for each
+    /// takes longer.
+    fn show_small(&mut self, view: View) {
+        let bit = 1u64.checked_shl(Self::place(view, 0).0 as u32).unwrap_or(0);
+        if self.jcs_shown & bit == 0 {
+            self.jcs_shown |= bit;
+            // Else they are mapped one by one.
+            let _ = sys::populate(self.base(view) - HEAD as u64, JC_SIZE);
+        }
     }
 
     /// Maps so much of each jump cache, until it fills its place. What cannot be mapped stays as it is: any
@@ -141,7 +153,10 @@ impl Tlb {
     /// Forgets the translation of `rip` in the jump caches of all views.
     pub fn jc_forget(&mut self, rip: u64) {
         for view in self.views() {
-            if self.jc_find(view, rip).is_some() {
+            // Looking would give it memory, if it has none there yet.
+            let sources = &self.jc(view).sources;
+            let may_have = sources.have(rip >> 12, false) || sources.have(rip >> 30, true);
+            if may_have && self.jc_find(view, rip).is_some() {
                 self.jc_empty(view, rip as u16);
             }
         }
@@ -188,6 +203,9 @@ impl Tlb {
             self.clear_jc(view);
         }
         let index = rip as u16;
+        if self.jc_room.is_some() {
+            self.show_small(view);
+        }
         if let Some(room) = &mut self.jc_room {
             *room -= 1;
             if *room == 0 {

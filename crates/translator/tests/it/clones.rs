@@ -68,13 +68,14 @@ impl Machine {
             self.vcpu.state_mut().halted = 0;
         }
         assert_eq!(self.vcpu.run(), Exit::Halted);
+        self.shared.before_access(SUM, 8, false);
         // SAFETY: inside the mapping, which nobody writes now.
         unsafe { ((self.mapping.addr() + SUM) as *const u64).read_volatile() }
     }
 
     /// The function adds another number from here on.
     fn add(&self, number: u8) {
-        self.shared.before_write(NUMBER, 1);
+        self.shared.before_access(NUMBER, 1, true);
         // SAFETY: inside the mapping, which is writable there since that was said.
         unsafe { ((self.mapping.addr() + NUMBER) as *mut u8).write_volatile(number) };
         self.shared.ram_written(NUMBER, 1);

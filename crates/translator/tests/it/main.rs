@@ -236,7 +236,7 @@ fn what_is_frozen_stays_as_long_as_it_is_held() {
     let raw = Some(Arc::clone(&mapping));
     let shared = Shared::with_mapping(&slots, raw, None, Config::default()).unwrap();
     let write = |at: u64, byte: u8| {
-        shared.before_write(at, 1);
+        shared.before_access(at, 1, true);
         // SAFETY: inside the mapping, which is writable there since that was said.
         unsafe { ((mapping.addr() + at) as *mut u8).write_volatile(byte) };
         shared.ram_written(at, 1);
@@ -284,13 +284,16 @@ fn what_is_given_back_is_zero_unless_somebody_else_has_it() {
     let raw = Some(Arc::clone(&mapping));
     let shared = Shared::with_mapping(&slots, raw, None, Config::default()).unwrap();
     let write = |at: u64, byte: u8| {
-        shared.before_write(at, 1);
+        shared.before_access(at, 1, true);
         // SAFETY: inside the mapping, which is writable there since that was said.
         unsafe { ((mapping.addr() + at) as *mut u8).write_volatile(byte) };
         shared.ram_written(at, 1);
     };
-    // SAFETY: inside the mapping, which is readable.
-    let read = |at: u64| unsafe { ((mapping.addr() + at) as *const u8).read_volatile() };
+    let read = |at: u64| {
+        shared.before_access(at, 1, false);
+        // SAFETY: inside the mapping, which is readable.
+        unsafe { ((mapping.addr() + at) as *const u8).read_volatile() }
+    };
     let held = |frozen: &Frozen, at: u64| {
         let number = usize::from(frozen.origin.of_page[(at / 4096) as usize]);
         number.checked_sub(1).map_or(0, |file| get(&frozen.origin.files[file], at, 1)[0])

@@ -39,11 +39,11 @@ pub fn share(
     let told = Arc::clone(&shared);
     let hook = Box::new(move |gpa, len| told.ram_written(gpa, len));
     let asked = Arc::clone(&shared);
-    let before = Box::new(move |gpa, len| asked.before_write(gpa, len));
+    let before = Box::new(move |gpa, len, write| asked.before_access(gpa, len, write));
     let giver = Arc::clone(&shared);
     let discard = Box::new(move |gpa, len| giver.discard(gpa, len));
     if ram.write_hook().set(hook).is_err()
-        || ram.before_write_hook().set(before).is_err()
+        || ram.before_access_hook().set(before).is_err()
         || !ram.set_discard(discard)
     {
         tracing::error!("guest memory belongs to two translators");

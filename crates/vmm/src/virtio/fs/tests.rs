@@ -250,8 +250,8 @@ fn what_is_written_to_memory_is_told_of() {
     let handle = driver.open(node, 0).unwrap();
     let seen = std::sync::Arc::new(std::sync::Mutex::new((0, 0)));
     let (before, after) = (std::sync::Arc::clone(&seen), std::sync::Arc::clone(&seen));
-    let set = driver.guest.ram.before_write_hook().set(Box::new(move |_, len| {
-        before.lock().unwrap().0 += u64::from(len >= 4000);
+    let set = driver.guest.ram.before_access_hook().set(Box::new(move |_, len, write| {
+        before.lock().unwrap().0 += u64::from(write && len >= 4000);
     }));
     assert!(set.is_ok());
     let set = driver.guest.ram.write_hook().set(Box::new(move |_, len| {

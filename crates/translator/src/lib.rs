@@ -50,7 +50,7 @@ pub use ram::{Frozen, Origin};
 pub use shared::Shared;
 pub use stats::{Report, Reports, Stats};
 pub use sys::Reservation;
-pub use vcpu::inherit::SharedCode;
+pub use vcpu::inherit::{SharedCode, TakenCode};
 
 /// One contiguous piece of guest RAM backed by a file (a memfd or a mapped snapshot).
 pub struct RamSlot<'a> {
@@ -251,8 +251,7 @@ impl TranslatedVcpu {
         Self::with_code(shared, state, cpuid, platform, None)
     }
 
-    /// The same with what another vCPU, in this state and with this memory, has translated; if it is of
-    /// use here.
+    /// The same with what another vCPU, in this state and with this memory, has translated.
     ///
     /// # Errors
     /// As [`TranslatedVcpu::new`].
@@ -261,7 +260,7 @@ impl TranslatedVcpu {
         state: CpuState,
         cpuid: CpuidTable,
         platform: Box<dyn Platform>,
-        code: Option<&SharedCode>,
+        code: Option<TakenCode>,
     ) -> Result<Self, SetupError> {
         Ok(Self { inner: vcpu::Inner::new(shared, state, cpuid, platform, code)? })
     }

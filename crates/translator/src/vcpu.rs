@@ -56,7 +56,7 @@ mod direct;
 pub mod inherit;
 mod mirror;
 
-use inherit::{Around, Begin, SharedCode};
+use inherit::{Around, TakenCode};
 
 /// The area of a vCPU, owned by it.
 pub struct AreaPtr(*mut Area);
@@ -284,12 +284,10 @@ pub unsafe fn stop_target(owner: u64, pc: u64, sc: u64, stepped: bool) -> Stop {
 /// The cache of a new vCPU, with what another one has shared if that is of use.
 fn cache_for(
     shared: &Shared,
-    begin: Option<&SharedCode>,
+    taken: Option<TakenCode>,
 ) -> Result<(CodeCache, Thunks, Option<Around>), SetupError> {
     let helpers = [mem_helper, first_helper, commit_helper, instr_helper];
-    // What cannot be taken over is translated.
-    let from = begin.and_then(|begin| Begin::new(shared, begin).ok().flatten());
-    if let Some(Begin { mut code, around }) = from {
+    if let Some(TakenCode { mut code, around }) = taken {
         let thunks = Thunks::new(&mut code, helpers);
         if thunks.len() == around.thunks {
             return Ok((code, thunks, Some(around)));
@@ -307,7 +305,7 @@ impl Inner {
         state: CpuState,
         cpuid: CpuidTable,
         platform: Box<dyn berth_x86::Platform>,
-        begin: Option<&SharedCode>,
+        taken: Option<TakenCode>,
     ) -> Result<Box<Self>, SetupError> {
         let (index, mailbox) = shared.join()?;
         let timing = shared.config.reports.is_some();
@@ -315,7 +313,7 @@ impl Inner {
         let address_spaces = shared.config.address_spaces;
         let mut tlb = Tlb::new(shared.config.address_spaces)?;
         tlb.init_jcs();
-        let (code, thunks, around) = cache_for(&shared, begin)?;
+        let (code, thunks, around) = cache_for(&shared, taken)?;
         let returns = Returns::new(thunks.unexpected)
             .map_err(|source| SetupError::Map { what: "the return stack", source })?;
         if !signal::register(code.range()) {
@@ -396,8 +394,8 @@ impl Inner {
             optimizations,
             direct: Direct::default(),
         });
-        if let (Some(around), Some(begin)) = (around, begin) {
-            inner.adopt(&around, &begin.guest_pages);
+        if let Some(around) = around {
+            inner.adopt(&around);
         }
         inner.direct.spaces.resize_with(address_spaces, || None);
         inner.direct.policies.resize_with(address_spaces, Default::default);

@@ -70,4 +70,7 @@ pub enum MachineError {
         /// The reason.
         source: std::io::Error,
     },
+    /// A thread that helps to put a stored machine together could not be started.
+    #[error("a thread to put the machine together could not be started")]
+    Begin(#[source] std::io::Error),
 }

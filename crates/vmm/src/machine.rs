@@ -17,10 +17,10 @@ mod threads;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ScopedJoinHandle};
 use std::time::Instant;
 
-use berth_translator::{Origin, SharedCode};
+use berth_translator::{Origin, SharedCode, TakenCode};
 pub use berth_translator::{Written, warm_up};
 use berth_x86::CpuState;
 pub use berth_x86::cpuid::baseline::Baseline;
@@ -422,11 +422,17 @@ fn start_translated(
     chips::add_interrupt_chips(&board, &chipset)?;
     let interrupts = Arc::clone(&chipset) as Arc<dyn InterruptSink>;
     let pit = chips::add_pit(&board, &interrupts)?;
-    let (context, console, devices) =
-        chips::add_devices(config, &board, &interrupts, attach, begin.devices())?;
-
-    let shared = translated::share(&board.ram, begin.origin(), config.translator.clone())
-        .map_err(MachineError::Translator)?;
+    let share = || translated::share(&board.ram, begin.origin(), config.translator.clone());
+    let code = |index| TakenCode::new(&config.translator, begin.code(index)?);
+    let code = || (0..config.cpus).map(code).collect::<Vec<_>>();
+    let devices = || chips::add_devices(config, &board, &interrupts, attach, begin.devices());
+    // Each takes milliseconds in a clone, and none needs the others.
+    let (shared, code, devices) = match begin {
+        Begin::Entry(_) => (share(), code(), devices()),
+        Begin::Stored(_) => at_once(share, code, devices)?,
+    };
+    let shared = shared.map_err(MachineError::Translator)?;
+    let (context, console, devices) = devices?;
     let (clock, memory) = (Arc::clone(&board.clock), board.ram.memory().clone());
     let pvclock = Arc::new(match begin {
         Begin::Entry(_) => PvClock::new(clock, memory),
@@ -450,16 +456,34 @@ fn start_translated(
     });
     let storer = Storer::new(&board, processor, (pit, devices), tsc_khz, &tables);
     let mut vcpus: Vec<Seat> = Vec::new();
-    for ((index, table), (apic, msrs)) in (0..).zip(tables).zip(apics.iter().zip(msrs)) {
+    let tables = (0..).zip(tables).zip(code);
+    for (((index, table), code), (apic, msrs)) in tables.zip(apics.iter().zip(msrs)) {
         let platform = VcpuPlatform::new(around.clone(), Arc::clone(apic));
         let platform = Box::new(platform.with_msrs(msrs));
         let state = begin.state(index);
-        let code = begin.code(index);
         let vcpu = Translated::new(index, Arc::clone(&shared), state, table, platform, code)?;
         vcpus.push((Box::new(vcpu), Some(Arc::clone(apic)), begin.is_waiting(index)));
     }
     let running = (context, console, Some(pvclock));
     finish(config, board, begin, Accel::Translate, vcpus, storer, running)
+}
+
+/// Does three things at once, the last one on this thread.
+fn at_once<A: Send, B: Send, C>(
+    first: impl FnOnce() -> A + Send,
+    second: impl FnOnce() -> B + Send,
+    third: impl FnOnce() -> C,
+) -> Result<(A, B, C), MachineError> {
+    fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+    std::thread::scope(|scope| {
+        let thread = || std::thread::Builder::new().name("begin".into());
+        let first = thread().spawn_scoped(scope, first).map_err(MachineError::Begin)?;
+        let second = thread().spawn_scoped(scope, second).map_err(MachineError::Begin)?;
+        let third = third();
+        Ok((joined(first), joined(second), third))
+    })
 }
 
 fn start_kvm(

@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 
 use crate::code::CodeCache;
 use crate::ram::Origin;
-use crate::shared::Shared;
 use crate::sys;
-use crate::{Optimizations, SetupError};
+use crate::{Config, Optimizations, SetupError};
 
 use super::Inner;
 
@@ -42,20 +41,25 @@ pub(super) struct Around {
     spaces: u16,
     /// For each slot its PCID, and the number of the address space.
     slots: Vec<(Option<u16>, u16)>,
+    /// The guest pages it was made from.
+    guest_pages: Vec<u64>,
 }
 
-/// What a vCPU begins with.
-pub(super) struct Begin {
+/// What another vCPU has translated, taken over for one that is not made yet.
+pub struct TakenCode {
     pub(super) code: CodeCache,
     pub(super) around: Around,
 }
 
-impl Begin {
-    /// A cache of the same program; `None` if that cannot be.
-    ///
-    /// # Errors
-    /// When the host refuses the mappings.
-    pub(super) fn new(shared: &Shared, from: &SharedCode) -> Result<Option<Self>, SetupError> {
+impl TakenCode {
+    /// A cache of the same program, for a vCPU with these limits; `None` if it is not of the same, or the
+    /// host refuses the mappings: then the vCPU translates.
+    #[must_use]
+    pub fn new(config: &Config, from: &SharedCode) -> Option<Self> {
+        Self::take(config, from).ok().flatten()
+    }
+
+    fn take(config: &Config, from: &SharedCode) -> Result<Option<Self>, SetupError> {
         let Some((made, numbers)) = from.numbers.split_first_chunk::<5>() else {
             return Ok(None);
         };
@@ -63,8 +67,8 @@ impl Begin {
             return Ok(None);
         };
         let thunks = made[3];
-        let same = made_for(thunks, shared.config.optimizations).as_ref() == Some(made)
-            && slots == shared.config.address_spaces as u64;
+        let same = made_for(thunks, config.optimizations).as_ref() == Some(made)
+            && slots == config.address_spaces as u64;
         if !same {
             return Ok(None);
         }
@@ -73,8 +77,14 @@ impl Begin {
         };
         let slot = |&n: &u64| ((n >> 32).checked_sub(1).map(|pcid| pcid as u16), n as u16);
         let slots = slots.iter().map(slot).collect();
-        let code = CodeCache::begin_with(shared.config.code_cache_bytes, &from.pages, numbers)?;
-        let around = Around { thunks, checked: checked != 0, spaces: spaces as u16, slots };
+        let code = CodeCache::begin_with(config.code_cache_bytes, &from.pages, numbers)?;
+        let around = Around {
+            thunks,
+            checked: checked != 0,
+            spaces: spaces as u16,
+            slots,
+            guest_pages: from.guest_pages.clone(),
+        };
         Ok(code.map(|code| Self { code, around }))
     }
 }
@@ -107,10 +117,9 @@ impl Inner {
         Ok(SharedCode { pages, numbers, guest_pages })
     }
 
-    /// Goes on with the address spaces of the vCPU whose code this one has, which was made from these
-    /// pages.
-    pub(super) fn adopt(&mut self, around: &Around, guest_pages: &[u64]) {
-        if self.lin.shared.adopt_code(guest_pages, self.lin.index) {
+    /// Goes on with the address spaces of the vCPU whose code this one has.
+    pub(super) fn adopt(&mut self, around: &Around) {
+        if self.lin.shared.adopt_code(&around.guest_pages, self.lin.index) {
             self.checked = around.checked;
             self.tlb.adopt_spaces(around.spaces, &around.slots);
             self.inherited = true;

@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use berth_translator::{
-    Config, Exit, Frozen, Origin, RamSlot, Reservation, Shared, SharedCode, TranslatedVcpu,
-    host_cpuid,
+    Config, Exit, Frozen, Origin, RamSlot, Reservation, Shared, SharedCode, TakenCode,
+    TranslatedVcpu, host_cpuid,
 };
 use berth_x86::CpuState;
 use berth_x86::cpuid::{CpuidTable, Topology};
@@ -44,9 +44,9 @@ impl Machine {
         let slots = [RamSlot { gpa: 0, size: RAM, fd: fd.as_fd(), offset: 0 }];
         let raw = Some(Arc::clone(&mapping));
         let origin = begin.map(|(origin, _)| origin);
+        let code = begin.and_then(|(_, code)| TakenCode::new(&config, code));
         let shared = Shared::with_mapping(&slots, raw, origin, config).unwrap();
         let cpuid = CpuidTable::new(&host_cpuid(), Topology { index: 0, count: 1 }, 1_000_000);
-        let code = begin.map(|(_, code)| code);
         let platform = Box::<Counter>::default();
         let vcpu = TranslatedVcpu::with_code(Arc::clone(&shared), state, cpuid, platform, code);
         Self { shared, mapping, vcpu: vcpu.unwrap() }

@@ -4,7 +4,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use berth_translator::{
-    Config, Exit, Kicker, Origin, RamSlot, SetupError, Shared, SharedCode, TranslatedVcpu,
+    Config, Exit, Kicker, Origin, RamSlot, SetupError, Shared, SharedCode, TakenCode,
+    TranslatedVcpu,
 };
 use berth_x86::cpuid::CpuidTable;
 use berth_x86::{CpuState, Platform};
@@ -83,7 +84,7 @@ impl Translated {
         state: CpuState,
         cpuid: CpuidTable,
         platform: Box<dyn Platform>,
-        code: Option<&SharedCode>,
+        code: Option<TakenCode>,
     ) -> Result<Self, VcpuError> {
         let vcpu = TranslatedVcpu::with_code(shared, state, cpuid, platform, code)
             .map_err(|source| VcpuError::Translator { index, source })?;

@@ -10,6 +10,7 @@ pub mod events;
 pub mod failure;
 pub mod folder;
 pub mod images;
+pub mod line;
 pub mod log;
 pub mod machines;
 pub mod server;

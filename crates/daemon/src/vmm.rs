@@ -18,8 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Signal, pidfd_send_signal};
-use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe::Receiver;
 use tokio::process::{Child, Command};
@@ -27,6 +26,7 @@ use tokio::time::timeout;
 
 use crate::cgroup::{Group, Limits};
 use crate::folder::{Folder, read_bounded};
+use crate::line;
 use crate::zygote::Zygote;
 
 /// How long the process of a machine may take for an answer.
@@ -119,16 +119,13 @@ async fn connect(folder: &Folder) -> io::Result<UnixStream> {
     UnixStream::connect(path).await
 }
 
-/// Reads a line of JSON, and not a byte more.
-async fn read_line<T: DeserializeOwned>(
-    from: &mut (impl AsyncRead + Unpin),
-) -> Result<T, VmmError> {
+/// Reads what a process says when it has begun.
+async fn greeting(from: &mut Receiver) -> Result<Greeting, VmmError> {
     let mut line = Vec::new();
-    while line.last() != Some(&b'\n') {
-        if line.len() as u64 >= LINE_MAX {
-            return Err(VmmError::Strange("a line without an end".into()));
-        }
-        line.push(from.read_u8().await.map_err(VmmError::Absent)?);
+    let mut from = BufReader::new(from.take(LINE_MAX));
+    from.read_until(b'\n', &mut line).await.map_err(VmmError::Absent)?;
+    if line.last() != Some(&b'\n') {
+        return Err(VmmError::Absent(io::ErrorKind::UnexpectedEof.into()));
     }
     serde_json::from_slice(&line).map_err(|error| VmmError::Strange(error.to_string()))
 }
@@ -151,9 +148,11 @@ async fn open_within(
         let mut line = serde_json::to_vec(request).unwrap_or_default();
         line.push(b'\n');
         stream.write_all(&line).await.map_err(VmmError::Absent)?;
-        match read_line(&mut stream).await? {
-            Answer::Refused(why) => Err(VmmError::Refused(why)),
-            answer => Ok((stream, answer)),
+        let line = line::read_soon(&stream).await.map_err(VmmError::Absent)?;
+        match serde_json::from_slice(&line) {
+            Err(error) => Err(VmmError::Strange(error.to_string())),
+            Ok(Answer::Refused(why)) => Err(VmmError::Refused(why)),
+            Ok(answer) => Ok((stream, answer)),
         }
     };
     timeout(patience, work).await.map_err(|_| VmmError::Late(patience))?
@@ -288,7 +287,7 @@ pub async fn start(
             }
         })
     });
-    let greeting = timeout(START_TIME, read_line(&mut greetings)).await;
+    let greeting = timeout(START_TIME, greeting(&mut greetings)).await;
     if !matches!(greeting, Ok(Ok(_))) {
         // Nobody would look after it.
         process.kill();

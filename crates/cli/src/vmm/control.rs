@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use berth_api::agent::message::Identify;
 use berth_api::v1::machine::{MachineConfig, MachineState, Net};
-use berth_api::vmm::{Answer, Frozen, IDENTITY, LINE_MAX, Request, SUSPENDED, Status};
+use berth_api::vmm::{Answer, Frozen, IDENTITY, Request, SUSPENDED, Status};
 use berth_daemon::folder::Folder;
+use berth_daemon::line;
 use berth_vmm::chips::events::PowerButton;
 use berth_vmm::devices::HostEnds;
 use berth_vmm::machine::{FrozenMachine, Pauser, RunningMachine, Storer, Written};
@@ -162,7 +163,7 @@ impl Control {
     fn serve(self: &Arc<Self>, stream: &UnixStream) -> io::Result<()> {
         stream.set_read_timeout(Some(REQUEST_TIME))?;
         stream.set_write_timeout(Some(REQUEST_TIME))?;
-        let request = match read_line(stream) {
+        let request = match line::read(stream) {
             Ok(line) => serde_json::from_slice(&line).map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
@@ -393,7 +394,7 @@ impl Control {
         let began = Instant::now();
         stream.set_read_timeout(Some(HEAR_TIME))?;
         // Whoever says nothing is no clone of ours, or was ended.
-        if let Ok(told) = read_line(stream).and_then(|line| heard(&line)) {
+        if let Ok(told) = line::read(stream).and_then(|line| heard(&line)) {
             let mut wrote = self.wrote.lock().unwrap_or_else(PoisonError::into_inner);
             // One that ended at once has not written all that others will.
             if began.elapsed() >= LIVED || wrote.ram.is_empty() {
@@ -536,19 +537,6 @@ impl Dial for Agent {
     fn is_alive(&mut self) -> bool {
         self.0.ending.outcome().is_none()
     }
-}
-
-pub(super) fn read_line(mut stream: &UnixStream) -> io::Result<Vec<u8>> {
-    let mut line = Vec::new();
-    let mut byte = [0];
-    while line.len() as u64 <= LINE_MAX {
-        stream.read_exact(&mut byte)?;
-        if byte == *b"\n" {
-            return Ok(line);
-        }
-        line.extend(byte);
-    }
-    Err(io::Error::other("the line is too long"))
 }
 
 fn answer(mut stream: &UnixStream, answer: &Answer) -> io::Result<()> {

@@ -280,7 +280,7 @@ fn take(folder: &Folder) -> Result<(Handed, UnixStream), Failure> {
         let mut line = serde_json::to_vec(&Request::Take { kept: origin.kept })?;
         line.push(b'\n');
         (&stream).write_all(&line)?;
-        match serde_json::from_slice(&control::read_line(&stream)?)? {
+        match serde_json::from_slice(&berth_daemon::line::read(&stream)?)? {
             Answer::Done => Ok((Handed::receive(&stream)?, stream)),
             Answer::Refused(why) => Err(why.into()),
             other => Err(format!("a strange answer: {other:?}").into()),

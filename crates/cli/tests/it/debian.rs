@@ -175,7 +175,8 @@ fn a_reset_and_a_panic_are_failures_with_one_line() {
 #[test]
 fn a_guest_that_ends_under_its_command_is_a_failure() {
     let Some(debian) = Debian::take() else { return };
-    let ran = debian.shell(&[], "echo before; echo b > /proc/sysrq-trigger; sleep 100");
+    // The agent has time to say what was printed: the guest may else be gone before it runs.
+    let ran = debian.shell(&[], "echo before; sleep 1; echo b > /proc/sysrq-trigger; sleep 100");
     ran.check(1);
     assert_eq!(ran.text(), "before\n");
     assert!(!ran.stderr.is_empty());

@@ -25,7 +25,7 @@ fn take(socket: impl AsFd, line: &mut Vec<u8>) -> io::Result<bool> {
     let (_, taken) = retry_on_intr(|| recv(&socket, &mut *part, RecvFlags::empty()))?;
     line.extend(part.iter().take(taken));
     if line.len() as u64 > LINE_MAX {
-        return Err(io::Error::other("the line is too long"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the line is too long"));
     }
     Ok(line.pop_if(|last| *last == b'\n').is_some())
 }

@@ -148,7 +148,10 @@ async fn open_within(
         let mut line = serde_json::to_vec(request).unwrap_or_default();
         line.push(b'\n');
         stream.write_all(&line).await.map_err(VmmError::Absent)?;
-        let line = line::read_soon(&stream).await.map_err(VmmError::Absent)?;
+        let line = line::read_soon(&stream).await.map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => VmmError::Strange(error.to_string()),
+            _ => VmmError::Absent(error),
+        })?;
         match serde_json::from_slice(&line) {
             Err(error) => Err(VmmError::Strange(error.to_string())),
             Ok(Answer::Refused(why)) => Err(VmmError::Refused(why)),

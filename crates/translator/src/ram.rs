@@ -90,6 +90,8 @@ struct Guarded {
     space: Reservation,
     limit: usize,
     used: AtomicUsize,
+    /// Numbers of those that were forgotten. None was ever one of a pair: what follows has no access.
+    free: Mutex<Vec<u32>>,
     /// For each page of RAM: one more than the number of its guarded mapping, for writing and for
     /// reading only.
     of_page: [Box<[AtomicU32]>; 2],
@@ -134,7 +136,8 @@ impl Ram {
         let space = Reservation::new((limit as u64 * GUARDED_STRIDE + PAGE) as usize)
             .map_err(map_err("guarded pages"))?;
         let of_page = [sys::zeroes(pages as usize), sys::zeroes(pages as usize)];
-        let guarded = Guarded { space, limit, used: AtomicUsize::new(0), of_page };
+        let guarded =
+            Guarded { space, limit, used: AtomicUsize::new(0), free: Mutex::default(), of_page };
         let mut ram = Self {
             slots,
             span,
@@ -197,10 +200,11 @@ impl Ram {
         self.raw.space.addr() + gpa
     }
 
-    /// Before anything but a vCPU's generated code reads in the view that is never protected.
+    /// Before anything but a vCPU's generated code reads in the view that is never protected. A device may go
+    /// on reading there until RAM is frozen.
     #[inline]
     pub fn will_read(&self, gpa: u64, len: u64) {
-        self.show(&self.raw, gpa, len);
+        self.show_and_keep(&self.raw, gpa, len);
     }
 
     /// Before anything but a vCPU's generated code writes there: the pages are this machine's own.
@@ -249,21 +253,32 @@ impl Ram {
     /// Forgets all mappings besides the views. Nothing leads to them any more; the caller holds the lock of
     /// mappings.
     fn forget_others(&self) -> std::io::Result<()> {
+        let mut free = lock(&self.guarded.free);
         for page in self.covered.iter() {
             for table in &self.guarded.of_page {
-                if let Some(entry) = table.get(page as usize) {
-                    entry.store(0, Ordering::Release);
-                }
+                let number = table.get(page as usize).map_or(0, |n| n.swap(0, Ordering::AcqRel));
+                free.extend(number.checked_sub(1));
             }
         }
         self.covered.clear_all();
-        *lock(&self.pairs) = Pairs::default();
-        let used = self.guarded.used.swap(0, Ordering::Relaxed);
-        // Others take their place when they are made.
+        self.forget_pairs();
+        // They stay as they are until others take their place. Tests find whoever looks there.
         if cfg!(debug_assertions) {
-            let bytes = used * GUARDED_STRIDE as usize + PAGE as usize;
-            sys::mprotect(self.guarded.space.addr(), bytes, libc::PROT_NONE)?;
+            for number in 0..self.guarded.used.load(Ordering::Relaxed) as u32 {
+                sys::mprotect(self.guarded_at(number), PAGE as usize, libc::PROT_NONE)?;
+            }
         }
+        Ok(())
+    }
+
+    /// The same, and nothing of them stays.
+    fn drop_others(&self) -> std::io::Result<()> {
+        self.forget_others()?;
+        let used = self.guarded.used.load(Ordering::Relaxed);
+        self.guarded.space.clear(used * GUARDED_STRIDE as usize + PAGE as usize)?;
+        self.guarded.used.store(0, Ordering::Relaxed);
+        lock(&self.guarded.free).clear();
+        lock(&self.pairs).free.clear();
         Ok(())
     }
 
@@ -282,9 +297,9 @@ impl Ram {
     /// sure that nobody else does so, and that `writable` stays true as long as it takes.
     pub fn make_guarded(&self, gpa: u64, rw: bool, writable: bool) -> Option<u64> {
         let entry = self.guarded.of_page[usize::from(!rw)].get((gpa / PAGE) as usize)?;
-        let number = self.take_number()?;
+        let number = lock(&self.guarded.free).pop().or_else(|| self.take_number())?;
         let Some(at) = self.map_at(self.guarded_at(number), gpa, rw && writable) else {
-            lock(&self.pairs).free.push(number);
+            lock(&self.guarded.free).push(number);
             return None;
         };
         entry.store(number + 1, Ordering::Release);
@@ -292,7 +307,7 @@ impl Ram {
         Some(at)
     }
 
-    /// The number of the next guarded mapping. The caller makes sure that nobody else asks.
+    /// A number for a guarded mapping or a pair that was neither so far. The caller makes sure that nobody else asks.
     fn take_number(&self) -> Option<u32> {
         let n = self.guarded.used.load(Ordering::Relaxed);
         let number = u32::try_from(n).ok().filter(|_| n < self.guarded.limit)?;

@@ -54,7 +54,13 @@ impl Reservation {
         self.map(at..at.saturating_add(len), prot, libc::MAP_SHARED, fd, offset)
     }
 
-    /// The same, also by `MAP_PRIVATE`: what is written is not in the file, of which nobody writes that piece
+    /// Nothing is mapped in so many bytes from the beginning any more.
+    pub fn clear(&self, len: usize) -> io::Result<()> {
+        let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        self.map(0..len, libc::PROT_NONE, kind, -1, 0).map(drop)
+    }
+
+    /// The same as [`Self::map_file`], also by `MAP_PRIVATE`: what is written is not in the file, of which nobody writes that piece
     /// any more.
     pub(crate) fn map(
         &self,

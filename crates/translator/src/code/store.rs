@@ -218,6 +218,7 @@ impl Store {
         self.written.fill(false);
         self.files.drain(..usize::from(own));
         self.singles = 0;
+        self.map_own()?;
         self.map(0..self.size)
     }
 

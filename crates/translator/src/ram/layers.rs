@@ -361,6 +361,12 @@ impl Ram {
         (number, self.is_frozen(gpa))
     }
 
+    /// Whether a page is in the file that copies go to.
+    pub(super) fn is_in_own(&self, gpa: u64) -> bool {
+        let number = self.offset_of(gpa).and_then(|offset| self.layers.number(offset));
+        number == Some(self.layers.own.load(Ordering::SeqCst))
+    }
+
     /// Maps pages that are in one file into a view.
     pub(super) fn map_in(
         &self,
@@ -411,7 +417,6 @@ impl Ram {
         }
         for &(gpa, len, _) in &runs {
             self.moved(&self.ro, gpa, len)?;
-            // Nobody keeps addresses there.
             self.moved(&self.raw, gpa, len)?;
         }
         let space = &self.guarded.space;
@@ -474,7 +479,9 @@ impl Ram {
             }
         }
         self.forget_others()?;
+        // vCPUs have forgotten what they knew, and devices have finished.
         self.ro.kept.clear_all();
+        self.raw.kept.clear_all();
         for &(gpa, len) in &stays {
             let first = self.offset_of(gpa).map_or(usize::MAX, |offset| (offset / PAGE) as usize);
             for entry in self.layers.file_of.iter().skip(first).take((len / PAGE) as usize) {
@@ -551,7 +558,11 @@ impl Ram {
                 continue;
             }
             if cfg!(debug_assertions) {
-                sys::mprotect(self.raw_addr(gpa), len as usize, WRITE)?;
+                for gpa in (gpa..gpa + len).step_by(PAGE as usize) {
+                    if !self.raw.pages.get(gpa / PAGE) {
+                        sys::mprotect(self.raw_addr(gpa), PAGE as usize, WRITE)?;
+                    }
+                }
             }
             if !protected {
                 sys::mprotect(self.rw_addr(gpa), len as usize, WRITE)?;
@@ -655,6 +666,14 @@ impl Ram {
                 if self.is_frozen(gpa) {
                     self.thaw(gpa)?;
                 }
+            }
+        }
+        // Nor are they mapped where nobody looked since.
+        self.drop_others()?;
+        for slot in &self.slots {
+            for (view, rights) in [(&self.ro, READ), (&self.raw, WRITE)] {
+                self.map_in(&view.space, slot.gpa, slot.size, rights)?;
+                view.pages.clear(slot.gpa / PAGE, slot.size / PAGE);
             }
         }
         // Others who have them keep them open.

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ const REST: Duration = Duration::from_secs(5);
 const CLONES: usize = 100;
 /// Machines in a list.
 const MACHINES: usize = 1000;
+/// How long the daemon may take to begin.
+const LISTENS_WITHIN: Duration = Duration::from_secs(20);
 /// Times that something short is done in a run.
 const TIMES: usize = 5;
 const IMAGE: &str = "debian:bookworm";
@@ -139,7 +142,17 @@ impl Cloud {
         let mut daemon = Command::new(berth);
         let daemon = daemon.arg("--root").arg(&directory).arg("daemon").stderr(Stdio::null());
         let daemon = daemon.spawn().context("the daemon")?;
-        Ok(Self { berth: berth.to_owned(), directory, daemon })
+        let cloud = Self { berth: berth.to_owned(), directory, daemon };
+        // A command that comes before it would start another one.
+        let socket = cloud.directory.join("berth.sock");
+        let began = Instant::now();
+        while UnixStream::connect(&socket).is_err() {
+            if began.elapsed() > LISTENS_WITHIN {
+                bail!("the daemon does not listen at {}", socket.display());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(cloud)
     }
 
     fn command(&self, words: &[&str]) -> Command {
